@@ -1,0 +1,202 @@
+"""Configuration: one YAML file, every key also as `VCACHE_<SECTION>_<KEY>`, or keyword arguments.
+
+Order, later wins: defaults, file, environment, keywords. Unknown keys and bad values raise `ConfigError` naming the key.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import msgspec
+
+from .errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
+
+
+class ByteSize(int):
+    """A number of bytes; in files and environment also `256MiB`, `2G`, `1.5 GiB` (units are powers of 1024)."""
+
+    @classmethod
+    def parse(cls, text: str | int) -> ByteSize:
+        """Raises `ValueError` when `text` is no size."""
+        if isinstance(text, int) and not isinstance(text, bool):
+            return cls(text)
+        match = _SIZE.fullmatch(str(text))
+        if match is None:
+            raise ValueError(f"{text!r} is not a size such as 256MiB or 2GiB")
+        return cls(float(match[1]) * _UNITS[match[2].upper()])
+
+    def __str__(self) -> str:
+        for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+            if self >= factor and self % factor == 0:
+                return f"{self // factor}{unit}"
+        return f"{int(self)}B"
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class ManagerConfig(_Section):
+    address: str = "embedded"
+    """`embedded` (inside this process), `unix:///path/to/socket` or `tcp://host:port`."""
+    token_file: str = ""
+    """File with the shared secret that TCP needs. Read at start, never logged. Or the secret itself in `VCACHE_TOKEN`."""
+    deadline: float = 1.0
+    """Seconds after which a call to the manager gives up: a miss."""
+    connect_timeout: float = 5.0
+    """Seconds that the first connection may take before construction goes on without a manager."""
+    heartbeat_interval: float = 1.0
+    session_timeout: float = 10.0
+    """Seconds of silence after which the manager ends a session."""
+    lease_ttl: float = 30.0
+    """Seconds a lease protects its chunks unless released before."""
+    ticket_ttl: float = 30.0
+    """Seconds after which an unfinished write no longer blocks others from writing the same chunk."""
+    quarantine: float = 2.0
+    """Seconds a slot rests after its writer is known to be dead."""
+    eviction: Literal["lru", "sieve"] = "sieve"
+    max_frame: ByteSize = ByteSize(8 * 2**20)
+    """Largest frame accepted, in bytes."""
+    metrics_port: int = 0
+    """HTTP port for Prometheus on the manager; 0 = off."""
+    metrics_host: str = "127.0.0.1"
+
+
+class SegmentConfig(_Section):
+    lend: bool = True
+    """Whether an engine lends a segment of its own."""
+    kind: Literal["auto", "cuda", "host"] = "auto"
+    """`auto`: CUDA where there is a usable GPU, else host memory."""
+    size: ByteSize = ByteSize(256 * 2**20)
+    """Payload bytes to lend (headers come on top, below 1%)."""
+    slab_size: ByteSize = ByteSize(256 * 2**20)
+    """Payload bytes of one slab, the unit of growth and return."""
+    broker_dir: str = ""
+    """Folder for the lender's unix sockets; default `$XDG_RUNTIME_DIR/vcache` or `/tmp/vcache-<uid>`, mode 0700."""
+    unmap_timeout: float = 5.0
+    """Seconds that shrinking waits for importers to unmap."""
+
+
+class CacheConfig(_Section):
+    chunk_size: int = 256
+    """Tokens in a chunk."""
+    save_partial_chunk: bool = True
+    placement: Literal["local", "spread"] = "local"
+
+
+class StorageConfig(_Section):
+    kind: Literal["none", "memory", "mooncake"] = "none"
+    """`memory` is a dictionary inside this process, for tests and trials."""
+    write: Literal["through", "never"] = "through"
+    queue: ByteSize = ByteSize(1 * 2**30)
+    """Bytes that may wait for the background writer; beyond it writes are dropped and counted."""
+    deadline: float = 5.0
+    options: dict[str, str] = {}
+    """Passed to the tier's implementation."""
+
+
+class TransferConfig(_Section):
+    grid: int = 0
+    """Programs of the CUDA mover's launch; 0 = chosen for the link."""
+    threads: int = 2
+    """Threads for asynchronous transfers on CPU."""
+    floor_gbps: float = 0.0
+    """Warn when a transfer of 16 MiB or more runs below this many GB/s; 0 = off."""
+
+
+class VCacheConfig(_Section):
+    """Everything an engine, lender or manager can be told. Immutable. `VCacheConfig()` is a working embedded set-up."""
+
+    manager: ManagerConfig = ManagerConfig()
+    segment: SegmentConfig = SegmentConfig()
+    cache: CacheConfig = CacheConfig()
+    storage: StorageConfig = StorageConfig()
+    transfer: TransferConfig = TransferConfig()
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, env: Mapping[str, str] | None = None, **overrides: Any) -> VCacheConfig:
+        """Read YAML, then environment, then `overrides` (`section=dict(key=value)`)."""
+        import yaml
+
+        try:
+            data = yaml.safe_load(Path(path).read_text())
+        except OSError as error:
+            raise ConfigError(f"config file {path}: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config file {path}: not valid YAML ({' '.join(str(error).split())})") from None
+        if data is None:
+            data = {}
+        if not isinstance(data, dict):
+            raise ConfigError(f"config file {path}: expected sections with keys, got {type(data).__name__}")
+        return cls._build(str(path), data, os.environ if env is None else env, overrides)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] | None = None, **overrides: Any) -> VCacheConfig:
+        """`VCACHE_CONFIG` names a file to start from, when set."""
+        env = os.environ if env is None else env
+        if env.get("VCACHE_CONFIG"):
+            return cls.from_file(env["VCACHE_CONFIG"], env=env, **overrides)
+        return cls._build("environment", {}, env, overrides)
+
+    @classmethod
+    def _build(cls, source: str, data: dict[str, Any], env: Mapping[str, str], overrides: dict[str, Any]) -> VCacheConfig:
+        merged: dict[str, Any] = {}
+        for where, layer in ((source, data), ("environment", _from_environment(env)), ("arguments", overrides)):
+            for section, values in layer.items():
+                if isinstance(values, msgspec.Struct):
+                    values = msgspec.structs.asdict(values)
+                if not isinstance(values, dict):
+                    raise ConfigError(f"{where}: {section}: expected keys with values, got {values!r}")
+                merged.setdefault(section, {}).update(values)
+        try:
+            return msgspec.convert(merged, cls, strict=False, dec_hook=_decode)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{source}: {_explain(error)}") from None
+
+
+def sections() -> dict[str, type[msgspec.Struct]]:
+    """Section name -> its struct, for documentation and the environment."""
+    return {name: kind for name, kind in get_type_hints(VCacheConfig).items()}
+
+
+def _from_environment(env: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for section, kind in sections().items():
+        prefix = f"VCACHE_{section.upper()}_"
+        for name, value in env.items():
+            if not name.startswith(prefix):
+                continue
+            key = name.removeprefix(prefix).lower()
+            if key not in kind.__struct_fields__:
+                raise ConfigError(f"environment: {name}: unknown key '{section}.{key}'; known: {', '.join(kind.__struct_fields__)}")
+            found.setdefault(section, {})[key] = _parse_mapping(name, value) if key == "options" else value
+    return found
+
+
+def _parse_mapping(name: str, value: str) -> dict[str, Any]:
+    try:
+        parsed = msgspec.json.decode(value)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"environment: {name}: expected a JSON object ({error})") from None
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"environment: {name}: expected a JSON object, got {value!r}")
+    return parsed
+
+
+def _decode(kind: type, value: Any) -> Any:
+    if kind is ByteSize:
+        return ByteSize.parse(value)
+    raise NotImplementedError(kind)
+
+
+def _explain(error: msgspec.ValidationError) -> str:
+    """msgspec says "... - at `$.segment.size`"; we lead with the key."""
+    text, _, path = str(error).partition(" - at `$.")
+    return f"{path.rstrip('`')}: {text}" if path else text

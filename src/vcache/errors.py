@@ -1,0 +1,61 @@
+"""Every exception that VCache raises. In the data path a failure is a miss plus a counter, never one of these."""
+
+
+class VCacheError(Exception):
+    """Base of all VCache exceptions. The text is one line: what, where, and what to do."""
+
+
+class ConfigError(VCacheError, ValueError):
+    """A configuration value is missing, unknown or wrong. The text names the key."""
+
+
+class SpecError(VCacheError, ValueError):
+    """A `KVCacheSpec` is impossible in itself, or the tensors handed over contradict it."""
+
+
+class LayoutError(VCacheError, ValueError):
+    """The paged KV cache has a shape, stride or dtype that no known layout explains."""
+
+
+class ArgumentError(VCacheError, ValueError):
+    """A public call got a wrong mask, slot mapping, offset or token sequence."""
+
+
+class ManagerUnavailableError(VCacheError, ConnectionError):
+    """The manager cannot be reached, or the circuit breaker is open after it could not be reached."""
+
+
+class DeadlineExceededError(ManagerUnavailableError, TimeoutError):
+    """The manager did not answer within the call's deadline."""
+
+
+class ManagerRefusedError(VCacheError):
+    """The manager answered, and refused: bad token, wrong user, a request that contradicts its state."""
+
+
+class ProtocolError(VCacheError):
+    """A frame that no conforming peer sends, or a peer that speaks another protocol version."""
+
+
+class AddressInUseError(VCacheError, OSError):
+    """Another manager already serves this address."""
+
+
+class SegmentError(VCacheError):
+    """A segment could not be created, grown, exported or mapped."""
+
+
+class SlabGoneError(SegmentError):
+    """The lender no longer lends this slab. Readers treat its chunks as misses."""
+
+
+class DeviceUnavailableError(VCacheError):
+    """The GPU, driver or a CUDA feature that this call needs is missing."""
+
+
+class StorageError(VCacheError):
+    """The storage tier failed or is bypassed by its circuit breaker."""
+
+
+class IntegrityError(VCacheError, AssertionError):
+    """`check_integrity` found a broken invariant: a bug in VCache. The text names the rule (I1-I10)."""

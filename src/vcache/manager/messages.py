@@ -1,0 +1,231 @@
+"""What goes between the manager and its clients: typed records, and the interface that both the remote client and the
+embedded manager offer. The bytes on the wire are `protocol.py`'s affair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+import msgspec
+
+from ..segment.slots import SegmentInfo, SlabInventory, SlotLocation
+
+PROTOCOL_VERSION = 1
+
+Placement = Literal["local", "spread"]
+PutStatus = Literal["granted", "exists", "busy", "no_space"]
+Role = Literal["engine", "lender", "tool"]
+
+
+class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The manager's answer to hello."""
+
+    epoch: int
+    """Differs after every manager restart. Numbers (segments, leases) of another epoch mean nothing."""
+    heartbeat_interval: float
+    """Seconds between heartbeats that keep the session alive."""
+    session_timeout: float
+    """Seconds of silence after which the manager ends the session."""
+
+
+class AcquireReply(NamedTuple):
+    """The longest present prefix of the keys asked for, pinned by `lease` until `release` or until it expires."""
+
+    lease: int
+    """0 when nothing was found: nothing to release."""
+    expires_in: float
+    """Seconds from the manager's answer."""
+    locations: list[SlotLocation]
+
+
+class PutRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """Asks to write consecutive chunks of one prompt, one shard of each."""
+
+    keys: list[bytes]
+    """Digests, in prompt order."""
+    namespace: bytes
+    parent: bytes
+    """Digest of the chunk before `keys[0]`; empty when `keys[0]` is the prompt's first chunk."""
+    first_index: int
+    """Chunk index of `keys[0]` in the prompt."""
+    tokens: list[int]
+    """Tokens in each chunk."""
+    slot_bytes: int
+    shard: int = 0
+    num_shards: int = 1
+    placement: Placement = "local"
+    device: str = "host"
+    """Device of the writer's KV cache (`SegmentInfo.device` notation): `local` placement prefers segments on it."""
+    avoid: list[int] = []
+    """Numbers of segments that this client cannot map."""
+
+
+class PutGrant(msgspec.Struct, frozen=True, array_like=True):
+    """Answer for one key of a `PutRequest`. `granted`: write at the location; `location.generation` is the final, even one."""
+
+    status: PutStatus
+    location: SlotLocation | None = None
+    format_generation: int = 0
+    """For the slab header, which the writer writes when it differs from what is there."""
+    slots: int = 0
+    """Slots in that slab."""
+
+
+class Ticket(msgspec.Struct, frozen=True, array_like=True):
+    """Names one granted write when it ends."""
+
+    key: bytes
+    shard: int
+    generation: int
+
+
+class StatsReply(msgspec.Struct, frozen=True, kw_only=True):
+    """Counters since the manager started, and gauges now. Bytes are payload capacity."""
+
+    epoch: int
+    uptime: float
+    counters: dict[str, int]
+    gauges: dict[str, int]
+    segments: list[SegmentStats]
+    sessions: list[SessionStats]
+
+
+class SegmentStats(msgspec.Struct, frozen=True, kw_only=True):
+    info: SegmentInfo
+    slots_free: int
+    slots_used: int
+    slots_processing: int
+    slots_quarantined: int
+    bytes_used: int
+    slabs_unformatted: int
+
+
+class SessionStats(msgspec.Struct, frozen=True, kw_only=True):
+    client: bytes
+    name: str
+    role: Role
+    leases: int
+    writes: int
+    age: float
+
+
+class SegmentMounted(msgspec.Struct, frozen=True, tag=True):
+    """Push to every client: a segment is new or changed."""
+
+    info: SegmentInfo
+
+
+class SegmentGone(msgspec.Struct, frozen=True, tag=True):
+    """Push to every client: drop the mapping; locations in it are misses."""
+
+    number: int
+    uuid: bytes
+
+
+class WipeSlots(msgspec.Struct, frozen=True, tag=True):
+    """Push to a lender: zero these slot headers, then call `wiped(token)`. Makes `remove` and `clear` survive a restart."""
+
+    token: int
+    segment: bytes
+    slots: list[tuple[int, int]]
+    """(slab index, byte offset of the slot header)."""
+
+
+class ResizeRequested(msgspec.Struct, frozen=True, tag=True):
+    """Push to a lender: somebody asked for this target size (payload bytes of the segment)."""
+
+    segment: bytes
+    nbytes: int
+
+
+Push = SegmentMounted | SegmentGone | WipeSlots | ResizeRequested
+
+
+class Listener(Protocol):
+    """Receives what happens outside a call. Called from the client's own thread; must not block and must not raise."""
+
+    def on_session(self, session: SessionInfo) -> None:
+        """A session began (first connection, or a reconnect: compare `epoch`). Lenders mount again here."""
+
+    def on_disconnect(self) -> None:
+        """The session is lost; calls fail at once until the next `on_session`."""
+
+    def on_push(self, push: Push) -> None: ...
+
+
+class ManagerApi(Protocol):
+    """The manager as its clients see it. Implemented by `client.ManagerClient` (remote) and `embedded.EmbeddedManager`.
+
+    Thread-safe. Every call blocks at most for its deadline, then raises `DeadlineExceededError`; without a connection it
+    raises `ManagerUnavailableError` at once. Keys are 16-byte digests.
+    """
+
+    @property
+    def client_id(self) -> bytes:
+        """16 random bytes that name this client for its life, over reconnects and manager restarts."""
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the current session; 0 without one."""
+
+    def lookup(self, keys: Sequence[bytes]) -> int:
+        """Number of leading keys that are complete. Takes no lease; counts as use for eviction."""
+
+    def acquire(self, keys: Sequence[bytes], shard: int = 0, *, lease: int = 0) -> AcquireReply:
+        """Lease the longest present prefix and locate this shard of each. With `lease`: locate only, under that lease
+        (keys it does not cover end the prefix)."""
+
+    def release(self, lease: int) -> None:
+        """End a lease. Idempotent; unknown leases are ignored. Does not wait for an answer."""
+
+    def put_start(self, request: PutRequest) -> list[PutGrant]:
+        """Tickets for the keys that nobody stored or is storing. May evict."""
+
+    def put_end(self, tickets: Sequence[Ticket]) -> list[bool]:
+        """Publish after all bytes landed (rule I2). False: the ticket had lapsed; the chunk stays invisible."""
+
+    def put_revoke(self, tickets: Sequence[Ticket]) -> None:
+        """Give the slots back unwritten or half written. Idempotent."""
+
+    def tiers(self, keys: Sequence[bytes]) -> list[int]:
+        """Per key: 0 complete in VRAM, 1 complete in a lower tier, -1 absent. Does not count as use."""
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Forget these chunks unless leased; number removed. Survives a manager restart."""
+
+    def clear(self, namespace: bytes = b"") -> int:
+        """Forget all chunks (of one namespace); leased ones too, readers then fail verification. Number removed."""
+
+    def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = ()) -> int:
+        """Lend a segment, or replace what the manager knows of it (idempotent by uuid). Returns its number."""
+
+    def unmount(self, uuid: bytes) -> None:
+        """Stop lending. Its chunks become misses. Idempotent."""
+
+    def add_slabs(self, uuid: bytes, slabs: Sequence[tuple[int, int]]) -> None:
+        """Grow: (index, nbytes) of new, empty slabs. Idempotent by index."""
+
+    def drop_slabs(self, uuid: bytes, nbytes: int) -> list[int]:
+        """Shrink by at least `nbytes` (or all there is): indices of slabs that hold nothing any more and will get no new
+        chunk. The lender then makes importers unmap and frees the memory."""
+
+    def importer_gone(self, uuid: bytes, client: bytes) -> None:
+        """Told by the lender of segment `uuid`: that process is dead or has unmapped; its unfinished writes are over."""
+
+    def request_resize(self, uuid: bytes, nbytes: int) -> None:
+        """Ask the segment's lender for another size. Returns when the lender was told, not when it is done."""
+
+    def wiped(self, token: int) -> None:
+        """A lender finished a `WipeSlots`."""
+
+    def segments(self) -> list[SegmentInfo]: ...
+
+    def stats(self) -> StatsReply: ...
+
+    def subscribe(self, listener: Listener) -> None:
+        """Add a listener; if a session exists, `on_session` and the mounted segments are delivered to it at once."""
+
+    def close(self) -> None:
+        """Say goodbye and stop. Idempotent. Blocks at most for one deadline."""
+
+

@@ -1,0 +1,62 @@
+"""The interface of movers: paged KV cache <-> slot payloads, with the header protocol of design section 5."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..segment.mapping import PinnedSlot
+from ..segment.slots import SlotHeader
+
+if TYPE_CHECKING:
+    import torch
+
+    from .layout import PagedCache
+
+
+class SlotTransfer(NamedTuple):
+    """One chunk shard to move between the paged cache and a slot."""
+
+    slot: PinnedSlot
+    """Where; pinned by the caller until the transfer is done."""
+    header: SlotHeader
+    """The complete header (even generation): what a store publishes, what a load must find."""
+    start: int
+    """Index into the call's `slot_mapping` of the first token that is moved."""
+    skip: int = 0
+    """Loads only: leading tokens of the chunk that stay untouched."""
+    slab_header: bytes = b""
+    """Stores only: written first when the slab carries another one."""
+
+
+class Transfer(ABC):
+    """Transfers under way. Slots, slabs and `slot_mapping` must stay alive until done."""
+
+    @abstractmethod
+    def done(self) -> bool:
+        """Whether all bytes and headers landed. Does not block."""
+
+    @abstractmethod
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until done; False on timeout (seconds). Raises what broke the transfer, if anything did."""
+
+    @abstractmethod
+    def verified(self) -> list[bool]:
+        """Per `SlotTransfer`, once done. Load: header equal before and after, so the bytes are the chunk's. Store: our odd
+        header stood until the payload had landed, so the even one was written."""
+
+
+class Mover(ABC):
+    """Moves bytes; knows nothing of tokens, managers or leases. Thread-safe. Raises nothing for a stale slot."""
+
+    @abstractmethod
+    def store(
+        self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes
+    ) -> Transfer:
+        """Read rows `slot_mapping[start:start + header.tokens]` of the cache and write header (odd, signed by `writer`),
+        payload, header (even). Never overwrites a slot whose header carries a generation above the ticket's odd one."""
+
+    @abstractmethod
+    def load(self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> Transfer:
+        """Write payload tokens `[skip, header.tokens)` to rows `slot_mapping[start:start + header.tokens - skip]`."""
