@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -15,6 +16,7 @@ import msgspec
 
 from .errors import ConfigError
 
+_FOREVER = sys.float_info.max
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", re.IGNORECASE)
 
@@ -40,10 +42,17 @@ class ByteSize(int):
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    pass
+    def _require(self, low: float, high: float, *names: str, above: bool = False) -> None:
+        """`low <= value <= high` (with `above`: `low < value`) for every field named; NaN fails. Raises `ConfigError`."""
+        for name in names:
+            value = getattr(self, name)
+            if not (low <= value <= high) or (above and value == low):
+                bound = f"above {low:g}" if above else f"at least {low:g}"
+                limit = "" if high == _FOREVER else f" and at most {high:g}"
+                raise ConfigError(f"{_section_name(self)}.{name}: must be {bound}{limit}, got {value}")
 
 
-class ManagerConfig(_Section):
+class ManagerConfig(_Section, frozen=True, kw_only=True):
     address: str = "embedded"
     """`embedded` (inside this process), `unix:///path/to/socket` or `tcp://host:port`."""
     token_file: str = ""
@@ -68,8 +77,19 @@ class ManagerConfig(_Section):
     """HTTP port for Prometheus on the manager; 0 = off."""
     metrics_host: str = "127.0.0.1"
 
+    def __post_init__(self) -> None:
+        self._require(0, _FOREVER, "deadline", "connect_timeout", "heartbeat_interval", "session_timeout", above=True)
+        self._require(0, _FOREVER, "lease_ttl", "ticket_ttl", "max_frame", above=True)
+        self._require(0, _FOREVER, "quarantine")
+        self._require(0, 65535, "metrics_port")
+        if self.session_timeout <= self.heartbeat_interval:
+            raise ConfigError(
+                f"manager.session_timeout: must be above manager.heartbeat_interval ({self.heartbeat_interval} s), "
+                f"got {self.session_timeout}"
+            )
 
-class SegmentConfig(_Section):
+
+class SegmentConfig(_Section, frozen=True, kw_only=True):
     lend: bool = True
     """Whether an engine lends a segment of its own."""
     kind: Literal["auto", "cuda", "host"] = "auto"
@@ -83,15 +103,22 @@ class SegmentConfig(_Section):
     unmap_timeout: float = 5.0
     """Seconds that shrinking waits for importers to unmap."""
 
+    def __post_init__(self) -> None:
+        self._require(0, _FOREVER, "size", "slab_size", above=True)
+        self._require(0, _FOREVER, "unmap_timeout")
 
-class CacheConfig(_Section):
+
+class CacheConfig(_Section, frozen=True, kw_only=True):
     chunk_size: int = 256
     """Tokens in a chunk."""
     save_partial_chunk: bool = True
     placement: Literal["local", "spread"] = "local"
 
+    def __post_init__(self) -> None:
+        self._require(1, 65535, "chunk_size")
 
-class StorageConfig(_Section):
+
+class StorageConfig(_Section, frozen=True, kw_only=True):
     kind: Literal["none", "memory", "mooncake"] = "none"
     """`memory` is a dictionary inside this process, for tests and trials."""
     write: Literal["through", "never"] = "through"
@@ -101,8 +128,11 @@ class StorageConfig(_Section):
     options: dict[str, str] = {}
     """Passed to the tier's implementation."""
 
+    def __post_init__(self) -> None:
+        self._require(0, _FOREVER, "queue", "deadline", above=True)
 
-class TransferConfig(_Section):
+
+class TransferConfig(_Section, frozen=True, kw_only=True):
     grid: int = 0
     """Programs of the CUDA mover's launch; 0 = chosen for the link."""
     threads: int = 2
@@ -110,8 +140,12 @@ class TransferConfig(_Section):
     floor_gbps: float = 0.0
     """Warn when a transfer of 16 MiB or more runs below this many GB/s; 0 = off."""
 
+    def __post_init__(self) -> None:
+        self._require(0, _FOREVER, "grid", "floor_gbps")
+        self._require(1, 1024, "threads")
 
-class VCacheConfig(_Section):
+
+class VCacheConfig(_Section, frozen=True, kw_only=True):
     """Everything an engine, lender or manager can be told. Immutable. `VCacheConfig()` is a working embedded set-up."""
 
     manager: ManagerConfig = ManagerConfig()
@@ -148,22 +182,34 @@ class VCacheConfig(_Section):
     @classmethod
     def _build(cls, source: str, data: dict[str, Any], env: Mapping[str, str], overrides: dict[str, Any]) -> VCacheConfig:
         merged: dict[str, Any] = {}
+        origin: dict[str, str] = {}
         for where, layer in ((source, data), ("environment", _from_environment(env)), ("arguments", overrides)):
             for section, values in layer.items():
                 if isinstance(values, msgspec.Struct):
                     values = msgspec.structs.asdict(values)
                 if not isinstance(values, dict):
                     raise ConfigError(f"{where}: {section}: expected keys with values, got {values!r}")
+                known = sections().get(str(section))
+                if known is None:
+                    raise ConfigError(f"{where}: unknown section '{section}'; known: {', '.join(sections())}")
+                for key in values:
+                    if key not in known.__struct_fields__:
+                        raise ConfigError(
+                            f"{where}: unknown key '{section}.{key}'; known: {', '.join(known.__struct_fields__)}"
+                        )
+                    origin[f"{section}.{key}"] = where
                 merged.setdefault(section, {}).update(values)
         try:
             return msgspec.convert(merged, cls, strict=False, dec_hook=_decode)
         except msgspec.ValidationError as error:
-            raise ConfigError(f"{source}: {_explain(error)}") from None
+            text = _explain(error)
+            key = re.match(r"\w+\.\w+", text)
+            raise ConfigError(f"{origin.get(key[0], source) if key else source}: {text}") from None
 
 
 def sections() -> dict[str, type[msgspec.Struct]]:
     """Section name -> its struct, for documentation and the environment."""
-    return {name: kind for name, kind in get_type_hints(VCacheConfig).items()}
+    return get_type_hints(VCacheConfig)
 
 
 def _from_environment(env: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -175,7 +221,9 @@ def _from_environment(env: Mapping[str, str]) -> dict[str, dict[str, Any]]:
                 continue
             key = name.removeprefix(prefix).lower()
             if key not in kind.__struct_fields__:
-                raise ConfigError(f"environment: {name}: unknown key '{section}.{key}'; known: {', '.join(kind.__struct_fields__)}")
+                raise ConfigError(
+                    f"environment: {name}: unknown key '{section}.{key}'; known: {', '.join(kind.__struct_fields__)}"
+                )
             found.setdefault(section, {})[key] = _parse_mapping(name, value) if key == "options" else value
     return found
 
@@ -197,6 +245,11 @@ def _decode(kind: type, value: Any) -> Any:
 
 
 def _explain(error: msgspec.ValidationError) -> str:
-    """msgspec says "... - at `$.segment.size`"; we lead with the key."""
+    """msgspec says "... - at `$.segment.size`"; we lead with the key. Range errors of a section name their key themselves."""
     text, _, path = str(error).partition(" - at `$.")
-    return f"{path.rstrip('`')}: {text}" if path else text
+    path = path.rstrip("`")
+    return text if not path or text.startswith(f"{path}.") else f"{path}: {text}"
+
+
+def _section_name(section: msgspec.Struct) -> str:
+    return next(name for name, kind in sections().items() if isinstance(section, kind))

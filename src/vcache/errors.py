@@ -1,5 +1,7 @@
 """Every exception that VCache raises. In the data path a failure is a miss plus a counter, never one of these."""
 
+from collections.abc import Callable
+
 
 class VCacheError(Exception):
     """Base of all VCache exceptions. The text is one line: what, where, and what to do."""
@@ -55,6 +57,15 @@ class DeviceUnavailableError(VCacheError):
 
 class StorageError(VCacheError):
     """The storage tier failed or is bypassed by its circuit breaker."""
+
+
+class StorageDeadlineError(StorageError):
+    """A call to the storage tier outlasted its deadline. It still runs: its buffers must not be reused before it ends."""
+
+    def __init__(self, message: str, when_over: Callable[[Callable[[], None]], None]) -> None:
+        super().__init__(message)
+        self.when_over = when_over
+        """Registers a callback for the end of the call (called at once when it is over already)."""
 
 
 class IntegrityError(VCacheError, AssertionError):

@@ -63,6 +63,8 @@ def token_array(tokens: Any) -> array[int]:
     """
     if isinstance(tokens, array) and tokens.typecode == "I":
         return tokens
+    if isinstance(tokens, (str, bytes, bytearray)):
+        raise ArgumentError(f"tokens: expected token ids, got {type(tokens).__name__}")
     ndim = getattr(tokens, "ndim", 1)
     if ndim != 1:
         raise ArgumentError(f"tokens: expected one dimension, got {ndim}")

@@ -3,7 +3,7 @@ embedded manager offer. The bytes on the wire are `protocol.py`'s affair."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import msgspec
@@ -38,7 +38,7 @@ class AcquireReply(NamedTuple):
     locations: list[SlotLocation]
 
 
-class PutRequest(msgspec.Struct, frozen=True, kw_only=True):
+class PutRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Asks to write consecutive chunks of one prompt, one shard of each."""
 
     keys: list[bytes]
@@ -138,7 +138,15 @@ class ResizeRequested(msgspec.Struct, frozen=True, tag=True):
     nbytes: int
 
 
-Push = SegmentMounted | SegmentGone | WipeSlots | ResizeRequested
+class WriterLost(msgspec.Struct, frozen=True, tag=True):
+    """Push to a lender: slots of this segment wait for a client that has no session. If that client does not map the segment
+    (any more), answer `importer_gone` at once; otherwise when it unmaps or dies, as always."""
+
+    segment: bytes
+    client: bytes
+
+
+Push = SegmentMounted | SegmentGone | WipeSlots | ResizeRequested | WriterLost
 
 
 class Listener(Protocol):
@@ -225,7 +233,13 @@ class ManagerApi(Protocol):
     def subscribe(self, listener: Listener) -> None:
         """Add a listener; if a session exists, `on_session` and the mounted segments are delivered to it at once."""
 
+    def set_write_gate(self, wait_idle: Callable[[float], bool]) -> None:
+        """Tell the client how to learn that its process has no unfinished write, which every hello after the first promises.
+
+        `wait_idle(timeout)` blocks for at most `timeout` seconds and returns whether no write is in flight; it is called from
+        the client's own thread while there is no session. A write is in flight from **before** its `put_start` until its
+        `put_end` or `put_revoke` returned or raised. A process that writes sets the gate before its first `put_start`.
+        """
+
     def close(self) -> None:
         """Say goodbye and stop. Idempotent. Blocks at most for one deadline."""
-
-

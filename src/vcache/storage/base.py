@@ -32,6 +32,12 @@ class StorageTier(ABC):
     def remove(self, keys: Sequence[CacheKey], shard: int) -> None:
         """Forget. Absent keys are ignored."""
 
+    def register(self, buffer: memoryview) -> None:  # noqa: B027 - most tiers need nothing
+        """Announce a buffer that will be used again and again in `put` and `get`, so that it is prepared once."""
+
+    def unregister(self, buffer: memoryview) -> None:  # noqa: B027
+        """Undo `register`, before the memory is freed."""
+
     @abstractmethod
     def close(self) -> None:
         """Release resources; bounded. Idempotent."""

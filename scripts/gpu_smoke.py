@@ -1,0 +1,371 @@
+"""Small check of the CUDA slab layer on a machine with a GPU: two processes, bytes, errors, times, free memory. Under 60 s.
+
+usage: python3 scripts/gpu_smoke.py [result.json]
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from vcache.errors import VCacheError
+from vcache.segment.backing import MappedSlab
+from vcache.segment.cuda import CudaBacking, HostPinning, gpu_uuid
+from vcache.segment.cuda_driver import CudaDriver
+
+MIB = 2**20
+CHILD_TIMEOUT = 60
+
+
+def pattern(nbytes: int, seed: int) -> bytes:
+    import random
+
+    return random.Random(seed).randbytes(nbytes)
+
+
+def milliseconds(action: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = action()
+    return round((time.perf_counter() - start) * 1e3, 3), result
+
+
+class Child:
+    """This script in another process, one role per child; speaks JSON lines and passes file descriptors over a socket."""
+
+    def __init__(self, role: str, **environment: str) -> None:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, __file__, "--child", role, str(theirs.fileno())]
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=os.environ | environment)
+        theirs.close()
+        ours.settimeout(CHILD_TIMEOUT)
+        self.socket = ours
+
+    def send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        send(self.socket, message, fds)
+
+    def receive(self) -> tuple[dict[str, Any], list[int]]:
+        return receive(self.socket)
+
+    def end(self) -> int:
+        self.socket.close()
+        return self.process.wait(CHILD_TIMEOUT)
+
+
+def send(sock: socket.socket, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg([json.dumps(message).encode() + b"\n"], ancillary)
+
+
+def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    data, fds = b"", []
+    while not data.endswith(b"\n"):
+        part, found, _, _ = socket.recv_fds(sock, 65536, 8)
+        if not part:
+            raise EOFError("the other process closed its end")
+        data += part
+        fds += found
+    return json.loads(data), fds
+
+
+# Roles of a child -----------------------------------------------------------------------------------------------------------
+
+
+def child_import(sock: socket.socket) -> None:
+    """Map the slab that comes, say what its bytes are, change them, unmap."""
+    message, fds = receive(sock)
+    try:
+        backing = CudaBacking(message["device"])
+        took, slab = milliseconds(lambda: backing.map(fds[0], message["nbytes"]))
+    except VCacheError as error:
+        send(sock, {"error": f"{type(error).__name__}: {error}"})
+        return
+    finally:
+        for fd in fds:
+            os.close(fd)
+    same = backing.read(slab, message["offset"], MIB) == pattern(MIB, 1)
+    backing.write(slab, 4 * MIB, pattern(MIB, 2))
+    send(sock, {"same": same, "map_ms": took, "visible": backing.gpu.driver.device_count, "through": backing.gpu.uuid})
+    receive(sock)
+    slab.retire()
+    unmap_ms, _ = milliseconds(lambda: backing.unmap(slab))
+    send(sock, {"unmap_ms": unmap_ms})
+    receive(sock)
+
+
+def child_own(sock: socket.socket) -> None:
+    """Lend one slab, then wait to be killed."""
+    backing = CudaBacking()
+    slab = backing.create(1024 * MIB)
+    backing.write(slab, 0, pattern(MIB, 1))
+    send(sock, {"nbytes": slab.nbytes, "device": backing.device}, (slab.fd,))
+    receive(sock)
+
+
+# Sections -------------------------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, Any]:
+    driver = CudaDriver()
+    backing = CudaBacking()
+    return {
+        "python": sys.version.split()[0],
+        "driver": driver.version(),
+        "devices": [driver.uuid(i) for i in range(driver.device_count)],
+        "name": backing.gpu.name,
+        "granularity": backing.granularity,
+        "free": backing.gpu.memory().free,
+        "total": backing.gpu.memory().total,
+        "fabric": driver.attribute(0, "HANDLE_TYPE_FABRIC_SUPPORTED"),
+        "host_register": driver.attribute(0, "HOST_REGISTER_SUPPORTED"),
+        "can_use_host_pointer": driver.attribute(0, "CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM"),
+    }
+
+
+def two_processes(**environment: str) -> dict[str, Any]:
+    backing = CudaBacking()
+    free = [backing.available_bytes()]
+    create_ms, slab = milliseconds(lambda: backing.create(1024 * MIB))
+    free.append(backing.available_bytes())
+    zero = backing.read(slab, 0, MIB) == bytes(MIB)
+    backing.write(slab, 256, pattern(MIB, 1))
+    child = Child("import", **environment)
+    child.send({"device": backing.device, "nbytes": slab.nbytes, "offset": 256}, (slab.fd,))
+    answer, _ = child.receive()
+    if "error" in answer:
+        return answer | {"child": child.end()}
+    sees_write = backing.read(slab, 4 * MIB, MIB) == pattern(MIB, 2)
+    slab.retire()
+    release_ms, _ = milliseconds(lambda: backing.release(slab))
+    free.append(backing.available_bytes())
+    child.send({})
+    unmapped, _ = child.receive()
+    free.append(backing.available_bytes())
+    child.send({})
+    code = child.end()
+    assert zero, "a new slab is not zero"
+    assert answer["same"], "the importer read other bytes"
+    assert sees_write, "the owner does not see the importer's write"
+    return (
+        answer
+        | unmapped
+        | {
+            "create_ms": create_ms,
+            "release_ms": release_ms,
+            "free_MiB_before_created_released_importerunmapped": [n // MIB for n in free],
+            "child": code,
+        }
+    )
+
+
+def sizes_refused() -> dict[str, Any]:
+    backing = CudaBacking()
+    slab = backing.create(64 * MIB)
+    results: dict[str, Any] = {}
+    for name, nbytes in (("same", 64 * MIB), ("double", 128 * MIB), ("half", 32 * MIB)):
+        try:
+            mapped = backing.map(slab.fd, nbytes)
+            mapped.retire()
+            backing.unmap(mapped)
+            results[name] = "mapped"
+        except VCacheError as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    for name, nbytes in (("odd", 1000), ("too_much", 1 << 50)):
+        try:
+            backing.create(nbytes)
+            results[name] = "created"
+        except VCacheError as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    file = os.memfd_create("not-vram")
+    os.ftruncate(file, 64 * MIB)
+    try:
+        backing.map(file, 64 * MIB)
+        results["memfd"] = "mapped"
+    except VCacheError as error:
+        results["memfd"] = f"{type(error).__name__}: {error}"
+    os.close(file)
+    slab.retire()
+    backing.release(slab)
+    return results
+
+
+def owner_killed() -> dict[str, Any]:
+    backing = CudaBacking()
+    before = backing.available_bytes()
+    child = Child("own")
+    message, fds = child.receive()
+    slab = backing.map(fds[0], message["nbytes"])
+    os.close(fds[0])
+    os.kill(child.process.pid, signal.SIGKILL)
+    child.end()
+    same = backing.read(slab, 0, MIB) == pattern(MIB, 1)
+    held = backing.available_bytes()
+    slab.retire()
+    backing.unmap(slab)
+    deadline = time.monotonic() + 10
+    start = time.perf_counter()
+    while (after := backing.available_bytes()) < before - 64 * MIB and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert same, "other bytes after the owner's death"
+    took = round((time.perf_counter() - start) * 1e3, 1)
+    return {"free_MiB": [before // MIB, held // MIB, after // MIB], "free_after_ms": took}
+
+
+def grow_and_shrink() -> dict[str, Any]:
+    backing = CudaBacking()
+    slabs: list[Any] = []
+    grow, _ = milliseconds(lambda: slabs.extend(backing.create(256 * MIB) for _ in range(16)))
+
+    def shrink() -> None:
+        for slab in slabs:
+            slab.retire()
+            backing.release(slab)
+
+    taken, _ = milliseconds(shrink)
+    return {"grow_16_x_256MiB_ms": grow, "shrink_ms": taken}
+
+
+def host_slab() -> dict[str, Any]:
+    backing, nbytes = CudaBacking(), 256 * MIB
+    fd = os.memfd_create("slab")
+    os.ftruncate(fd, nbytes)
+    memory = mmap.mmap(fd, nbytes)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    slab = MappedSlab("host", "host", nbytes, address, buffer=memoryview(memory))
+    pinning = HostPinning()
+    first, device_address = milliseconds(lambda: pinning.register(slab))
+    again, same = milliseconds(lambda: pinning.register(slab))
+    memory[0:MIB] = pattern(MIB, 1)
+    seen = backing.gpu.read(device_address, MIB) == pattern(MIB, 1)
+    vram = backing.create(nbytes)
+    backing.write(vram, 0, pattern(MIB, 2))
+    with backing.gpu.current():
+        backing.gpu.driver.call("cuMemcpyDtoD", device_address, vram.address, MIB)
+    landed = memory[0:MIB] == pattern(MIB, 2)
+    vram.retire()
+    backing.release(vram)
+    undo, _ = milliseconds(lambda: pinning.unregister(slab))
+    assert seen, "the GPU reads other bytes from the host slab"
+    assert landed, "the GPU's bytes are not in the host slab"
+    return {
+        "register_256MiB_ms": first,
+        "again_ms": again,
+        "unregister_ms": undo,
+        "same_pointer_as_host": device_address == address,
+        "same": same == device_address,
+    }
+
+
+def with_torch() -> dict[str, Any]:
+    import torch
+
+    torch.cuda.init()
+    backing = CudaBacking()
+    slab = backing.create(256 * MIB)
+
+    class View:
+        __cuda_array_interface__ = {"shape": (256 * MIB,), "typestr": "|u1", "data": (slab.address, False), "version": 3}  # noqa: RUF012
+
+    view = torch.as_tensor(View(), device="cuda")
+    zero = int(view.count_nonzero()) == 0
+    view[:MIB].fill_(7)
+    torch.cuda.current_stream().synchronize()
+    seen = backing.read(slab, 0, MIB) == b"\7" * MIB
+    x = torch.ones(1024, device="cuda") * 2
+    assert float(x.sum()) == 2048
+    del view
+    slab.retire()
+    backing.release(slab)
+    backing.close()
+    assert float(x.sum()) == 2048, "torch lost its context"
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    return {"zero": zero, "seen": seen, "torch_uuid": uuid, "our_uuid": gpu_uuid(), "same": gpu_uuid().endswith(uuid)}
+
+
+def links() -> Any:
+    from vcache.segment import cuda_doctor
+
+    return {"checks": [str(c) for c in cuda_doctor.checks()], "links": [str(link) for link in cuda_doctor.links()]}
+
+
+def mover() -> dict[str, Any]:
+    """One small store and retrieve between a paged cache and another process's slabs, bytes checked, beside a plain copy."""
+    import torch
+
+    from vcache.bench.copies import RawCopies
+    from vcache.bench.mover_runs import MoverRuns
+    from vcache.bench.paged_data import LLAMA_8B, CacheArena, Slots, slab_size
+    from vcache.bench.remote_slab import RemoteSlabs
+    from vcache.config import TransferConfig
+    from vcache.paged.select import mover_for
+
+    nbytes, device = 256 * MIB, torch.device("cuda", 0)
+    arena = CacheArena(LLAMA_8B, nbytes // LLAMA_8B.token_bytes, device)
+    cache = arena.cache(16)
+    found: dict[str, Any] = {}
+    for kind in ("cuda", "host"):
+        place = gpu_uuid() if kind == "cuda" else "host"
+        with RemoteSlabs(kind, slab_size(LLAMA_8B, 8), 1, device=place, through=gpu_uuid()) as lent:
+            runs = MoverRuns(arena, Slots(LLAMA_8B, lent.slabs), cache, mover_for(cache, TransferConfig()), 2)
+            for result in runs.measure(nbytes, "blocks"):
+                found[f"{kind} {result.operation} GB/s"] = round(result.device.gbps(nbytes), 1)
+                found[f"{kind} {result.operation} call ms"] = round(result.call.median * 1e3, 3)
+    for copy in RawCopies(nbytes, device, device).measure(nbytes, pageable=False):
+        found[f"plain {copy.path} GB/s"] = round(copy.seconds.gbps(nbytes), 1)
+    return found
+
+
+SECTIONS: list[tuple[str, Callable[[], Any]]] = [
+    ("environment", environment),
+    ("two_processes", two_processes),
+    ("two_processes_visible_by_uuid", lambda: two_processes(CUDA_VISIBLE_DEVICES=gpu_uuid())),
+    ("two_processes_importer_sees_no_gpu", lambda: two_processes(CUDA_VISIBLE_DEVICES="")),
+    ("sizes_refused", sizes_refused),
+    ("owner_killed", owner_killed),
+    ("grow_and_shrink", grow_and_shrink),
+    ("host_slab", host_slab),
+    ("with_torch", with_torch),
+    ("doctor", links),
+    ("mover", mover),
+]
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--child"]:
+        roles = {"import": child_import, "own": child_own}
+        with socket.socket(fileno=int(sys.argv[3])) as sock:
+            try:
+                roles[sys.argv[2]](sock)
+            except EOFError:
+                return 1
+        return 0
+    start, results, failed = time.perf_counter(), {}, 0
+    for name, section in SECTIONS:
+        try:
+            results[name] = section()
+        except Exception as error:  # noqa: BLE001 - every section reports, none ends the run
+            failed += 1
+            results[name] = {"FAILED": f"{type(error).__name__}: {error}", "where": traceback.format_exc(limit=-3)}
+        print(f"{name}: {json.dumps(results[name], default=str)}", flush=True)
+    results["seconds"] = round(time.perf_counter() - start, 1)
+    if sys.argv[1:]:
+        Path(sys.argv[1]).write_text(json.dumps(results, indent=1, default=str))
+    print(f"smoke: {len(SECTIONS) - failed} of {len(SECTIONS)} sections passed in {results['seconds']} s", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""`vcache bench engine`: one process stores, another retrieves, a third lends the memory; beside a plain copy of the bytes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from ..config import ByteSize
+from ..errors import ArgumentError, VCacheError
+from .engine_worker import CHUNK_BYTES
+from .processes import clean_environment, manager_process, running, stop
+from .report import Column, Report
+
+TARGET_RATIO = 0.7
+MAPPINGS = ("blocks", "random")
+
+COLUMNS = (
+    Column("operation", "operation"),
+    Column("mapping", "slot mapping"),
+    Column("milliseconds", "ms", ",.1f"),
+    Column("gbps", "GB/s", ".2f"),
+    Column("copy_gbps", "plain copy GB/s", ".2f"),
+    Column("ratio", "ratio", ".2f"),
+)
+
+
+class Worker:
+    """A process with an engine and a paged cache, asked over its standard streams."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+
+    def __call__(self, operation: str, **arguments: Any) -> dict[str, Any]:
+        """Ask and wait for the answer. Raises `VCacheError` with its last words when the process has died."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"operation": operation, **arguments}) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if not answer:
+            raise VCacheError(f"bench engine: the worker ended during {operation!r}; its message is above")
+        found: dict[str, Any] = json.loads(answer)
+        return found
+
+
+def bench_engine(nbytes: int, repeats: int, progress: Callable[[str], None]) -> Report:
+    """Measure over host memory. Blocks for about half a minute at 1 GiB; needs five times `nbytes` of memory.
+
+    Raises `ArgumentError` when `nbytes` is less than one chunk."""
+    if nbytes < CHUNK_BYTES:
+        raise ArgumentError(f"--bytes {ByteSize(nbytes)}: a chunk of the model measured is {ByteSize(CHUNK_BYTES)}")
+    chunks = nbytes // CHUNK_BYTES
+    report = Report(
+        title=f"Engines: {ByteSize(chunks * CHUNK_BYTES)} of KV (Llama-3.1-8B shape, bf16, blocks of 16) over host memory",
+        command=f"vcache bench engine --bytes {ByteSize(nbytes)} --repeats {repeats}",
+        columns=COLUMNS,
+    )
+    with ExitStack() as stack:
+        progress("starting manager and lender")
+        manager = stack.enter_context(manager_process())
+        command = [sys.executable, "-m", "vcache.cli", "lend", "--kind", "host", "--size", str(chunks * CHUNK_BYTES)]
+        command += ["--address", manager.address, "--slab-size", str(8 * CHUNK_BYTES), "--prefault"]
+        stack.enter_context(running(command, "lending", env=clean_environment()))
+        progress("starting two engines")
+        writer = stack.enter_context(_worker(manager.address, chunks, "writer"))
+        reader = stack.enter_context(_worker(manager.address, chunks, "reader"))
+        for mapping in MAPPINGS:
+            report.rows += _measure(writer, reader, mapping, repeats, progress)
+    whole = [row["ratio"] for row in report.rows if row["mapping"] == "blocks"]
+    report.notes.append(
+        f"target {'met' if min(whole) >= TARGET_RATIO else 'missed'}: at least {TARGET_RATIO} of a plain copy for whole blocks"
+    )
+    report.notes.append("every retrieve was compared byte for byte with what was stored; medians of alternating runs")
+    return report
+
+
+def _measure(
+    writer: Worker, reader: Worker, mapping: str, repeats: int, progress: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    seconds: dict[str, list[float]] = {name: [] for name in ("store", "retrieve", "copy in writer", "copy in reader")}
+    nbytes = 0
+    for run in range(repeats + 1):
+        progress(f"{mapping}: " + (f"run {run} of {repeats}" if run else "warming up"))
+        prompt = {"prompt": run, "mapping": mapping}
+        writer("clear")
+        stored = writer("store", **prompt)
+        copied = writer("copy")
+        loaded = reader("retrieve", **prompt)
+        again = reader("copy")
+        if loaded["tokens"] != stored["tokens"] or not loaded["equal"]:
+            raise VCacheError(
+                f"bench engine: {loaded['tokens']} of {stored['tokens']} tokens retrieved, equal: {loaded['equal']}"
+            )
+        if not run:
+            continue
+        nbytes = stored["nbytes"]
+        for name, answer in zip(seconds, (stored, loaded, copied, again), strict=True):
+            seconds[name].append(answer["seconds"])
+    for operation, copy in (("store", "copy in writer"), ("retrieve", "copy in reader")):
+        own, plain = statistics.median(seconds[operation]), statistics.median(seconds[copy])
+        yield {
+            "operation": operation,
+            "mapping": "whole blocks" if mapping == "blocks" else "random tokens",
+            "milliseconds": 1e3 * own,
+            "gbps": nbytes / own / 1e9,
+            "copy_gbps": nbytes / plain / 1e9,
+            "ratio": plain / own,
+        }
+
+
+@contextmanager
+def _worker(address: str, chunks: int, name: str) -> Iterator[Worker]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vcache.bench.engine_worker", address, str(chunks), name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+    )
+    try:
+        worker = Worker(process)
+        worker("ready")
+        yield worker
+    finally:
+        stop(process)
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                stream.close()

@@ -1,0 +1,165 @@
+"""`vcache bench ...`: measurements of VCache on this machine, each beside what it must be compared with, in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..config import ByteSize
+from .exits import guarded
+from .options import CsvFile, JsonFile, parse_size
+
+if TYPE_CHECKING:
+    from ..bench.report import Report
+
+_ONE_GIB = ByteSize(2**30)
+
+bench = typer.Typer(
+    help="Measure VCache beside what it must be compared with.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+
+
+@bench.command()
+@guarded
+def manager(
+    keys_per_request: Annotated[int, typer.Option(min=1, max=4096, help="Keys in one request.")] = 128,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Length of each run.")] = 3.0,
+    chunks: Annotated[int, typer.Option(min=4096, help="Chunks that the manager knows.")] = 100_000,
+    json: JsonFile = None,
+    csv: CsvFile = None,
+) -> None:
+    """Key look-ups per second of one manager.
+
+    One core serves, another drives it over a unix socket, with a lease for each request; beside mooncake_master, where it is
+    installed, on the same two cores.
+    """
+    from ..bench.manager import bench_manager
+
+    with _progress() as progress:
+        report = bench_manager(keys_per_request, seconds, chunks, progress)
+    _finish(report, json, csv)
+
+
+@bench.command()
+@guarded
+def memory(
+    chunks: Annotated[int, typer.Option(min=1000, help="Chunks to mount.")] = 1_000_000,
+    json: JsonFile = None,
+    csv: CsvFile = None,
+) -> None:
+    """Memory that a chunk costs the manager, in bytes."""
+    from ..bench.memory import bench_memory
+
+    with _progress() as progress:
+        report = bench_memory(chunks, progress)
+    _finish(report, json, csv)
+
+
+@bench.command()
+@guarded
+def lookup(
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 131_072,
+    chunk_size: Annotated[int, typer.Option(min=1, max=65535, help="Tokens in a chunk.")] = 256,
+    json: JsonFile = None,
+    csv: CsvFile = None,
+) -> None:
+    """Look-up of a long prompt, hashing included.
+
+    All of its chunks are there, among 100,000 others, in a manager in another process.
+    """
+    from ..bench.lookup import bench_lookup
+
+    with _progress() as progress:
+        report = bench_lookup(tokens, chunk_size, progress)
+    _finish(report, json, csv)
+
+
+@bench.command()
+@guarded
+def engine(
+    nbytes: Annotated[
+        ByteSize, typer.Option("--bytes", parser=parse_size, metavar="SIZE", help="KV to store and retrieve.")
+    ] = _ONE_GIB,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each measurement; the median counts.")] = 5,
+    json: JsonFile = None,
+    csv: CsvFile = None,
+) -> None:
+    """Store in one process, retrieve in another.
+
+    Over host memory that a third process lends: whole blocks and random slot mappings, beside a plain copy of the same bytes.
+    """
+    from ..bench.engine import bench_engine
+
+    with _progress() as progress:
+        report = bench_engine(nbytes, repeats, progress)
+    _finish(report, json, csv)
+
+
+@bench.command()
+@guarded
+def transfer(
+    sizes: Annotated[
+        list[ByteSize] | None,
+        typer.Option("--size", parser=parse_size, metavar="SIZE", help="Bytes of KV in a request; may be repeated."),
+    ] = None,
+    pages: Annotated[
+        list[ByteSize] | None,
+        typer.Option("--page", parser=parse_size, metavar="SIZE", help="Bytes of a block in a region; may be repeated."),
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Also 4 GiB.")] = False,
+    interference: Annotated[bool, typer.Option("--interference", help="Also what a running matrix product loses.")] = False,
+    end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Also whole engines in processes of their own.")] = False,
+    grid: Annotated[int, typer.Option(min=0, help="Programs of the mover's launch; 0 = its default for the link.")] = 0,
+    device: Annotated[int, typer.Option(min=-1, help="GPU that holds the paged cache; -1 = the first, or the CPU.")] = -1,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw GB/s over size (.svg, .png, .pdf).")] = None,
+    json: JsonFile = None,
+    csv: CsvFile = None,
+) -> None:
+    """Every path that KV can take on this machine.
+
+    By size and page size, beside plain copies of the same bytes. One to four minutes on a GPU; seconds without one.
+    """
+    import sys
+
+    from ..bench.transfer import TransferOptions, curves, run
+
+    chosen = TransferOptions(full=full, interference=interference, end_to_end=end_to_end, grid=grid, device=device)
+    chosen = chosen._replace(command=" ".join(["vcache", *sys.argv[1:]]))
+    if sizes:
+        chosen = chosen._replace(sizes=tuple(sizes))
+    if pages:
+        chosen = chosen._replace(page_sizes=tuple(pages))
+    with _progress() as progress:
+        report = run(chosen, progress)
+    if plot is not None:
+        from ..bench.plot import draw
+
+        draw(curves(report.rows), plot, title=report.title)
+    _finish(report, json, csv)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr with the current step; nothing where stderr is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("starting") as line:
+        yield lambda step: line.update(step)
+
+
+def _finish(report: Report, json: Path | None, csv: Path | None) -> None:
+    """The table goes to stdout, unless a file that was asked for does."""
+    from rich.console import Console
+
+    from ..bench.report import print_report, save_report
+
+    to_stdout = "-" in (str(json), str(csv))
+    print_report(report, Console(stderr=to_stdout))
+    save_report(report, json, csv)

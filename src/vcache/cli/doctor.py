@@ -1,0 +1,265 @@
+"""What `vcache doctor` looks at. One function for each subject; `CHECKERS` is their order. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import shutil
+import socket
+import struct
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..config import ByteSize, VCacheConfig, sections
+from ..errors import ManagerUnavailableError, SegmentError, VCacheError
+from ..manager.address import parse_address
+from .checks import Check, Checker, adopt
+from .options import default_address, socket_folder
+
+_OTHER_VARIABLES = {"VCACHE_CONFIG", "VCACHE_TOKEN", "VCACHE_LOG_LEVEL"}
+_MIB = 2**20
+
+
+def python(_: VCacheConfig) -> Iterator[Check]:
+    version = ".".join(map(str, sys.version_info[:3]))
+    if sys.platform != "linux":
+        why = "VCache shares memory by memfd, SO_PEERCRED and file descriptors over unix sockets"
+        yield Check("system", "fail", sys.platform, why, "run VCache on Linux")
+        return
+    yield Check("system", "ok", f"Linux {os.uname().release}, Python {version}, {len(os.sched_getaffinity(0))} usable cores")
+
+
+def packages(config: VCacheConfig) -> Iterator[Check]:
+    required = _versions(("vcache", "msgspec", "uvloop", "prometheus-client", "PyYAML", "rich", "typer"))
+    yield Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in required.items()))
+    optional = _versions(("torch", "numpy", "triton", "cuda-bindings"))
+    if "torch" in optional and "numpy" in optional:
+        yield Check("tensors", "ok", ", ".join(f"{name} {version}" for name, version in optional.items()))
+    else:
+        why = "store and retrieve move tensors; the manager and `vcache lend` do without"
+        yield Check("tensors", "warn", "torch or numpy is not installed", why, "for engines: pip install 'vcache[torch]'")
+    vllm = _versions(("vllm",))
+    yield Check("vLLM", "ok", f"vllm {vllm['vllm']}" if vllm else "not installed (needed only where vLLM runs)")
+
+
+def environment(_: VCacheConfig) -> Iterator[Check]:
+    prefixes = tuple(f"VCACHE_{section.upper()}_" for section in sections())
+    set_here = sorted(name for name in os.environ if name.startswith("VCACHE_"))
+    for name in set_here:
+        if name not in _OTHER_VARIABLES and not name.startswith(prefixes):
+            known = ", ".join(f"{prefix}*" for prefix in prefixes)
+            why = "it looks like a setting, and nothing reads it"
+            yield Check("environment", "warn", f"{name} is set", why, f"correct or unset it; known: {known}")
+    yield Check("configuration", "ok", f"valid; variables set: {', '.join(set_here) or 'none'}")
+
+
+def memory(config: VCacheConfig) -> Iterator[Check]:
+    from ..segment.hostinfo import available_memory
+
+    available = available_memory()
+    detail = f"{ByteSize(available.nbytes) / 2**30:.1f} GiB can be had ({available.limit})"
+    if available.nbytes < config.segment.size and config.segment.lend:
+        why = f"segment.size is {config.segment.size}"
+        yield Check(
+            "host memory", "warn", detail, why, "lend less, or free memory; a host segment of that size will be refused"
+        )
+    else:
+        yield Check("host memory", "ok", detail)
+    shm = Path("/dev/shm")
+    if not shm.is_dir():
+        yield Check("/dev/shm", "warn", "missing", "PyTorch and NCCL need it; VCache itself does not", "mount a tmpfs there")
+        return
+    size = os.statvfs(shm)
+    free, total = size.f_bavail * size.f_frsize, size.f_blocks * size.f_frsize
+    detail = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    if free < 64 * _MIB:
+        why = "PyTorch and NCCL of engines on this host use it (VCache itself uses memfd)"
+        yield Check("/dev/shm", "warn", detail, why, "in a container: --shm-size=8g or --ipc=host")
+    else:
+        yield Check("/dev/shm", "ok", detail)
+
+
+def limits(config: VCacheConfig) -> Iterator[Check]:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    detail = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / _MIB:.0f} MiB"
+    if soft == resource.RLIM_INFINITY or soft >= config.segment.size:
+        yield Check("locked memory", "ok", detail)
+    else:
+        why = "RDMA registers (locks) the memory it moves; NVLink, PCIe and plain host segments do not need it"
+        yield Check(
+            "locked memory", "warn", detail, why, "for RDMA: ulimit -l unlimited, or --ulimit memlock=-1 for a container"
+        )
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    slabs = -(-config.segment.size // config.segment.slab_size)
+    detail = f"{files} at once (limit may be raised to {most})"
+    if files < 256 + 2 * slabs:
+        why = f"a lender holds one for each slab, and segment.size makes {slabs}"
+        yield Check("open files", "warn", detail, why, "ulimit -n 4096, or a larger segment.slab_size")
+    else:
+        yield Check("open files", "ok", detail)
+
+
+def shared_memory(_: VCacheConfig) -> Iterator[Check]:
+    from ..segment.host import HostBacking
+
+    why = "host segments are memfd slabs, handed to other processes as file descriptors"
+    try:
+        backing = HostBacking()
+        slab = backing.create(backing.granularity)
+        try:
+            backing.write(slab, 0, b"vcache")
+            other = backing.map(slab.fd, slab.nbytes)
+            same = backing.read(other, 0, 6) == b"vcache"
+            backing.unmap(other)
+        finally:
+            backing.release(slab)
+    except SegmentError as error:
+        yield Check(
+            "memfd", "fail", str(error), why, "use a kernel and a container profile that allow memfd_create and fallocate"
+        )
+        return
+    if same:
+        yield Check("memfd", "ok", "created, sealed, mapped twice, freed")
+    else:
+        yield Check("memfd", "fail", "a second mapping does not show what the first one wrote", why, "report this machine")
+
+
+def sockets(config: VCacheConfig) -> Iterator[Check]:
+    why = "peers are recognised by the kernel's word (SO_PEERCRED), and memory travels as file descriptors (SCM_RIGHTS)"
+    left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with left, right:
+        try:
+            credentials = left.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            _, user, _ = struct.unpack("3i", credentials)
+            socket.send_fds(left, [b"x"], [left.fileno()])
+            _, fds, _, _ = socket.recv_fds(right, 1, 1)
+            for fd in fds:
+                os.close(fd)
+        except OSError as error:
+            yield Check("unix sockets", "fail", str(error), why, "use a container profile that allows them")
+            return
+    if user == os.geteuid() and len(fds) == 1:
+        yield Check("unix sockets", "ok", "peer credentials and file descriptors pass")
+    else:
+        detail = f"peer shows as user {user} instead of {os.geteuid()}, {len(fds)} descriptors came through"
+        yield Check("unix sockets", "fail", detail, why, "run all VCache processes in one user namespace")
+    yield _folder(config)
+
+
+def _folder(config: VCacheConfig) -> Check:
+    from ..segment.broker_protocol import prepare_broker_dir
+
+    folder = socket_folder(config)
+    if not folder.exists():
+        return Check("socket folder", "ok", f"{folder} (will be created)")
+    try:
+        prepare_broker_dir(str(folder))
+    except SegmentError as error:
+        why = "the manager and every lender put their sockets there; nobody else may"
+        return Check("socket folder", "fail", str(error), why, "set segment.broker_dir to a folder of your own, mode 0700")
+    return Check("socket folder", "ok", f"{folder}, mode {folder.stat().st_mode & 0o7777:04o}")
+
+
+def manager(config: VCacheConfig) -> Iterator[Check]:
+    from .session import tool_session
+
+    address, name = config.manager.address, "manager"
+    why = "without it every look-up is a miss"
+    try:
+        tcp = parse_address(address).kind == "tcp"
+        with tool_session(config) as api:
+            stats = api.stats()
+    except ManagerUnavailableError as error:
+        chosen = address != default_address(config)
+        yield Check(
+            name,
+            "fail" if chosen else "warn",
+            str(error).partition("; is it running")[0],
+            why,
+            f"start it: vcache serve --address {address}",
+        )
+        return
+    except VCacheError as error:
+        yield Check(name, "fail", str(error), why, "see the message")
+        return
+    lent = sum(segment.info.nbytes for segment in stats.segments)
+    detail = f"{address} answers: {len(stats.segments)} segment(s), {lent / 2**30:.2f} GiB, {len(stats.sessions)} session(s)"
+    if not stats.segments:
+        yield Check(
+            name, "warn", detail, "nobody lends memory, so nothing can be stored", "vcache lend --kind host --size 2GiB"
+        )
+    elif tcp:
+        yield Check(name, "warn", detail, "TCP is not encrypted", "keep it inside a trusted network; use unix:// on one host")
+    else:
+        yield Check(name, "ok", detail)
+
+
+def gpu(config: VCacheConfig) -> Iterator[Check]:
+    driver = Path("/proc/driver/nvidia/version")
+    if not driver.exists():
+        wanted = config.segment.kind == "cuda"
+        advice = "set segment.kind to host, or give the container a GPU" if wanted else ""
+        why = "segment.kind is cuda" if wanted else ""
+        yield Check("GPU", "fail" if wanted else "ok", "no NVIDIA driver here: the pool is made of host memory", why, advice)
+        return
+    if find_spec("cuda") is None or find_spec("cuda.bindings") is None:
+        why = "lending VRAM needs it; without it the pool is made of host memory"
+        yield Check("GPU", "warn", "package cuda-bindings is not installed", why, "pip install 'vcache[cuda]'")
+        return
+    cuda_doctor = import_module("vcache.segment.cuda_doctor")
+    yield from adopt(cuda_doctor.checks())
+    table = cuda_doctor.link_table(cuda_doctor.links())
+    for row in table[1:]:
+        pairs = ", ".join(f"{target} {kind}" for target, kind in zip(table[0][1:], row[1:], strict=True))
+        yield Check(f"links from {row[0]}", "ok", pairs)
+
+
+def mooncake(config: VCacheConfig) -> Iterator[Check]:
+    name, wanted = "Mooncake", config.storage.kind == "mooncake"
+    why = "it is the storage tier: DRAM and SSD of this and other hosts"
+    wheels = _versions(("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine-cuda13"))
+    if not wheels:
+        detail = "not installed (needed only for storage.kind mooncake)"
+        advice = "pip install 'vcache[mooncake]', and the system library libibverbs1"
+        yield Check(name, "fail", "not installed", why, advice) if wanted else Check(name, "ok", detail)
+        return
+    detail = ", ".join(f"{wheel} {version}" for wheel, version in wheels.items())
+    try:
+        ctypes.CDLL("libibverbs.so.1")
+    except OSError:
+        yield Check(
+            name, "fail" if wanted else "warn", f"{detail}, but libibverbs.so.1 is missing", why, "apt install libibverbs1"
+        )
+        return
+    master = shutil.which(
+        "mooncake_master", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+    )
+    yield Check(name, "ok", f"{detail}, libibverbs, mooncake_master {'at ' + master if master else 'not on the path'}")
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+CHECKERS: tuple[Checker, ...] = (
+    python,
+    packages,
+    environment,
+    memory,
+    limits,
+    shared_memory,
+    sockets,
+    manager,
+    gpu,
+    mooncake,
+)

@@ -1,0 +1,80 @@
+"""`vcache lend`: a process that does nothing but hold memory for the pool. Imports neither torch nor NumPy."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import ExitStack
+
+import typer
+
+from ..config import ByteSize, VCacheConfig
+from ..errors import ConfigError, DeviceUnavailableError
+from ..manager.connect import connect
+from ..segment.backing import SlabBacking
+from ..segment.lender import Lender
+from .signals import run_until_stopped
+
+logger = logging.getLogger("vcache.cli")
+
+_MOUNT_TIMEOUT = 5.0
+
+
+def lend_until_stopped(config: VCacheConfig, *, device: str | None, prefault: bool, name: str | None) -> None:
+    """Lend as `config.segment` says. Prints what is lent, and every change. Returns on SIGINT or SIGTERM, after the memory was
+    given back. Raises `SegmentError` or `DeviceUnavailableError` when it cannot be had, `ConfigError` for a wrong device."""
+
+    def start(stack: ExitStack) -> None:
+        backing = open_backing(config.segment.kind, device, prefault)
+        stack.callback(backing.close)
+        api = connect(config, name=name or f"lend-{os.getpid()}", role="lender")
+        stack.callback(api.close)
+        lender = Lender(api, backing, config.segment, on_resize=_say_resized)
+        stack.callback(lender.close)
+        connected = lender.wait_mounted(_MOUNT_TIMEOUT) if api.epoch else False
+        manager = config.manager.address if connected else f"{config.manager.address} (not there yet; mounts when it is)"
+        typer.echo(
+            f"lending {ByteSize(lender.payload_bytes)} of {_describe(backing)} in {len(lender.info.slabs)} slab(s): "
+            f"segment {lender.uuid.hex()}, manager {manager}"
+        )
+
+    run_until_stopped(start)
+    typer.echo("stopped lending; the memory is given back")
+
+
+def open_backing(kind: str, device: str | None, prefault: bool) -> SlabBacking:
+    """Host memory or one GPU. `kind` `auto`: the GPU where one can be used. `device`: number or UUID of a GPU, None = first."""
+    if kind == "host" or (kind == "auto" and device is None):
+        backing = None if kind == "host" else _usable_gpu()
+        if backing is not None:
+            return backing
+        if device is not None:
+            raise ConfigError(f"--device {device}: host memory has no device; leave it out, or use --kind cuda")
+        from ..segment.host import HostBacking
+
+        return HostBacking(prefault=prefault)
+    from ..segment.cuda import CudaBacking, gpu_uuid
+
+    if device is None:
+        return CudaBacking()
+    if not device.isascii() or not (device.isdigit() or device.startswith("GPU-")):
+        raise ConfigError(f"--device {device}: expected the number of a GPU or its UUID (GPU-...)")
+    return CudaBacking(gpu_uuid(int(device)) if device.isdigit() else device)
+
+
+def _usable_gpu() -> SlabBacking | None:
+    from ..segment.cuda import CudaBacking
+
+    try:
+        return CudaBacking()
+    except DeviceUnavailableError as error:
+        logger.info("lending host memory: %s", error)
+        return None
+
+
+def _describe(backing: SlabBacking) -> str:
+    return "host memory" if backing.kind == "host" else f"VRAM of {backing.device}"
+
+
+def _say_resized(nbytes: int) -> None:
+    typer.echo(f"now lending {ByteSize(nbytes)}")

@@ -1,0 +1,66 @@
+"""Options that several commands share, and how they become a `VCacheConfig`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from ..config import ByteSize, VCacheConfig
+
+
+def parse_size(text: str | int) -> ByteSize:
+    """For `--size`: raises what typer shows as a usage error."""
+    try:
+        size = ByteSize.parse(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    if size <= 0:
+        raise typer.BadParameter(f"{text!r}: must be above 0")
+    return size
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="YAML configuration; else the file named by VCACHE_CONFIG."),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        "-a",
+        metavar="ADDRESS",
+        help="Manager: unix:///path or tcp://host:port. Default: manager.address, else this user's socket.",
+    ),
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON; - for stdout.")]
+CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write the rows as CSV; - for stdout.")]
+
+
+def load_config(file: Path | None, **sections: dict[str, Any]) -> VCacheConfig:
+    """Defaults, file, environment, then the options given (those that are not None). Raises `ConfigError`.
+
+    Several processes cannot share an embedded manager: where the configuration names no address, it becomes the socket of this
+    user on this host, so that `vcache serve`, `lend` and `status` find each other without any configuration.
+    """
+    given = {name: {key: value for key, value in keys.items() if value is not None} for name, keys in sections.items()}
+    given = {name: keys for name, keys in given.items() if keys}
+    config = VCacheConfig.from_env(**given) if file is None else VCacheConfig.from_file(file, **given)
+    if config.manager.address == "embedded":
+        address = default_address(config)
+        config = msgspec.structs.replace(config, manager=msgspec.structs.replace(config.manager, address=address))
+    return config
+
+
+def socket_folder(config: VCacheConfig) -> Path:
+    """Where the sockets of this user's manager and lenders are. Does not create it."""
+    from ..segment.broker_protocol import default_broker_dir
+
+    return Path(config.segment.broker_dir).absolute() if config.segment.broker_dir else default_broker_dir()
+
+
+def default_address(config: VCacheConfig) -> str:
+    """Where `vcache serve` listens when nothing else is said."""
+    return f"unix://{socket_folder(config) / 'manager.sock'}"

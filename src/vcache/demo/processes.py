@@ -1,0 +1,149 @@
+"""The processes of the demo: manager, lender and workers, started, spoken to and ended."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from .messages import DemoError, Failed, Progress, Reply, Request
+
+
+def child_environment(env: Mapping[str, str]) -> dict[str, str]:
+    """`env` without VCache settings of the user, which are not meant for the demo (its log level stays), and with the model
+    libraries told to be quiet and to fetch nothing. Pure."""
+    kept = {name: value for name, value in env.items() if not name.startswith("VCACHE_") or name == "VCACHE_LOG_LEVEL"}
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    return {**kept, **quiet}
+
+
+class Child:
+    """A process whose stdout is read line by line and whose stderr goes to `<name>.log` in `folder`. A context manager.
+
+    It has a session of its own: Ctrl-C reaches the demo alone, which then ends its children.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
+        self.name = name
+        self._log = folder / f"{name.replace(' ', '-')}.log"
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=child_environment(os.environ),
+                start_new_session=True,
+            )
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, name=f"read-{name}", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def line(self, timeout: float) -> bytes:
+        """The next line of its stdout. Raises `DemoError` when it ends or says nothing for `timeout` seconds."""
+        try:
+            line = self._lines.get(timeout=timeout)
+        except queue.Empty:
+            raise DemoError(f"{self.name} (pid {self.pid}) said nothing for {timeout:.0f} s; {self._evidence()}") from None
+        if line is None:
+            code = self._process.wait()
+            raise DemoError(f"{self.name} (pid {self.pid}) ended with code {code}; {self._evidence()}")
+        return line
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash would end it; returns when it is gone. Idempotent."""
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self, timeout: float = 10.0) -> None:
+        """End its input and ask it to go (SIGTERM); after `timeout` seconds SIGKILL. Idempotent."""
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):  # unsent bytes for a process that is dead already
+                self._process.stdin.close()
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._reader.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as lines:
+            for line in lines:
+                self._lines.put(line)
+        self._lines.put(None)
+
+    def _evidence(self) -> str:
+        """The last line it wrote to stderr, and where the rest is."""
+        lines = self._log.read_text(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "it logged nothing")
+        return f"{last} (log: {self._log}; --keep keeps it)"
+
+
+class Service(Child):
+    """`vcache serve` or `vcache lend`."""
+
+    def __init__(self, name: str, arguments: Sequence[str], folder: Path) -> None:
+        super().__init__(name, [sys.executable, "-m", "vcache.cli", *arguments], folder)
+
+    def wait_ready(self, timeout: float = 30.0) -> None:
+        """Both print one line when they are ready. Raises `DemoError`."""
+        self.line(timeout)
+
+
+class WorkerProcess(Child):
+    """`python -m vcache.demo.worker`. Not thread-safe: one request at a time."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        super().__init__(name, [sys.executable, "-m", "vcache.demo.worker"], folder)
+
+    def send(self, request: Request) -> None:
+        """Does not wait for the answer. Raises `DemoError` when the process is gone."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(msgspec.json.encode(request) + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise DemoError(f"{self.name} (pid {self.pid}) is gone; {self._evidence()}") from None
+
+    def receive(self, timeout: float, on_progress: Callable[[Progress], None] = lambda progress: None) -> Reply:
+        """The answer to the request sent last; `timeout` is the longest silence. Raises `DemoError`."""
+        while True:
+            reply: Reply = msgspec.json.decode(self.line(timeout), type=Reply)
+            if isinstance(reply, Failed):
+                raise DemoError(f"{self.name}: {reply.error}")
+            if not isinstance(reply, Progress):
+                return reply
+            on_progress(reply)
+
+
+def poll(found: Callable[[], bool], timeout: float, what: str, interval: float = 0.1) -> float:
+    """Seconds until `found()` was true, asked every `interval` seconds. Raises `DemoError` after `timeout` seconds."""
+    began = time.monotonic()
+    while not found():
+        if time.monotonic() - began > timeout:
+            raise DemoError(f"{what}: not within {timeout:.0f} s")
+        time.sleep(interval)
+    return time.monotonic() - began

@@ -1,0 +1,48 @@
+"""What the demo shows while it runs: a line for every step done, and a moving bar where something takes long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from .messages import Progress as Moved
+
+
+class Step:
+    """A step under way; `note` adds to the line that is printed when it is done."""
+
+    def __init__(self, bar: Progress, text: str) -> None:
+        self._bar = bar
+        self._text = text
+        self._task = bar.add_task(text, total=None)
+        self.notes: list[str] = []
+
+    def moved(self, progress: Moved) -> None:
+        self._bar.update(
+            self._task, description=f"{self._text}: {progress.what}", completed=progress.done, total=progress.total
+        )
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+class Stage:
+    """Prints to one console. Bars only on a terminal; elsewhere a line for each step done."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    @contextmanager
+    def step(self, text: str) -> Iterator[Step]:
+        """A step that lasts as long as the block. Prints nothing more when the block raises."""
+        began = time.monotonic()
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
+            step = Step(bar, text)
+            yield step
+        note = f"  [dim]{', '.join(step.notes)}[/dim]" if step.notes else ""
+        self.console.print(f"[green]done[/green] {time.monotonic() - began:5.1f} s  {text}{note}", highlight=False)

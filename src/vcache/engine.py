@@ -1,0 +1,320 @@
+"""`VCacheEngine`: the library inside an inference process. Tokens and masks in, bytes moved one-sided, manager asked."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .config import VCacheConfig
+from .errors import ArgumentError, VCacheError
+from .handles import StreamFollower, TransferHandle
+from .keys import CacheKey, ChunkSpan, TokenDatabase, skipped_tokens, token_array
+from .lower_tier import LowerTier
+from .manager.messages import ManagerApi
+from .metrics import EngineMetrics
+from .pool import MANAGER_ERRORS, Chunk, ChunkPool, Presence
+from .resources import Resources, open_resources
+from .spec import KVCacheSpec
+
+if TYPE_CHECKING:
+    import torch
+
+    from .paged.layout import PagedCache
+    from .paged.mover import Mover
+
+logger = logging.getLogger("vcache.engine")
+
+KVCaches = Any
+"""A list or dict of one tensor per layer, or what `VCacheEngine.bind` made of it."""
+
+MAX_TARGETS = 3
+"""Paged caches remembered besides the newest."""
+
+CLOSE_TIMEOUT = 5.0
+"""Seconds that `close` waits for background writes."""
+
+
+class _Target(NamedTuple):
+    """A paged cache and how to move its rows."""
+
+    cache: PagedCache
+    mover: Mover
+
+
+class VCacheEngine:
+    """Stores and retrieves the KV of prompts. Thread-safe; a context manager.
+
+    Wrong arguments raise `ArgumentError`, `LayoutError` or `SpecError` (all `ValueError`s). Nothing else raises in the data
+    path: an absent manager, a dead lender or a failing storage tier is a miss plus a counter (`get_stats`).
+    """
+
+    def __init__(
+        self, config: VCacheConfig | None = None, spec: KVCacheSpec | None = None, *, device: str = "auto", name: str = ""
+    ) -> None:
+        """Connect to the manager (or start an embedded one) and lend a segment, as `config` says.
+
+        `config` defaults to `VCacheConfig()`: manager and segment inside this process, no storage tier. `device`: where the
+        paged caches are: `cpu`, `cuda`, `cuda:<n>`, or `auto` (the current GPU where there is one). `name` shows in
+        `vcache status`. Blocks up to `manager.connect_timeout`; an absent manager is a warning, not an error. Raises
+        `ConfigError`, `SegmentError` or `DeviceUnavailableError` when what was asked for cannot be had.
+        """
+        if spec is None:
+            raise ArgumentError("VCacheEngine: a KVCacheSpec is needed: VCacheEngine(config, KVCacheSpec(model=..., ...))")
+        self.config = config or VCacheConfig()
+        self.spec = spec
+        settings = self.config.cache
+        size = settings.chunk_size
+        self.metrics = EngineMetrics(floor_gbps=self.config.transfer.floor_gbps)
+        self._tokens = TokenDatabase(spec.namespace(size), size, partial=settings.save_partial_chunk)
+        slot_bytes = spec.payload_bytes(size)
+        self._resources: Resources = open_resources(self.config, slot_bytes, name or f"engine-{os.getpid()}", device)
+        self.pool = ChunkPool(
+            self._resources.manager,
+            self._resources.segments,
+            spec,
+            size,
+            self.metrics,
+            placement=settings.placement,
+        )
+        self.manager.set_write_gate(self.pool.wait_writes)
+        self._lower: LowerTier | None = self._resources.open_lower_tier(self.config, self.pool, self.metrics)
+        self._executor = ThreadPoolExecutor(self.config.transfer.threads, thread_name_prefix="vcache-transfer")
+        self._targets: list[_Target] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    # -- the five calls --------------------------------------------------------------------------------------------
+
+    def lookup(self, tokens: Any) -> int:
+        """Tokens of the longest prefix of `tokens` (1-D ids) that is present in any tier. Blocks for one round trip per tier
+        change; never longer than the deadlines. Takes no lease: what it saw may be gone when it is retrieved."""
+        began = time.perf_counter()
+        self._check_open()
+        spans = self._tokens.spans(tokens)
+        digests = [span.digest for span in spans]
+        present = self._present(digests)
+        self._count(len(digests), present)
+        self.metrics.observe("lookup", "", time.perf_counter() - began)
+        return spans[present.found - 1].end if present.found else 0
+
+    def store(
+        self,
+        tokens: Any,
+        mask: Any = None,
+        *,
+        kvcaches: KVCaches,
+        slot_mapping: torch.Tensor,
+        offset: int = 0,
+    ) -> None:
+        """Write the KV of `tokens[False count of mask:]` to VRAM or DRAM, and to the storage tier in the background.
+
+        `mask`: bool, `F...FT...T`; False = already there; the number of False must be a multiple of `chunk_size`.
+        `slot_mapping`: integer tensor; entry `i - offset` is `block * block_size + position` of token `i`. `offset` = index of
+        the first token that it covers, at most the number of False. Chunks that exist are skipped. Blocks until the source
+        may change. A store that finds no room is counted, not raised.
+        """
+        self._store(tokens, mask, kvcaches, slot_mapping, offset)
+
+    def retrieve(self, tokens: Any, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: torch.Tensor) -> torch.Tensor:
+        """Load the longest prefix that any tier holds into `kvcaches`, chunk by chunk, from the best tier of each.
+
+        `mask` as in `store`: tokens under False are left alone. `slot_mapping[i]` belongs to token `i`. Returns a bool CPU
+        tensor of `len(tokens)`: True exactly where the bytes are in `kvcaches` and verified; rows of other tokens may have
+        been written and must be recomputed. Blocks until loaded.
+        """
+        return self._retrieve(tokens, mask, kvcaches, slot_mapping)
+
+    def contains(self, key: CacheKey | str) -> int:
+        """0 when the chunk is in VRAM, 1 when it is in a lower tier (DRAM, storage), -1 when it is nowhere (or of another
+        namespace). Does not count as a use."""
+        self._check_open()
+        key = CacheKey.parse(key) if isinstance(key, str) else key
+        if key.namespace != self._tokens.namespace:
+            return -1
+        tier = -1
+        try:
+            tier = self._resources.manager.tiers([key.digest])[0]
+        except MANAGER_ERRORS:
+            self.metrics.count("manager_errors")
+        if tier < 0 and self._lower is not None and self._lower.prefix([key.digest]):
+            return 1
+        return tier
+
+    def get_stats(self) -> dict[str, Any]:
+        """Counters since construction, bytes, GB/s, hit ratio and latencies per tier; the state of manager and segments.
+        Does not ask the manager and does not block."""
+        stats = self.metrics.snapshot()
+        stats["manager"] = {"address": self.config.manager.address, "epoch": self._resources.manager.epoch}
+        stats["segments"] = self._resources.describe()
+        stats["lent_bytes"] = self._resources.lent_bytes()
+        return stats
+
+    # -- beside them -----------------------------------------------------------------------------------------------
+
+    def chunk_keys(self, tokens: Any) -> list[CacheKey]:
+        """Keys of the chunks of `tokens`, in order. Pure."""
+        return [self._tokens.key(span.digest) for span in self._tokens.spans(tokens)]
+
+    def store_async(
+        self, tokens: Any, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: torch.Tensor, offset: int = 0
+    ) -> TransferHandle[None]:
+        """`store` in the background. Arguments are checked before it returns. The source must not change until done."""
+        target, follower = self._follow(kvcaches)
+        self._plan(tokens, mask, slot_mapping, offset, target.cache)
+        work = lambda: self._store(tokens, mask, target, slot_mapping, offset)  # noqa: E731
+        return TransferHandle(self._executor.submit(follower.run, work))
+
+    def retrieve_async(
+        self, tokens: Any, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: torch.Tensor
+    ) -> TransferHandle[torch.Tensor]:
+        """`retrieve` in the background. Arguments are checked before it returns."""
+        target, follower = self._follow(kvcaches)
+        self._plan(tokens, mask, slot_mapping, 0, target.cache)
+        work = lambda: self._retrieve(tokens, mask, target, slot_mapping)  # noqa: E731
+        return TransferHandle(self._executor.submit(follower.run, work))
+
+    def bind(self, kvcaches: KVCaches) -> Any:
+        """Recognise the layout of a paged cache once; pass the result as `kvcaches` to save that work in every call.
+
+        Raises `LayoutError` or `SpecError`. The tensors must stay where they are.
+        """
+        if isinstance(kvcaches, _Target):
+            return kvcaches
+        from .paged.layout import PagedCache
+        from .paged.select import mover_for
+
+        with self._lock:
+            for known in self._targets:
+                if known.cache.holds(kvcaches):
+                    return known
+            cache = PagedCache.bind(kvcaches, self.spec)
+            target = _Target(cache, mover_for(cache, self.config.transfer))
+            # The newest first, and only a few: callers that pass new tensors in every call must not leak.
+            self._targets = [target, *self._targets[:MAX_TARGETS]]
+        return target
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Block until background writes are done; False on timeout (seconds)."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self.pool.wait_writes(timeout):
+            return False
+        rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return self._lower is None or self._lower.flush(rest)
+
+    def close(self) -> None:
+        """Finish transfers, give background writes up to 5 seconds, return what was lent. Idempotent. Bounded."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._executor.shutdown(wait=True)
+        if self._lower is not None:
+            self._lower.close(CLOSE_TIMEOUT)
+        self._resources.close()
+
+    def __enter__(self) -> VCacheEngine:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def manager(self) -> ManagerApi:
+        """The manager this engine talks to, for tools and integrations."""
+        return self._resources.manager
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _store(self, tokens: Any, mask: Any, kvcaches: KVCaches, slot_mapping: torch.Tensor, offset: int) -> None:
+        target = self.bind(kvcaches)
+        spans, first = self._plan(tokens, mask, slot_mapping, offset, target.cache)
+        chunks = self._chunks(spans, first, offset)
+        if not chunks:
+            return
+        parent = spans[first - 1].digest if first else b""
+        report = self.pool.put(chunks, parent, target.cache, slot_mapping, target.mover).result()
+        if self._lower is not None:
+            self._lower.save_later(report.stored)
+            self._lower.save_now(report.unplaced, target.cache, slot_mapping, target.mover)
+
+    def _retrieve(self, tokens: Any, mask: Any, kvcaches: KVCaches, slot_mapping: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        target = self.bind(kvcaches)
+        spans, first = self._plan(tokens, mask, slot_mapping, 0, target.cache)
+        chunks = self._chunks(spans, first, 0)
+        present = self._load(chunks, target, slot_mapping)
+        loaded = present.found
+        self._count(len(chunks), present)
+        result = torch.zeros(slot_mapping.numel(), dtype=torch.bool)
+        if loaded:
+            result[spans[first].start : spans[first + loaded - 1].end] = True
+        return result
+
+    def _load(self, chunks: Sequence[Chunk], target: _Target, slot_mapping: torch.Tensor) -> Presence:
+        """Load the longest prefix and verify it. Goes on in the storage tier where the pool ends, and back."""
+        position, failed = 0, False
+        while position < len(chunks):
+            rest = chunks[position:]
+            lease = self.pool.acquire([chunk.digest for chunk in rest])
+            failed = lease.failed
+            if lease.locations:
+                flags = self.pool.load(lease, rest, target.cache, slot_mapping, target.mover).result()
+                position += next((i for i, ok in enumerate(flags) if not ok), len(flags))
+            if self._lower is None or position == len(chunks):
+                break
+            loaded = self._lower.load(chunks[position:], target.cache, slot_mapping, target.mover)
+            if not loaded:
+                break
+            position += loaded
+        return Presence(position, failed)
+
+    def _present(self, digests: Sequence[bytes]) -> Presence:
+        found, failed = 0, False
+        while found < len(digests):
+            above = self.pool.lookup(digests[found:])
+            failed = above.failed
+            found += above.found
+            below = self._lower.prefix(digests[found:]) if self._lower is not None else 0
+            if not below:
+                break
+            found += below
+        return Presence(found, failed)
+
+    def _plan(
+        self, tokens: Any, mask: Any, slot_mapping: torch.Tensor, offset: int, cache: PagedCache
+    ) -> tuple[list[ChunkSpan], int]:
+        """Check the arguments; the spans of the prompt and the index of the first one to move."""
+        self._check_open()
+        ids = token_array(tokens)
+        skipped = skipped_tokens(mask, len(ids), self._tokens.chunk_size)
+        if not 0 <= offset <= skipped:
+            raise ArgumentError(f"offset: must be in [0, number of False in mask = {skipped}], got {offset}")
+        cache.check_slot_mapping(slot_mapping, len(ids) - offset)
+        return self._tokens.spans(ids), -(-skipped // self._tokens.chunk_size)
+
+    def _chunks(self, spans: Sequence[ChunkSpan], first: int, offset: int) -> list[Chunk]:
+        return [
+            Chunk(span.digest, index, span.end - span.start, span.start - offset)
+            for index, span in enumerate(spans[first:], start=first)
+        ]
+
+    def _follow(self, kvcaches: KVCaches) -> tuple[_Target, StreamFollower]:
+        self._check_open()
+        target: _Target = self.bind(kvcaches)
+        return target, StreamFollower(target.cache.device)
+
+    def _count(self, asked: int, present: Presence) -> None:
+        self.metrics.count("lookups", asked)
+        self.metrics.count("hits", present.found)
+        self.metrics.count("errors" if present.failed else "misses", asked - present.found)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise VCacheError("this VCacheEngine is closed")

@@ -1,0 +1,106 @@
+"""What travels between the scheduler's side of the connector and its workers, once per step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
+
+
+class LoadJob(NamedTuple):
+    """Bring consecutive chunks of one request into its blocks."""
+
+    job: int
+    request: str
+    digests: list[bytes]
+    first: int
+    """Index of the first chunk in the prompt."""
+    tokens: list[int]
+    """Tokens of each chunk."""
+    skip: int
+    """Leading tokens of the first chunk that are there already."""
+    blocks: list[int]
+    """Blocks that hold the tokens to load, in order; the first holds token `skip` of the first chunk at its beginning."""
+    blocking: bool
+    """Load within the step, before its forward pass."""
+
+
+class SaveJob(NamedTuple):
+    """Store consecutive chunks of one request, once the forward pass of this step has computed them."""
+
+    job: int
+    request: str
+    digests: list[bytes]
+    parent: bytes
+    """Digest of the chunk before the first; empty for none."""
+    first: int
+    tokens: list[int]
+    blocks: list[int]
+    """Blocks that hold these chunks, in order."""
+    blocking: bool
+    """Wait for the copy within the step, because nobody keeps these blocks from being reused."""
+
+
+@dataclass
+class VCacheMetadata(KVConnectorMetadata):  # type: ignore[misc]
+    """Scheduler -> workers."""
+
+    step: int
+    failures_known: int
+    """Last step with a failed blocking load that the scheduler has heard of. What a worker computed after a failure, and
+    before this caught up, is wrong: it must not be saved."""
+    loads: list[LoadJob] = field(default_factory=list)
+    saves: list[SaveJob] = field(default_factory=list)
+
+
+class LoadOutcome(NamedTuple):
+    """What became of a load job, over the workers that have reported."""
+
+    workers: int
+    chunks: int
+    """Leading chunks that all of these workers have, verified."""
+
+
+class SaveOutcome(NamedTuple):
+    """What became of a save job, over the workers that have reported."""
+
+    workers: int
+    complete: bool
+    """All chunks are in the pool now, on all of these workers."""
+    dropped: bool
+    """Some worker did not even try."""
+
+
+@dataclass
+class VCacheWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """Workers -> scheduler."""
+
+    loads: dict[int, LoadOutcome] = field(default_factory=dict)
+    """By load job."""
+    saves: dict[int, SaveOutcome] = field(default_factory=dict)
+    """By save job."""
+    failed_step: int = 0
+    """Last step with a failed blocking load."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> VCacheWorkerMetadata:
+        """Add what another worker reports. Changes and returns `self`."""
+        assert isinstance(other, VCacheWorkerMetadata)
+        for job, load in other.loads.items():
+            self.loads[job] = merge_loads(self.loads.get(job), load)
+        for job, save in other.saves.items():
+            self.saves[job] = merge_saves(self.saves.get(job), save)
+        self.failed_step = max(self.failed_step, other.failed_step)
+        return self
+
+
+def merge_loads(first: LoadOutcome | None, second: LoadOutcome) -> LoadOutcome:
+    """The outcome over the workers of both. Pure."""
+    return second if first is None else LoadOutcome(first.workers + second.workers, min(first.chunks, second.chunks))
+
+
+def merge_saves(first: SaveOutcome | None, second: SaveOutcome) -> SaveOutcome:
+    """The outcome over the workers of both. Pure."""
+    if first is None:
+        return second
+    return SaveOutcome(first.workers + second.workers, first.complete and second.complete, first.dropped or second.dropped)

@@ -1,0 +1,459 @@
+"""The scheduler's side: what to load, what to save, and which blocks to keep until it is saved. Moves no bytes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from ...errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, StorageError
+from ...keys import CacheKey
+from ...manager.messages import ManagerApi
+from ...storage.base import StorageTier
+from .events import EventLog
+from .group import KVGroup
+from .keys import ChunkNames
+from .metadata import LoadJob, LoadOutcome, SaveJob, SaveOutcome, VCacheMetadata, VCacheWorkerMetadata, merge_saves
+from .pins import BlockPins
+from .stats import VCacheStats
+
+logger = logging.getLogger("vllm.vcache")
+
+MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
+MISS_SECONDS = 0.05
+"""A miss is believed for this long when vLLM asks again for the same waiting request."""
+KNOWN_SECONDS = 60.0
+KNOWN_CHUNKS = 100_000
+"""Chunks seen in the pool are not offered to it again for this long; so many are remembered."""
+BAD_SECONDS = 10.0
+"""A chunk that could not be loaded ends every prefix for this long."""
+
+
+class Policy(NamedTuple):
+    """What the scheduler's side is told once."""
+
+    loads: bool
+    saves: bool
+    save_decoded: bool
+    save_tail: bool
+    min_load_tokens: int
+    sync_load_budget: int
+    """Bytes on one worker."""
+    workers: int
+    """Workers that report each job."""
+    clear_on_reset: bool
+
+
+class _Found(NamedTuple):
+    """Answer to a look-up, kept while the request waits."""
+
+    lease: int
+    """0: nothing in VRAM or DRAM."""
+    epoch: int
+    computed: int
+    """Tokens that the engine had itself when it asked."""
+    ends: list[int]
+    """End of each chunk found, in tokens. Empty: a miss."""
+    valid_until: float
+
+
+class _Request:
+    """What is known of one unfinished request."""
+
+    __slots__ = ("blocks", "found", "load_failed", "request", "saved")
+
+    def __init__(self, request: Any) -> None:
+        self.request = request
+        self.blocks: list[int] = []
+        self.found: _Found | None = None
+        self.saved = 0
+        """Tokens that are saved, or under way, or need not be."""
+        self.load_failed = False
+        """Do not try again for this request: it could fail again, forever."""
+
+
+class _Load(NamedTuple):
+    """A load under way."""
+
+    state: _Request
+    lease: int
+    epoch: int
+    digests: list[bytes]
+    waiting: int
+    """Workers yet to report."""
+
+
+class _Save(NamedTuple):
+    """A save under way."""
+
+    state: _Request
+    digests: list[bytes]
+    start: int
+    end: int
+
+
+class SchedulerSide:
+    """Used by the scheduler's thread only. Calls to the manager are bounded by its client's deadline; a failure is a miss."""
+
+    def __init__(
+        self,
+        manager: ManagerApi,
+        group: KVGroup,
+        names: ChunkNames,
+        policy: Policy,
+        events: EventLog,
+        storage: StorageTier | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.manager = manager
+        self.pins = BlockPins()
+        self.stats = VCacheStats()
+        self._group = group
+        self._names = names
+        self._policy = policy
+        self._events = events
+        self._storage = storage
+        self._clock = clock
+        self._requests: dict[str, _Request] = {}
+        self._loads: list[LoadJob] = []
+        self._loading: dict[int, _Load] = {}
+        self._saves: dict[int, _Save] = {}
+        self._outcomes: dict[int, SaveOutcome] = {}
+        self._stale_saves: set[int] = set()
+        """Saves that were under way when the cache was reset."""
+        self._known: OrderedDict[bytes, float] = OrderedDict()
+        self._bad: dict[bytes, float] = {}
+        self._step = 0
+        self._failed_step = 0
+        self._last_job = 0
+
+    # -- requests --------------------------------------------------------------------------------------------------
+
+    def add(self, request: Any) -> _Request:
+        """Remember a request. Idempotent."""
+        state = self._requests.get(request.request_id)
+        if state is None:
+            state = self._requests[request.request_id] = _Request(request)
+        return state
+
+    def finished(self, request: Any) -> None:
+        """Forget a request that ended in whatever way. Its loads and saves go on; they keep their leases and blocks."""
+        state = self._requests.pop(request.request_id, None)
+        if state is not None:
+            self._drop_found(state)
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    def match(self, request: Any, computed: int) -> tuple[int, bool]:
+        """Tokens that can be loaded beyond `computed`, and whether to load them beside the steps. (0, False) for a miss.
+
+        Leases what it finds, until the request is scheduled, finishes, or does not ask for a while. Blocks for one round trip
+        to the manager, or not at all when the answer is known.
+        """
+        state = self.add(request)
+        if not self._policy.loads or state.load_failed or computed % self._group.block_size:
+            return 0, False
+        if getattr(request, "skip_reading_prefix_cache", False):
+            return 0, False
+        ends = self._ends(request, computed)
+        if not ends or ends[-1] - computed < self._policy.min_load_tokens:
+            self._drop_found(state)
+            return 0, False
+        found = state.found
+        if found is None or found.computed != computed or not self._still_good(found, ends):
+            self._drop_found(state)
+            found = state.found = self._look_up(request, computed, ends)
+        tokens = (found.ends[-1] if found.ends else 0) - computed
+        if tokens < self._policy.min_load_tokens:
+            return 0, False
+        return tokens, not self._within_step(found, request)
+
+    def allocated(self, request: Any, blocks: Sequence[int], tokens: int) -> None:
+        """The request got `blocks` (all it has). Load `tokens` tokens into them; 0 means that nothing is wanted from here."""
+        state = self.add(request)
+        state.blocks = list(blocks)
+        found, state.found = state.found, None
+        if found is None:
+            return
+        if tokens <= 0 or not found.ends:
+            self._release(found.lease, found.epoch)
+            return
+        first = found.computed // self._names.chunk_tokens
+        begin = first * self._names.chunk_tokens
+        digests = [self._names.digest(request.block_hashes, end) for end in found.ends]
+        size = self._group.block_size
+        job = self._next_job()
+        self._loads.append(
+            LoadJob(
+                job,
+                request.request_id,
+                digests,
+                first,
+                _sizes(begin, found.ends),
+                found.computed - begin,
+                state.blocks[found.computed // size : found.ends[-1] // size],
+                blocking=self._within_step(found, request),
+            )
+        )
+        self._loading[job] = _Load(state, found.lease, found.epoch, digests, self._policy.workers)
+        state.saved = max(state.saved, found.ends[-1])
+
+    def _within_step(self, found: _Found, request: Any) -> bool:
+        """Whether to load before the forward pass of the same step, which must have a token left to compute."""
+        tokens = found.ends[-1] - found.computed
+        return found.ends[-1] < request.num_tokens and tokens * self._group.token_bytes <= self._policy.sync_load_budget
+
+    def _ends(self, request: Any, computed: int) -> list[int]:
+        """Ends of the chunks of a request that hold a token beyond `computed`."""
+        size, hashes = self._names.chunk_tokens, request.block_hashes
+        count = self._names.whole(hashes, request.num_tokens)
+        ends = [(index + 1) * size for index in range(computed // size, count)]
+        if self._policy.save_tail:
+            tail = self._names.tail(hashes, request.num_tokens)
+            if tail > max(count * size, computed):
+                ends.append(tail)
+        return ends
+
+    def _look_up(self, request: Any, computed: int, ends: list[int]) -> _Found:
+        began = time.perf_counter()
+        digests = [self._names.digest(request.block_hashes, end) for end in ends]
+        usable = next((i for i, digest in enumerate(digests) if self._is_bad(digest)), len(digests))
+        epoch = self.manager.epoch
+        lease, count, valid = 0, 0, MISS_SECONDS
+        try:
+            reply = self.manager.acquire(digests[:usable])
+            lease, count = reply.lease, len(reply.locations)
+            if count:
+                # A waiting request renews well before the lease ends: what is loaded under it needs the rest.
+                valid = reply.expires_in / 2
+        except MANAGER_ERRORS as error:
+            logger.debug("look-up: %s", error)
+        count += self._in_storage(digests[count:usable])
+        self.stats.add("lookups")
+        self.stats.add("lookup_seconds", time.perf_counter() - began)
+        self.stats.add("queried_tokens", request.num_tokens - computed)
+        if count:
+            self.stats.add("hit_tokens", ends[count - 1] - computed)
+        self._remember(digests[:count])
+        self._forget(digests[count:])
+        return _Found(lease, epoch, computed, ends[:count], self._clock() + valid)
+
+    def _in_storage(self, digests: Sequence[bytes]) -> int:
+        """Leading chunks that the storage tier has."""
+        if self._storage is None or not digests:
+            return 0
+        try:
+            return self._storage.prefix([CacheKey(self._names.namespace, digest) for digest in digests], 0)
+        except StorageError as error:
+            logger.debug("look-up in storage: %s", error)
+            return 0
+
+    def _still_good(self, found: _Found, ends: list[int]) -> bool:
+        if self._clock() >= found.valid_until:
+            return False
+        return (not found.lease or found.epoch == self.manager.epoch) and found.ends == ends[: len(found.ends)]
+
+    def _drop_found(self, state: _Request) -> None:
+        found, state.found = state.found, None
+        if found is not None:
+            self._release(found.lease, found.epoch)
+
+    def _release(self, lease: int, epoch: int) -> None:
+        if lease and epoch == self.manager.epoch:
+            try:
+                self.manager.release(lease)
+            except MANAGER_ERRORS as error:
+                logger.debug("release: %s", error)
+
+    # -- saving ----------------------------------------------------------------------------------------------------
+
+    def build(self, output: Any) -> VCacheMetadata:
+        """The work that goes with one step. `output`: vLLM's `SchedulerOutput`, not changed."""
+        self._step += 1
+        metadata = VCacheMetadata(self._step, self._failed_step, loads=self._loads)
+        self._loads = []
+        tables = getattr(output, "kv_connector_block_state", None)
+        for new in output.scheduled_new_reqs:
+            self._advance(metadata, output, tables, new.req_id, new.num_computed_tokens, list(new.block_ids[0]))
+        cached = output.scheduled_cached_reqs
+        for index, name in enumerate(cached.req_ids):
+            state = self._requests.get(name)
+            if state is None:
+                continue
+            added = cached.new_block_ids[index]
+            fresh = list(added[0]) if added is not None else []
+            blocks = fresh if name in cached.resumed_req_ids else state.blocks + fresh
+            self._advance(metadata, output, tables, name, cached.num_computed_tokens[index], blocks)
+        return metadata
+
+    def _advance(self, metadata: VCacheMetadata, output: Any, tables: Any, name: str, computed: int, blocks: list[int]) -> None:
+        """One request is scheduled in this step: note its blocks, save the chunks that the step completes."""
+        state = self._requests.get(name)
+        if state is None:
+            return
+        state.blocks = list(tables.get_block_ids(name)[0]) if tables is not None else blocks
+        if not self._policy.saves:
+            return
+        # Preempted, or what was loaded turned out wrong: it is computed again, and offered again.
+        state.saved = min(state.saved, computed)
+        request = state.request
+        reached = min(computed + output.num_scheduled_tokens.get(name, 0), request.num_tokens)
+        limit = request.num_tokens if self._policy.save_decoded else request.num_prompt_tokens
+        ends = self._completed(state, min(reached, limit), reached >= request.num_prompt_tokens)
+        if ends:
+            self._save(metadata, state, ends)
+
+    def _completed(self, state: _Request, reached: int, prompt_done: bool) -> list[int]:
+        """Ends of the chunks that are computed when `reached` tokens are, and not saved yet."""
+        size, request = self._names.chunk_tokens, state.request
+        whole = self._names.whole(request.block_hashes, reached)
+        ends = [(index + 1) * size for index in range(state.saved // size, whole) if (index + 1) * size > state.saved]
+        if self._policy.save_tail and prompt_done and reached <= request.num_prompt_tokens:
+            tail = self._names.tail(request.block_hashes, reached)
+            if tail > max(whole * size, state.saved):
+                ends.append(tail)
+        return ends
+
+    def _save(self, metadata: VCacheMetadata, state: _Request, ends: list[int]) -> None:
+        size = self._names.chunk_tokens
+        hashes = state.request.block_hashes
+        now = self._clock()
+        digests = [self._names.digest(hashes, end) for end in ends]
+        fresh = next((i for i, digest in enumerate(digests) if self._known.get(digest, -1e18) < now - KNOWN_SECONDS), len(ends))
+        state.saved = ends[-1]
+        ends, digests = ends[fresh:], digests[fresh:]
+        if not ends:
+            return
+        first = (ends[0] - 1) // size
+        begin, block = first * size, self._group.block_size
+        blocks = state.blocks[begin // block : ends[-1] // block]
+        if len(blocks) * block < ends[-1] - begin or not self.pins.room(len(blocks)):
+            self.stats.add("save_drops")
+            return
+        job = self._next_job()
+        parent = self._names.digest(hashes, begin) if begin else b""
+        bound = self.pins.bound
+        if bound:
+            self.pins.hold(job, blocks)
+        self._saves[job] = _Save(state, digests, begin, ends[-1])
+        metadata.saves.append(
+            SaveJob(job, state.request.request_id, digests, parent, first, _sizes(begin, ends), blocks, blocking=not bound)
+        )
+
+    # -- what workers report ---------------------------------------------------------------------------------------
+
+    def report(self, metadata: VCacheWorkerMetadata) -> None:
+        """Take in what the workers did since the last step."""
+        self._failed_step = max(self._failed_step, metadata.failed_step)
+        for job, outcome in metadata.loads.items():
+            self._load_report(job, outcome)
+        for job, saved in metadata.saves.items():
+            total = merge_saves(self._outcomes.pop(job, None), saved)
+            if total.workers < self._policy.workers:
+                self._outcomes[job] = total
+            else:
+                self._save_over(job, total)
+
+    def busy(self) -> bool:
+        """Whether a save is under way, so that vLLM must keep stepping to hear of its end."""
+        return bool(self._saves)
+
+    def _load_report(self, job: int, outcome: LoadOutcome) -> None:
+        load = self._loading.pop(job, None)
+        if load is None:
+            return
+        if outcome.chunks < len(load.digests):
+            load.state.load_failed = True
+            self._forget(load.digests[outcome.chunks :])
+            now = self._clock()
+            self._bad = {digest: until for digest, until in self._bad.items() if until > now}
+            self._bad[load.digests[outcome.chunks]] = now + BAD_SECONDS
+        if load.waiting > outcome.workers:
+            self._loading[job] = load._replace(waiting=load.waiting - outcome.workers)
+        else:
+            self._release(load.lease, load.epoch)
+
+    def _save_over(self, job: int, outcome: SaveOutcome) -> None:
+        self.pins.release(job)
+        save = self._saves.pop(job, None)
+        if save is None:
+            return
+        if job in self._stale_saves:
+            self._stale_saves.discard(job)
+            self._remove(save.digests)
+        elif outcome.dropped:
+            save.state.saved = min(save.state.saved, save.start)
+        elif outcome.complete:
+            self._remember(save.digests)
+            size = self._names.hash_block_size
+            self._events.stored(save.state.request, save.start // size, save.end // size)
+
+    # -- the rest --------------------------------------------------------------------------------------------------
+
+    def reset(self) -> bool:
+        """Forget all chunks of this model, for every instance (weights changed). False when the manager did not confirm it.
+
+        Saves under way are removed when they end.
+        """
+        if not self._policy.clear_on_reset:
+            return True
+        self._known.clear()
+        self._stale_saves |= set(self._saves)
+        for state in self._requests.values():
+            self._drop_found(state)
+        try:
+            self.manager.clear(self._names.namespace)
+        except MANAGER_ERRORS as error:
+            logger.warning("cache not cleared: %s", error)
+            return False
+        self._events.cleared()
+        return True
+
+    def take_events(self) -> list[Any]:
+        """KV cache events since the last call."""
+        return self._events.take()
+
+    def take_stats(self) -> VCacheStats | None:
+        """Counters since the last call; None when nothing happened."""
+        stats, self.stats = self.stats, VCacheStats()
+        return None if stats.is_empty() else stats
+
+    def close(self) -> None:
+        """Give leases back, say goodbye to the manager. Bounded."""
+        for state in self._requests.values():
+            self._drop_found(state)
+        if self._storage is not None:
+            self._storage.close()
+        self.manager.close()
+
+    def _remove(self, digests: list[bytes]) -> None:
+        try:
+            self.manager.remove(digests)
+        except MANAGER_ERRORS as error:
+            logger.warning("%d chunks saved while the cache was reset could not be removed: %s", len(digests), error)
+
+    def _remember(self, digests: Sequence[bytes]) -> None:
+        now = self._clock()
+        for digest in digests:
+            self._known[digest] = now
+            self._known.move_to_end(digest)
+        while len(self._known) > KNOWN_CHUNKS:
+            self._known.popitem(last=False)
+
+    def _forget(self, digests: Sequence[bytes]) -> None:
+        for digest in digests:
+            self._known.pop(digest, None)
+
+    def _is_bad(self, digest: bytes) -> bool:
+        return bool(self._bad) and self._bad.get(digest, 0.0) > self._clock()
+
+    def _next_job(self) -> int:
+        self._last_job += 1
+        return self._last_job
+
+
+def _sizes(begin: int, ends: Sequence[int]) -> list[int]:
+    """Tokens of consecutive chunks, the first of which begins at `begin`. Pure."""
+    return [end - start for start, end in zip((begin, *ends[:-1]), ends, strict=True)]

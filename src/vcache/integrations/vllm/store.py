@@ -1,0 +1,132 @@
+"""One worker's shard of the pool: its KV cache, understood, and the loads and saves of whole jobs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...lower_tier import LowerTier
+from ...metrics import EngineMetrics
+from ...pool import Chunk, ChunkPool
+from ...resources import Resources
+from .group import KVGroup
+from .metadata import LoadJob, SaveJob, SaveOutcome
+
+if TYPE_CHECKING:
+    import torch
+
+    from ...paged.layout import PagedCache
+    from ...paged.mover import Mover
+
+logger = logging.getLogger("vllm.vcache")
+
+
+class Rank(NamedTuple):
+    """Which shard a worker holds."""
+
+    shard: int
+    saves: bool
+    """False where another worker holds the same shard (MLA under tensor parallelism)."""
+
+
+def this_rank(group: KVGroup) -> Rank:
+    """The rank of this worker process. Call it after vLLM set up its process groups."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    tensor, pipeline = get_tp_group(), get_pp_group()
+    if group.mla:
+        return Rank(int(pipeline.rank_in_group), int(tensor.rank_in_group) == 0)
+    return Rank(int(tensor.rank_in_group) + int(tensor.world_size) * int(pipeline.rank_in_group), True)
+
+
+def own_caches(kv_caches: Mapping[str, torch.Tensor], group: KVGroup) -> dict[str, torch.Tensor]:
+    """The tensors of the group's layers on this worker; layers that share one tensor appear once. Pure."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name in group.layer_names:
+        tensor = kv_caches.get(name)
+        if tensor is None:
+            continue
+        place = tensor.data_ptr(), tuple(tensor.stride())
+        if place not in seen:
+            seen.add(place)
+            found[name] = tensor
+    return found
+
+
+class ShardStore:
+    """Loads and saves jobs. Thread-safe; both calls block until the bytes have landed, and neither raises for a miss."""
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        mover: Mover,
+        pool: ChunkPool,
+        lower: LowerTier | None,
+        resources: Resources,
+        metrics: EngineMetrics,
+        block_size: int,
+    ) -> None:
+        """Owns `resources` and `lower`: `close` closes them. `block_size`: tokens in a block of vLLM's block table."""
+        self.cache = cache
+        self.metrics = metrics
+        self.pool = pool
+        self._mover = mover
+        self._lower = lower
+        self._resources = resources
+        self._block_size = block_size
+
+    def load(self, job: LoadJob) -> int:
+        """Bring the chunks of a job into its blocks; number of leading chunks that are there and verified."""
+        slots = self._slots(job.blocks)
+        chunks, start = [], 0
+        for index, (digest, tokens) in enumerate(zip(job.digests, job.tokens, strict=True)):
+            skip = job.skip if index == 0 else 0
+            chunks.append(Chunk(digest, job.first + index, tokens, start, skip))
+            start += tokens - skip
+        loaded = 0
+        while loaded < len(chunks):
+            before, rest = loaded, chunks[loaded:]
+            lease = self.pool.acquire([chunk.digest for chunk in rest])
+            if lease is not None:
+                flags = self.pool.load(lease, rest, self.cache, slots, self._mover).result()
+                loaded += next((i for i, ok in enumerate(flags) if not ok), len(flags))
+            if self._lower is not None and loaded < len(chunks):
+                loaded += self._lower.load(chunks[loaded:], self.cache, slots, self._mover)
+            if loaded == before:
+                break
+        return loaded
+
+    def save(self, job: SaveJob) -> tuple[SaveOutcome, int]:
+        """Store the chunks of a job that the pool does not have; the outcome, and bytes written. The blocks may be reused when
+        this returns."""
+        slots = self._slots(job.blocks)
+        chunks, start = [], 0
+        for index, (digest, tokens) in enumerate(zip(job.digests, job.tokens, strict=True)):
+            chunks.append(Chunk(digest, job.first + index, tokens, start))
+            start += tokens
+        report = self.pool.put(chunks, job.parent, self.cache, slots, self._mover).result()
+        if self._lower is not None:
+            self._lower.save_later(report.stored)
+            self._lower.save_now(report.unplaced, self.cache, slots, self._mover)
+        return SaveOutcome(1, not report.unplaced, False), report.nbytes
+
+    def failed_blocks(self, job: LoadJob, loaded: int) -> list[int]:
+        """Blocks of a job whose contents are not to be trusted when `loaded` leading chunks are there. Pure."""
+        good = sum(job.tokens[:loaded]) - (job.skip if loaded else 0)
+        return job.blocks[good // self._block_size :]
+
+    def close(self) -> None:
+        """Wait for writes, give back what was lent. Bounded. Idempotent."""
+        self.pool.wait_writes(5.0)
+        if self._lower is not None:
+            self._lower.close(5.0)
+        self._resources.close()
+
+    def _slots(self, blocks: list[int]) -> Any:
+        """Slot of each token in these blocks: int64, on the CPU."""
+        import torch
+
+        first = torch.tensor(blocks, dtype=torch.int64)[:, None] * self._block_size
+        return (first + torch.arange(self._block_size)).flatten()

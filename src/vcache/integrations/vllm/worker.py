@@ -1,0 +1,263 @@
+"""A worker's side: starts the jobs of each step beside it, and reports which are over."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from ...errors import VCacheError
+from ...handles import StreamFollower
+from ...metrics import EngineMetrics
+from ...pool import ChunkPool
+from ...resources import open_resources
+from .group import KVGroup
+from .keys import worker_spec
+from .lending import lendable
+from .metadata import LoadJob, LoadOutcome, SaveJob, SaveOutcome, VCacheMetadata, VCacheWorkerMetadata
+from .settings import Settings
+from .stats import VCacheStats
+from .store import Rank, ShardStore, own_caches, this_rank
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("vllm.vcache")
+
+DROPPED = SaveOutcome(1, False, True)
+EXPECTED = (VCacheError, OSError, RuntimeError)
+"""What a broken set-up or transfer may raise; torch reports CUDA errors as RuntimeError."""
+
+
+class Finished(NamedTuple):
+    """What ended since the last call."""
+
+    loaded: set[str]
+    """Requests whose load is over, well or badly."""
+    bad_blocks: set[int]
+    """Blocks that were to be loaded and hold something else."""
+
+
+class WorkerSide:
+    """Called by the model runner's thread; the work is done by a few threads of its own.
+
+    A broken set-up (an unknown layout, no memory to lend) does not stop the engine: it is logged, and everything is a miss.
+    """
+
+    def __init__(self, vllm_config: Any, group: KVGroup, namespace: bytes, chunk_tokens: int, settings: Settings) -> None:
+        self._vllm_config = vllm_config
+        self._group = group
+        self._namespace = namespace
+        self._chunk_tokens = chunk_tokens
+        self._settings = settings
+        self._store: ShardStore | None = None
+        self._rank = Rank(0, True)
+        self._loaders = ThreadPoolExecutor(settings.options.load_threads, "vcache-load")
+        self._savers = ThreadPoolExecutor(settings.options.save_threads, "vcache-save")
+        self._failed_step = 0
+        self._lock = threading.Lock()
+        """Guards what follows: written by the threads, emptied by the runner's."""
+        self._report = VCacheWorkerMetadata()
+        self._loaded: set[str] = set()
+        self._bad_blocks: set[int] = set()
+        self._stats = VCacheStats()
+        self._pending: set[Future[None]] = set()
+
+    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Understand the KV cache, open the pool, lend memory. Blocks up to `manager.connect_timeout`."""
+        self.unregister()
+        try:
+            self._rank = this_rank(self._group)
+            self._store = self._open(own_caches(kv_caches, self._group))
+        except EXPECTED as error:
+            logger.error("VCache is off on this worker, every look-up of this instance will end in a recompute: %s", error)
+
+    def unregister(self) -> None:
+        """Let go of the KV cache: wait for transfers, give back what was lent."""
+        if self._store is not None:
+            self._drain()
+            self._store.close()
+            self._store = None
+
+    def start_loads(self, metadata: VCacheMetadata) -> None:
+        """Start the loads of a step; returns when those are done that the step itself needs."""
+        beside = [job for job in metadata.loads if not job.blocking]
+        for job in metadata.loads:
+            if job.blocking and self._load(job) < len(job.digests):
+                self._failed_step = metadata.step
+                with self._lock:
+                    self._report.failed_step = metadata.step
+        if beside:
+            run = self._follower()
+            for job in beside:
+                self._submit(self._loaders, partial(self._load_beside, job), run)
+
+    def start_saves(self, metadata: VCacheMetadata) -> None:
+        """Start the saves of a step, after its forward pass was launched."""
+        if not metadata.saves:
+            return
+        store = self._store
+        if store is None or not self._rank.saves or self._failed_step > metadata.failures_known:
+            outcome = DROPPED if self._rank.saves else SaveOutcome(1, True, False)
+            with self._lock:
+                self._report.saves |= {job.job: outcome for job in metadata.saves}
+                self._stats.add("save_drops", len(metadata.saves) if outcome.dropped else 0)
+            return
+        run = self._follower()
+        futures: list[Future[None]] = []
+        for job in metadata.saves:
+            future = self._submit(self._savers, partial(self._save, store, job), run)
+            if job.blocking:
+                futures.append(future)
+        wait(futures)
+
+    def finished(self) -> Finished:
+        """What ended since the last call. Does not block."""
+        with self._lock:
+            result = Finished(self._loaded, self._bad_blocks)
+            self._loaded, self._bad_blocks = set(), set()
+        return result
+
+    def report(self) -> VCacheWorkerMetadata | None:
+        """For the scheduler's side: since the last call; None when there is nothing to say."""
+        with self._lock:
+            report, self._report = self._report, VCacheWorkerMetadata()
+        return report if report.loads or report.saves or report.failed_step else None
+
+    def take_stats(self) -> VCacheStats | None:
+        with self._lock:
+            stats, self._stats = self._stats, VCacheStats()
+        return None if stats.is_empty() else stats
+
+    def close(self) -> None:
+        """Finish what was started, give back what was lent. Idempotent."""
+        self._loaders.shutdown(wait=True)
+        self._savers.shutdown(wait=True)
+        self.unregister()
+
+    # -- in the threads --------------------------------------------------------------------------------------------
+
+    def _load_beside(self, job: LoadJob) -> None:
+        try:
+            self._load(job)
+        finally:
+            with self._lock:
+                self._loaded.add(job.request)
+
+    def _load(self, job: LoadJob) -> int:
+        began = time.perf_counter()
+        store, loaded, bad = self._store, 0, job.blocks
+        try:
+            if store is not None:
+                loaded = store.load(job)
+                bad = store.failed_blocks(job, loaded)
+        except EXPECTED as error:
+            logger.warning("load of request %s failed, it is recomputed: %s", job.request, error)
+        finally:  # whatever happened, the blocks hold what is reported here, or nothing that counts
+            tokens = sum(job.tokens[:loaded]) - (job.skip if loaded else 0)
+            with self._lock:
+                self._report.loads[job.job] = LoadOutcome(1, loaded)
+                if loaded < len(job.digests):
+                    self._bad_blocks.update(bad)
+                    self._stats.add("load_failures")
+                self._stats.add("loads")
+                self._stats.add("load_tokens", tokens)
+                self._stats.add("load_bytes", tokens * self._group.token_bytes)
+                self._stats.add("load_seconds", time.perf_counter() - began)
+        return loaded
+
+    def _save(self, store: ShardStore, job: SaveJob) -> None:
+        began = time.perf_counter()
+        outcome, nbytes = DROPPED, 0
+        try:
+            outcome, nbytes = store.save(job)
+        except EXPECTED as error:
+            logger.warning("save of request %s failed: %s", job.request, error)
+        finally:  # the scheduler waits for this to free the blocks
+            with self._lock:
+                self._report.saves[job.job] = outcome
+                self._stats.add("saves")
+                self._stats.add("save_drops", not outcome.complete)
+                self._stats.add("save_bytes", nbytes)
+                self._stats.add("save_seconds", time.perf_counter() - began)
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _open(self, kv_caches: Mapping[str, torch.Tensor]) -> ShardStore:
+        from ...paged.layout import PagedCache
+        from ...paged.select import mover_for
+
+        spec = worker_spec(self._vllm_config, self._group, len(kv_caches), self._rank.shard)
+        cache = PagedCache.bind(kv_caches, spec)
+        slot_bytes = spec.payload_bytes(self._chunk_tokens)
+        segment = lendable(self._settings, slot_bytes, cache.device)
+        config = msgspec.structs.replace(self._settings.config, segment=segment)
+        mover = mover_for(cache, config.transfer)
+        device = f"cuda:{cache.device.index or 0}" if cache.device.type == "cuda" else "cpu"
+        name = f"vllm-{str(self._vllm_config.kv_transfer_config.engine_id)[:12]}-{self._rank.shard}"
+        resources = open_resources(config, slot_bytes, name, device)
+        try:
+            metrics = EngineMetrics(floor_gbps=config.transfer.floor_gbps)
+            pool = ChunkPool(
+                resources.manager,
+                resources.segments,
+                spec,
+                self._chunk_tokens,
+                metrics,
+                placement=config.cache.placement,
+                namespace=self._namespace,
+            )
+            resources.manager.set_write_gate(pool.wait_writes)
+            lower = resources.open_lower_tier(config, pool, metrics)
+        except BaseException:
+            resources.close()
+            raise
+        logger.info(
+            "VCache worker: shard %d of %d, layout %s, %d layers, chunks of %d tokens and %.1f MiB, lending %.0f MiB, manager %s",
+            spec.rank,
+            spec.world_size,
+            cache.layout,
+            spec.num_layers,
+            self._chunk_tokens,
+            slot_bytes / 2**20,
+            resources.lent_bytes() / 2**20,
+            config.manager.address,
+        )
+        return ShardStore(cache, mover, pool, lower, resources, metrics, self._group.block_size)
+
+    def _follower(self) -> Callable[[Callable[[], None]], None]:
+        """How to run work in a thread, after what the current stream has queued."""
+        store = self._store
+        return StreamFollower(store.cache.device).run if store is not None else _at_once
+
+    def _submit(
+        self, executor: ThreadPoolExecutor, work: Callable[[], None], run: Callable[[Callable[[], None]], None]
+    ) -> Future[None]:
+        future = executor.submit(run, work)
+        with self._lock:
+            self._pending.add(future)
+        future.add_done_callback(self._over)
+        return future
+
+    def _over(self, future: Future[None]) -> None:
+        with self._lock:
+            self._pending.discard(future)
+        error = future.exception()
+        if error is not None:
+            logger.error("a transfer ended with an error that was not foreseen; its chunks are misses", exc_info=error)
+
+    def _drain(self) -> None:
+        """Wait for all jobs that were started."""
+        with self._lock:
+            pending = set(self._pending)
+        wait(pending)
+
+
+def _at_once(work: Callable[[], None]) -> None:
+    work()

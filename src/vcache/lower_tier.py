@@ -1,0 +1,166 @@
+"""The engine's way to the storage tier: values through staging buffers, verified like slots of the pool."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from .background import BackgroundWriter
+from .errors import StorageDeadlineError, StorageError
+from .keys import CacheKey
+from .metrics import EngineMetrics
+from .paged.mover import Mover, SlotTransfer
+from .pool import TRANSFER_ERRORS, Chunk, ChunkPool
+from .segment.slots import HEADER_BYTES, SlotHeader
+from .staging import StagingBuffer, StagingPool
+from .storage.base import StorageTier
+
+if TYPE_CHECKING:
+    import torch
+
+    from .paged.layout import PagedCache
+
+logger = logging.getLogger("vcache.storage")
+
+STAGING_LIMIT = 8
+"""Values in flight between storage and cache at a time: bounds host memory, and is enough to fill a batched get."""
+
+_DIRECT_GENERATION = 2
+"""Generation of values that never were in a slot: the smallest even one above 0."""
+
+
+class LowerTier:
+    """Thread-safe. Everything that fails here is a miss plus a counter."""
+
+    def __init__(
+        self,
+        storage: StorageTier,
+        pool: ChunkPool,
+        metrics: EngineMetrics,
+        staging: StagingPool,
+        queue_bytes: int,
+        *,
+        write: bool,
+    ) -> None:
+        self._storage = storage
+        self._pool = pool
+        self._metrics = metrics
+        self._staging = staging
+        self._writer = BackgroundWriter(storage, pool, staging, metrics, queue_bytes) if write else None
+
+    def prefix(self, digests: Sequence[bytes]) -> int:
+        """Number of leading digests in storage; 0 when it fails. Blocks up to the tier's deadline."""
+        try:
+            return self._storage.prefix(self._keys(digests), self._pool.spec.rank) if digests else 0
+        except StorageError as error:
+            self._failed("prefix", error)
+            return 0
+
+    def load(self, chunks: Sequence[Chunk], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover) -> int:
+        """Bring the longest prefix of `chunks` that storage holds into the paged cache; number of verified chunks. Blocks."""
+        found = self.prefix([chunk.digest for chunk in chunks])
+        loaded = 0
+        while loaded < found:
+            count = self._load_some(chunks[loaded:found], cache, slot_mapping, mover)
+            if not count:
+                break
+            loaded += count
+        return loaded
+
+    def save_later(self, chunks: Sequence[Chunk]) -> None:
+        """Queue chunks that were just stored in the pool. Does not block."""
+        if self._writer is not None:
+            self._writer.submit(chunks)
+
+    def save_now(self, chunks: Sequence[Chunk], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover) -> None:
+        """Gather chunks that found no slot into staging and queue them. Blocks for the copy; drops, counted, what finds no
+        free buffer: an engine never waits for storage."""
+        if self._writer is None:
+            return
+        for position, chunk in enumerate(chunks):
+            buffers = self._staging.take(1, timeout=0)
+            if not buffers:
+                self._metrics.count("storage_dropped", len(chunks) - position)
+                return
+            if self._gather(chunk, buffers[0], cache, slot_mapping, mover):
+                self._writer.submit_filled(chunk, buffers[0])
+            else:
+                self._staging.give(buffers)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Block until queued writes are done; False on timeout (seconds)."""
+        return self._writer is None or self._writer.flush(timeout)
+
+    def close(self, timeout: float) -> None:
+        if self._writer is not None:
+            self._writer.close(timeout)
+        self._staging.close()
+        self._storage.close()
+
+    def _load_some(self, chunks: Sequence[Chunk], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover) -> int:
+        began = time.perf_counter()
+        buffers: list[StagingBuffer] = []
+        try:
+            buffers = self._staging.take(len(chunks))
+            chunks = chunks[: len(buffers)]
+            keys = self._keys([chunk.digest for chunk in chunks])
+            sizes = self._storage.get(keys, self._pool.spec.rank, [buffer.view for buffer in buffers])
+            transfers: list[SlotTransfer] = []
+            for chunk, buffer, size in zip(chunks, buffers, sizes, strict=True):
+                header = self._valid_header(chunk, buffer, size)
+                if header is None:
+                    break
+                transfers.append(SlotTransfer(buffer.slot, header, chunk.start, chunk.skip))
+            if not transfers:
+                return 0
+            transfer = mover.load(cache, slot_mapping, transfers)
+            transfer.wait()
+            verified = transfer.verified()
+            good = next((i for i, ok in enumerate(verified) if not ok), len(verified))
+            nbytes = sum(self._pool.spec.payload_bytes(chunk.tokens - chunk.skip) for chunk in chunks[:good])
+            self._metrics.observe("retrieve", "storage", time.perf_counter() - began, nbytes)
+            self._metrics.count("retrieve_chunks", good)
+            self._metrics.count("retrieve_tokens", sum(chunk.tokens - chunk.skip for chunk in chunks[:good]))
+            return good
+        except StorageDeadlineError as error:
+            # The call still writes to its buffers.
+            late, buffers = buffers, []
+            error.when_over(lambda: self._staging.give(late))
+            self._failed("get", error)
+            return 0
+        except TRANSFER_ERRORS as error:
+            self._failed("get", error)
+            return 0
+        finally:
+            self._staging.give(buffers)
+
+    def _valid_header(self, chunk: Chunk, buffer: StagingBuffer, size: int) -> SlotHeader | None:
+        """The value's own header, if it is complete and names exactly this chunk (rule I1); None is a miss."""
+        if size < HEADER_BYTES:
+            return None
+        header = SlotHeader.unpack(buffer.view[:HEADER_BYTES])
+        expected = self._pool.header(chunk, header.generation) if header is not None else None
+        if header is None or header != expected or header.is_writing or size != HEADER_BYTES + header.payload_bytes:
+            self._metrics.count("storage_invalid")
+            return None
+        return header
+
+    def _gather(self, chunk: Chunk, buffer: StagingBuffer, cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover) -> bool:
+        buffer.view[:HEADER_BYTES] = bytes(HEADER_BYTES)  # or the mover would respect the last use's generation
+        transfer = SlotTransfer(buffer.slot, self._pool.header(chunk, _DIRECT_GENERATION), chunk.start)
+        try:
+            moved = mover.store(cache, slot_mapping, [transfer], self._pool.manager.client_id)
+            moved.wait()
+            return moved.verified() == [True]
+        except TRANSFER_ERRORS as error:
+            self._failed("gather", error)
+            return False
+
+    def _keys(self, digests: Sequence[bytes]) -> list[CacheKey]:
+        return [CacheKey(self._pool.namespace, digest) for digest in digests]
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self._metrics.count("storage_errors")
+        logger.debug("storage %s: %s", what, error)

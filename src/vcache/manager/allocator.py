@@ -1,0 +1,350 @@
+"""Segments, slabs and slots: who holds which slot, where the next chunk goes. Knows nothing of keys, leases or time."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+from ..errors import IntegrityError
+from ..segment.slots import SegmentInfo, SlabGeometry, SlabInfo, SlotLocation, slab_geometry
+from .messages import Placement
+from .records import FREE, USED, Owner, Record, state_of
+
+MAX_SLOTS = 1 << 20
+"""A slab that would hold more is not used for that slot size: its tables would cost more than it is worth."""
+Traces = tuple[tuple[bytes, bytes], ...] | None
+"""What a header may say: (key, namespace or empty if unknown). None: a chunk that was removed meanwhile, so the header must be
+zeroed as soon as nobody is in the way."""
+MAX_TRACES = 4
+geometry_of = lru_cache(maxsize=1024)(slab_geometry)
+
+
+class Slab:
+    """One slab and its slots. Attached to a segment, or detached while its lender is away and somebody may still write."""
+
+    __slots__ = (
+        "buried",
+        "counter",
+        "counts",
+        "format_generation",
+        "free",
+        "geometry",
+        "index",
+        "nbytes",
+        "owners",
+        "segment",
+        "stale",
+    )
+
+    def __init__(self, index: int, nbytes: int, counter: int) -> None:
+        self.index = index
+        self.nbytes = nbytes
+        self.segment: Segment | None = None
+        self.counter = counter
+        """Highest generation given out in this slab (rule I4); even."""
+        self.format_generation = 0
+        self.geometry: SlabGeometry | None = None
+        """None until first formatted. An empty slab keeps it until it is formatted for another slot size."""
+        self.owners: list[Owner | None] = []
+        self.free = array("I")
+        """Free slots, the next one last."""
+        self.counts = [0, 0, 0, 0]
+        """Slots by state (rule I5)."""
+        self.stale: dict[int, Traces] = {}
+        """Slots whose memory may still carry headers of chunks that the directory no longer has there."""
+        self.buried: dict[int, Traces] = {}
+        """The same from before the slab was formatted anew; they count only until somebody wrote the new slab header."""
+
+    @property
+    def slots(self) -> int:
+        return len(self.owners)
+
+    @property
+    def busy(self) -> int:
+        """Slots that are not free."""
+        return len(self.owners) - self.counts[FREE]
+
+    def next_generation(self) -> int:
+        self.counter += 2
+        return self.counter
+
+    def trace(self, slot: int, key: bytes, namespace: bytes) -> None:
+        """The slot is given up, and its header may say this."""
+        known = self.stale.get(slot, ())
+        if known is not None and (key, namespace) not in known:
+            self.stale[slot] = (*known, (key, namespace)) if len(known) < MAX_TRACES else None
+
+    def confirm(self, slot: int) -> None:
+        """A write in this slot is complete: the slab header is the current one, and the slot's the writer's."""
+        self.stale.pop(slot, None)
+        self.buried.clear()
+
+    def layout(self, geometry: SlabGeometry, format_generation: int) -> None:
+        """Forget all slots and start with free ones of this geometry."""
+        self.geometry = geometry
+        self.format_generation = format_generation
+        self.owners = [None] * geometry.slots
+        self.recount()
+
+    def recount(self) -> None:
+        """Rebuild the free list and the counts from the owners."""
+        owners = self.owners
+        self.free = array("I", (slot for slot in range(len(owners) - 1, -1, -1) if owners[slot] is None))
+        self.counts = [0, 0, 0, 0]
+        for owner in owners:
+            self.counts[state_of(owner)] += 1
+
+    def location(self, slot: int, tokens: int, generation: int) -> SlotLocation:
+        assert self.segment is not None
+        assert self.geometry is not None
+        return SlotLocation(self.segment.number, self.index, tokens, slot, self.geometry.stride, generation)
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` naming the rule."""
+        where = f"slab {self.index}"
+        counts = [0, 0, 0, 0]
+        for slot, owner in enumerate(self.owners):
+            counts[state_of(owner)] += 1
+            if owner is not None and not isinstance(owner, Record) and (owner.slab is not self or owner.slot != slot):
+                raise IntegrityError(f"I5: {where}: slot {slot} is held by one who believes to hold another slot")
+        if counts != self.counts or sum(counts) != (self.geometry.slots if self.geometry else 0):
+            raise IntegrityError(f"I5: {where}: states counted {counts}, recorded {self.counts}, capacity {self.slots}")
+        if sorted(self.free) != [slot for slot, owner in enumerate(self.owners) if owner is None]:
+            raise IntegrityError(f"I5: {where}: free list and owners differ")
+        if self.geometry is not None and (self.counter < self.format_generation or self.counter & 1):
+            raise IntegrityError(f"I4: {where}: counter {self.counter} below format generation {self.format_generation} or odd")
+
+
+class Segment:
+    """A mounted segment."""
+
+    def __init__(self, number: int, info: SegmentInfo) -> None:
+        self.number = number
+        self.info = info
+        self.slabs: dict[int, Slab] = {}
+        self.dropped: set[int] = set()
+        """Indices that were given back and never return while mounted."""
+        self.open: dict[int, dict[int, Slab]] = {}
+        """Slot size -> slabs of that size with a free slot. Empty ones last."""
+        self.empty: dict[int, Slab] = {}
+        """Slabs without a slot in use, formatted or not."""
+        self.nbytes = 0
+        self.busy = 0
+        """Payload bytes of slots that are not free."""
+
+    def describe(self) -> SegmentInfo:
+        """What every client is told."""
+        slabs = tuple(SlabInfo(slab.index, slab.nbytes) for slab in self.slabs.values())
+        old = self.info
+        return SegmentInfo(
+            uuid=old.uuid,
+            kind=old.kind,
+            host=old.host,
+            device=old.device,
+            broker=old.broker,
+            owner=old.owner,
+            slabs=slabs,
+            number=self.number,
+        )
+
+    def load(self) -> float:
+        return self.busy / self.nbytes if self.nbytes else 1.0
+
+
+class Allocator:
+    """All mounted segments. Pure bookkeeping; every call is O(1) in the number of chunks unless it says otherwise."""
+
+    def __init__(self, floor: int) -> None:
+        """`floor`: generations of new slabs start above it (the manager's epoch)."""
+        self.segments: dict[int, Segment] = {}
+        """By number."""
+        self.by_uuid: dict[bytes, Segment] = {}
+        self.slabs: dict[int, Slab] = {}
+        """Attached slabs, by `slab_key`."""
+        self.floor = floor
+        self._last_number = 0
+
+    @staticmethod
+    def slab_key(number: int, index: int) -> int:
+        return number << 16 | index
+
+    def slab_at(self, place: SlotLocation) -> Slab:
+        return self.slabs[place.segment << 16 | place.slab]
+
+    # Segments and slabs
+
+    def add_segment(self, info: SegmentInfo) -> Segment:
+        """A new segment without slabs."""
+        self._last_number += 1
+        segment = Segment(self._last_number, info)
+        self.segments[segment.number] = self.by_uuid[info.uuid] = segment
+        return segment
+
+    def remove_segment(self, segment: Segment) -> None:
+        """The caller has detached its slabs."""
+        del self.segments[segment.number], self.by_uuid[segment.info.uuid]
+
+    def attach(self, segment: Segment, slab: Slab) -> None:
+        slab.segment = segment
+        segment.slabs[slab.index] = slab
+        self.slabs[self.slab_key(segment.number, slab.index)] = slab
+        segment.nbytes += slab.nbytes
+        self.refresh(slab)
+        if slab.geometry is not None:
+            segment.busy += slab.busy * slab.geometry.stride
+
+    def detach(self, slab: Slab) -> None:
+        """Later slabs in the same memory will start above its generations."""
+        segment = slab.segment
+        assert segment is not None
+        self.floor = max(self.floor, slab.counter)
+        del segment.slabs[slab.index], self.slabs[self.slab_key(segment.number, slab.index)]
+        segment.nbytes -= slab.nbytes
+        segment.empty.pop(slab.index, None)
+        if slab.geometry is not None:
+            self._close(segment, slab, slab.geometry.stride)
+            segment.busy -= slab.busy * slab.geometry.stride
+        slab.segment = None
+
+    def refresh(self, slab: Slab) -> None:
+        """Sort an attached slab among the open and the empty ones, after `layout` or `recount`."""
+        segment = slab.segment
+        assert segment is not None
+        if slab.geometry is not None:
+            self._close(segment, slab, slab.geometry.stride)
+            if slab.counts[FREE]:
+                segment.open.setdefault(slab.geometry.stride, {})[slab.index] = slab
+        if slab.busy:
+            segment.empty.pop(slab.index, None)
+        else:
+            segment.empty[slab.index] = slab
+
+    def recount(self, slab: Slab) -> None:
+        """Owners of an attached slab were changed by hand: bring everything else in line. O(slots)."""
+        before = slab.busy
+        slab.recount()
+        if slab.geometry is not None and slab.segment is not None:
+            slab.segment.busy += (slab.busy - before) * slab.geometry.stride
+        self.refresh(slab)
+
+    @staticmethod
+    def _close(segment: Segment, slab: Slab, stride: int) -> None:
+        group = segment.open.get(stride)
+        if group is not None:
+            group.pop(slab.index, None)
+            if not group:
+                del segment.open[stride]
+
+    # Placement
+
+    def candidates(self, placement: Placement, device: str, avoid: Iterable[int]) -> list[Segment]:
+        """Segments in the order in which a free slot is looked for."""
+        skip = frozenset(avoid)
+
+        def rank(segment: Segment) -> tuple[int, float, int]:
+            info = segment.info
+            tier = 2 if info.kind == "host" else int(placement == "local" and info.device != device)
+            return tier, segment.load(), segment.number
+
+        return sorted((segment for number, segment in self.segments.items() if number not in skip), key=rank)
+
+    def find_free(self, segments: Sequence[Segment], stride: int) -> Slab | None:
+        """A slab with a free slot of this size in the first segment that has room; formats an empty slab if need be."""
+        for segment in segments:
+            group = segment.open.get(stride)
+            if group:
+                return next(iter(group.values()))
+            for slab in segment.empty.values():
+                geometry = geometry_of(slab.nbytes, stride)
+                if 0 < geometry.slots <= MAX_SLOTS:
+                    self._format(slab, geometry)
+                    return slab
+        return None
+
+    def _format(self, slab: Slab, geometry: SlabGeometry) -> None:
+        segment = slab.segment
+        assert segment is not None
+        assert not slab.busy
+        if slab.geometry is not None:
+            self._close(segment, slab, slab.geometry.stride)
+        for slot, traces in slab.stale.items():
+            before = slab.buried.get(slot, ())
+            slab.buried[slot] = None if traces is None or before is None else traces + before
+        slab.stale = {}
+        slab.layout(geometry, slab.next_generation())
+        self.refresh(slab)
+
+    def take(self, slab: Slab) -> int:
+        """A free slot, which the caller must give an owner at once (`hold`)."""
+        return slab.free.pop()
+
+    def hold(self, slab: Slab, slot: int, owner: Owner) -> None:
+        """Make `owner` the holder of a slot just taken."""
+        segment, geometry = slab.segment, slab.geometry
+        assert segment is not None
+        assert geometry is not None
+        if not slab.busy:
+            segment.empty.pop(slab.index, None)
+        slab.owners[slot] = owner
+        slab.counts[FREE] -= 1
+        slab.counts[state_of(owner)] += 1
+        segment.busy += geometry.stride
+        if not slab.counts[FREE]:
+            self._close(segment, slab, geometry.stride)
+
+    def release(self, slab: Slab, slot: int) -> None:
+        """The slot is free again, and its slab unformatted with the last one. Also for detached slabs."""
+        owner = slab.owners[slot]
+        assert owner is not None
+        slab.counts[state_of(owner)] -= 1
+        slab.counts[FREE] += 1
+        slab.owners[slot] = None
+        slab.free.append(slot)
+        segment, geometry = slab.segment, slab.geometry
+        if segment is None or geometry is None:
+            return
+        segment.busy -= geometry.stride
+        if not slab.busy or slab.counts[FREE] == 1:
+            self.refresh(slab)
+
+    # Gauges
+
+    def totals(self, segment: Segment) -> tuple[list[int], int, int]:
+        """Slots by state, bytes used, slabs without a slot in use. O(slabs)."""
+        counts, used = [0, 0, 0, 0], 0
+        for slab in segment.slabs.values():
+            if slab.busy and slab.geometry is not None:
+                counts = [a + b for a, b in zip(counts, slab.counts, strict=True)]
+                used += slab.counts[USED] * slab.geometry.stride
+        return counts, used, len(segment.empty)
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` naming the rule. O(slots)."""
+        if sum(len(segment.slabs) for segment in self.segments.values()) != len(self.slabs):
+            raise IntegrityError("I5: slabs of segments and slabs in the table differ")
+        for segment in self.segments.values():
+            nbytes = busy = 0
+            for index, slab in segment.slabs.items():
+                slab.check_integrity()
+                where = f"I5: segment {segment.number}, slab {index}"
+                if slab.segment is not segment or self.slabs.get(self.slab_key(segment.number, index)) is not slab:
+                    raise IntegrityError(f"{where}: not where it believes to be")
+                nbytes += slab.nbytes
+                if (index in segment.empty) != (slab.busy == 0):
+                    raise IntegrityError(f"{where}: {slab.busy} busy slots, among the empty: {index in segment.empty}")
+                listed = [stride for stride, group in segment.open.items() if index in group]
+                expected = [slab.geometry.stride] if slab.geometry is not None and slab.counts[FREE] else []
+                if listed != expected:
+                    raise IntegrityError(f"{where}: open for slot sizes {listed}, expected {expected}")
+                busy += slab.busy * (slab.geometry.stride if slab.geometry else 0)
+            if (nbytes, busy) != (segment.nbytes, segment.busy):
+                raise IntegrityError(
+                    f"I5: segment {segment.number}: bytes {nbytes}/{busy}, recorded {segment.nbytes}/{segment.busy}"
+                )
+
+    def change(self, slab: Slab, slot: int, before: int) -> None:
+        """The state of the slot's owner was `before` and is now another one."""
+        owner = slab.owners[slot]
+        slab.counts[before] -= 1
+        slab.counts[state_of(owner)] += 1

@@ -1,0 +1,405 @@
+"""`ManagerClient`: a manager in another process, reached over one socket that comes back by itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import secrets
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from ..config import ManagerConfig
+from ..errors import DeadlineExceededError, ManagerUnavailableError, ProtocolError, VCacheError
+from ..segment.slots import SegmentInfo, SlabInventory
+from . import protocol
+from .address import host_identity, load_token, parse_address
+from .breaker import CircuitBreaker
+from .connection import Connection, Late
+from .dispatch import Audience, Dispatcher
+from .messages import AcquireReply, Listener, PutGrant, PutRequest, Role, StatsReply, Ticket
+
+logger = logging.getLogger("vcache.manager")
+
+T = TypeVar("T")
+_GATE_TIMEOUT = 1.0
+_GATE_PATIENCE = 5.0
+_MISSES = 3
+"""Consecutive deadline misses after which the connection counts as dead."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
+
+
+class ManagerClient:
+    """`ManagerApi` over a unix or TCP socket. Thread-safe.
+
+    Three daemon threads: one connects and reads, one sends heartbeats, one calls the listeners. Without a connection every
+    call raises `ManagerUnavailableError` at once; the connection is retried in the background, with pauses that double up to
+    5 s. Three deadlines missed in a row close the connection. Numbers (leases, segments) belong to one session: a reply
+    that arrives across a reconnect is never returned.
+
+    Not usable in a forked child: there every call raises `ManagerUnavailableError`, and the parent's session is unharmed.
+    """
+
+    def __init__(
+        self,
+        config: ManagerConfig,
+        *,
+        client_id: bytes | None = None,
+        name: str = "",
+        role: Role = "engine",
+        token: bytes | None = None,
+    ) -> None:
+        """Start connecting to `config.address` and return at once. `client_id`: 16 bytes, random by default.
+
+        `token` defaults to `load_token(config)` for TCP. Raises `ConfigError` for a bad address or token file.
+        """
+        self._config = config
+        self._address = parse_address(config.address)
+        if token is None:
+            token = load_token(config) if self._address.kind == "tcp" else b""
+        self._hello = protocol.Hello(client_id or secrets.token_bytes(16), name[:256], role, host_identity(), token)
+        self._breaker = CircuitBreaker(
+            time.monotonic, threshold=_MISSES, cooldown=_FIRST_PAUSE, max_cooldown=_LONGEST_PAUSE, jitter=random.random
+        )
+        self._dispatcher = Dispatcher("vcache-manager-events")
+        self._audience = Audience(self._dispatcher)
+        self._gate: Callable[[float], bool] | None = None
+        self._changed = threading.Condition()
+        self._connection: Connection | None = None
+        self._failure: VCacheError | None = None
+        self._closing = threading.Event()
+        self._pid = os.getpid()
+        _close_in_forked_child(self)
+        self._threads = [
+            threading.Thread(target=self._stay_connected, name="vcache-manager-io", daemon=True),
+            threading.Thread(target=self._beat, name="vcache-manager-heartbeat", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # -- session ---------------------------------------------------------------------------------------------------
+
+    @property
+    def client_id(self) -> bytes:
+        return self._hello.client
+
+    @property
+    def epoch(self) -> int:
+        connection = self._connection
+        return connection.session.epoch if connection is not None else 0
+
+    @property
+    def last_failure(self) -> VCacheError | None:
+        """Why there is no session, as far as is known; None with one. `ManagerRefusedError` and `ProtocolError` will stay."""
+        return self._failure
+
+    def wait_connected(self, timeout: float) -> bool:
+        """Block until there is a session, at most `timeout` seconds. Returns early, with False, when the manager refuses."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._connection is not None or self._closing.is_set() or self._refused(), timeout)
+            return self._connection is not None
+
+    def set_write_gate(self, wait_idle: Callable[[float], bool]) -> None:
+        self._gate = wait_idle
+
+    def subscribe(self, listener: Listener) -> None:
+        self._check_process()
+        self._audience.subscribe(listener)
+
+    def close(self) -> None:
+        if os.getpid() != self._pid or self._closing.is_set():
+            return
+        deadline = time.monotonic() + self._config.deadline
+        connection = self._connection
+        self._closing.set()
+        try:
+            if connection is not None:
+                connection.call(protocol.CALL, protocol.encode_request(protocol.Goodbye()), self._config.deadline / 2)
+        except VCacheError as error:
+            logger.debug("goodbye to the manager: %s", error)
+        if connection is not None:
+            connection.shut("closed by this client")
+        with self._changed:
+            self._changed.notify_all()
+        self._dispatcher.close(max(0.0, deadline - time.monotonic()))
+        for thread in self._threads:
+            if thread is not threading.current_thread() and not self._dispatcher.is_current():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    # -- verbs -----------------------------------------------------------------------------------------------------
+
+    def lookup(self, keys: Sequence[bytes]) -> int:
+        return protocol.decode_count(self._call(protocol.LOOKUP, protocol.join_keys(keys)))
+
+    def acquire(self, keys: Sequence[bytes], shard: int = 0, *, lease: int = 0) -> AcquireReply:
+        connection = self._live()
+        number = _lease_number(lease, connection)
+        if lease and not number:
+            return AcquireReply(0, 0.0, [])  # Of an earlier manager: it covers nothing.
+        payload = protocol.encode_acquire(protocol.join_keys(keys), shard, number)
+        late = None if lease else self._late_lease
+        answer = protocol.decode_acquired(self._call(protocol.ACQUIRE, payload, late=late, connection=connection))
+        return answer._replace(lease=answer.lease + connection.session.epoch) if answer.lease else answer
+
+    def release(self, lease: int) -> None:
+        """Also returns quietly without a session: its end has ended the lease."""
+        self._check_process()
+        connection = self._connection
+        number = _lease_number(lease, connection) if connection is not None else 0
+        if connection is None or not number:
+            return
+        try:
+            connection.send(protocol.RELEASE, protocol.encode_lease(number), self._config.deadline)
+        except ManagerUnavailableError as error:
+            logger.debug("release: %s", error)
+
+    def put_start(self, request: PutRequest) -> list[PutGrant]:
+        return self._ask(
+            protocol.PutStart(request), protocol.GRANTS_REPLY, late=lambda payload: self._late_grants(request, payload)
+        )
+
+    def put_end(self, tickets: Sequence[Ticket]) -> list[bool]:
+        return self._ask(protocol.PutEnd(list(tickets)), protocol.FLAGS_REPLY)
+
+    def put_revoke(self, tickets: Sequence[Ticket]) -> None:
+        self._ask(protocol.PutRevoke(list(tickets)), protocol.NOTHING_REPLY)
+
+    def tiers(self, keys: Sequence[bytes]) -> list[int]:
+        return self._ask(protocol.Tiers(list(keys)), protocol.NUMBERS_REPLY)
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        """Its deadline is `protocol.WIPE_TIMEOUT` longer than that of other calls: lenders are waited for."""
+        return self._ask(
+            protocol.Remove(list(keys)), protocol.NUMBER_REPLY, timeout=self._config.deadline + protocol.WIPE_TIMEOUT
+        )
+
+    def clear(self, namespace: bytes = b"") -> int:
+        """Its deadline is `protocol.WIPE_TIMEOUT` longer than that of other calls: lenders are waited for."""
+        return self._ask(
+            protocol.Clear(namespace), protocol.NUMBER_REPLY, timeout=self._config.deadline + protocol.WIPE_TIMEOUT
+        )
+
+    def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = ()) -> int:
+        """Its deadline is `connect_timeout` where that is longer: the manager reads every header of the inventory.
+
+        Raises `ProtocolError` when one slab's headers alone do not fit into a frame.
+        """
+        connection = self._live()
+        timeout = max(self._config.deadline, self._config.connect_timeout)
+        *parts, last = _inventory_parts(inventory, connection.max_frame // 2)
+        for part in parts:
+            self._ask(protocol.InventoryPart(info.uuid, part), protocol.NOTHING_REPLY, timeout=timeout, connection=connection)
+        return self._ask(protocol.Mount(info, last), protocol.NUMBER_REPLY, timeout=timeout, connection=connection)
+
+    def unmount(self, uuid: bytes) -> None:
+        self._ask(protocol.Unmount(uuid), protocol.NOTHING_REPLY)
+
+    def add_slabs(self, uuid: bytes, slabs: Sequence[tuple[int, int]]) -> None:
+        self._ask(protocol.AddSlabs(uuid, list(slabs)), protocol.NOTHING_REPLY)
+
+    def drop_slabs(self, uuid: bytes, nbytes: int) -> list[int]:
+        return self._ask(protocol.DropSlabs(uuid, nbytes), protocol.NUMBERS_REPLY)
+
+    def importer_gone(self, uuid: bytes, client: bytes) -> None:
+        self._ask(protocol.ImporterGone(uuid, client), protocol.NOTHING_REPLY)
+
+    def request_resize(self, uuid: bytes, nbytes: int) -> None:
+        self._ask(protocol.RequestResize(uuid, nbytes), protocol.NOTHING_REPLY)
+
+    def wiped(self, token: int) -> None:
+        self._ask(protocol.Wiped(token), protocol.NOTHING_REPLY)
+
+    def segments(self) -> list[SegmentInfo]:
+        return self._ask(protocol.Segments(), protocol.SEGMENTS_REPLY)
+
+    def stats(self) -> StatsReply:
+        return self._ask(protocol.Stats(), protocol.STATS_REPLY)
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def _ask(
+        self,
+        request: protocol.Request,
+        reply: msgspec.msgpack.Decoder[T],
+        *,
+        timeout: float = 0.0,
+        late: Late | None = None,
+        connection: Connection | None = None,
+    ) -> T:
+        payload = self._call(protocol.CALL, protocol.encode_request(request), timeout=timeout, late=late, connection=connection)
+        return protocol.decode_value(reply, payload)
+
+    def _call(
+        self, verb: int, payload: bytes, *, timeout: float = 0.0, late: Late | None = None, connection: Connection | None = None
+    ) -> bytes | bytearray:
+        connection = connection or self._live()
+        try:
+            answer = connection.call(verb, payload, timeout or self._config.deadline, late)
+        except DeadlineExceededError:
+            if self._breaker.failure():
+                connection.shut(f"{_MISSES} calls in a row got no answer")
+            raise
+        if connection.closed:
+            raise ManagerUnavailableError(f"manager {self._address}: the session of this answer is over")
+        return answer
+
+    def _live(self) -> Connection:
+        self._check_process()
+        connection = self._connection
+        if connection is not None:
+            return connection
+        if self._closing.is_set():
+            raise ManagerUnavailableError(f"manager {self._address}: this client is closed")
+        reason = self._failure or f"manager {self._address}: not connected yet"
+        raise ManagerUnavailableError(str(reason))
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ManagerUnavailableError(
+                f"manager {self._address}: this client belongs to process {self._pid}; a forked child must connect by itself"
+            )
+
+    def _late_lease(self, payload: bytes | bytearray) -> None:
+        number = protocol.decode_acquired(payload).lease
+        connection = self._connection
+        if number and connection is not None:
+            lease = number + connection.session.epoch
+            self._dispatcher.post(lambda: self.release(lease))
+
+    def _late_grants(self, request: PutRequest, payload: bytes | bytearray) -> None:
+        grants = protocol.decode_value(protocol.GRANTS_REPLY, payload)
+        tickets = [
+            Ticket(key, request.shard, grant.location.generation)
+            for key, grant in zip(request.keys, grants, strict=True)
+            if grant.status == "granted" and grant.location is not None
+        ]
+        if tickets:
+            self._dispatcher.post(lambda: self._revoke_late(tickets))
+
+    def _revoke_late(self, tickets: list[Ticket]) -> None:
+        try:
+            self.put_revoke(tickets)
+        except VCacheError as error:
+            logger.debug("put_revoke of tickets that came too late: %s", error)
+
+    # -- threads ---------------------------------------------------------------------------------------------------
+
+    def _stay_connected(self) -> None:
+        while self._wait_for_turn():
+            try:
+                connection = Connection(
+                    self._address, self._hello, max_frame=self._config.max_frame, timeout=self._config.deadline
+                )
+            except VCacheError as error:
+                self._not_connected(error)
+                continue
+            self._connected(connection)
+            reason = connection.read(self._audience.push, self._breaker.success)
+            self._lost(connection, reason)
+
+    def _wait_for_turn(self) -> bool:
+        """Wait for the breaker's pause and for the write gate. False when the client closes."""
+        while not self._closing.wait(self._breaker.retry_in()):
+            if self._breaker.allow():
+                return self._wait_for_writes()
+        return False
+
+    def _wait_for_writes(self) -> bool:
+        began, warned = time.monotonic(), False
+        while not self._closing.is_set():
+            gate = self._gate
+            if gate is None or gate(_GATE_TIMEOUT):
+                return True
+            if not warned and time.monotonic() - began > _GATE_PATIENCE:
+                logger.warning("reconnecting to manager %s waits for writes that do not end", self._address)
+                warned = True
+        return False
+
+    def _connected(self, connection: Connection) -> None:
+        self._breaker.success()
+        with self._changed:
+            self._connection, self._failure = connection, None
+            self._changed.notify_all()
+        self._audience.session_began(connection.session)
+        logger.info("connected to manager %s, epoch %d", self._address, connection.session.epoch)
+        if self._closing.is_set():
+            connection.shut("closed by this client")
+
+    def _not_connected(self, error: VCacheError) -> None:
+        self._breaker.trip()
+        with self._changed:
+            told = str(self._failure) == str(error)
+            self._failure = error
+            self._changed.notify_all()
+        if not told and self._refused():
+            logger.error("%s", error)
+        elif not told:
+            logger.info("%s", error)
+
+    def _lost(self, connection: Connection, reason: str) -> None:
+        self._breaker.trip()
+        with self._changed:
+            self._connection = None
+            self._failure = ManagerUnavailableError(f"manager {self._address}: connection lost ({reason})")
+            self._changed.notify_all()
+        if not self._closing.is_set():
+            logger.warning("%s; calls are misses until it is back", self._failure)
+            self._audience.session_lost()
+
+    def _beat(self) -> None:
+        interval = self._config.heartbeat_interval
+        while not self._closing.wait(interval):
+            connection = self._connection
+            if connection is None:
+                continue
+            interval = connection.session.heartbeat_interval
+            try:
+                self._ask(protocol.Heartbeat(), protocol.NOTHING_REPLY, connection=connection)
+            except VCacheError as error:
+                logger.debug("heartbeat: %s", error)
+
+    def _refused(self) -> bool:
+        return self._failure is not None and not isinstance(self._failure, ManagerUnavailableError)
+
+    def _forget_in_child(self) -> None:
+        if self._connection is not None:
+            self._connection.forget()
+
+
+def _close_in_forked_child(client: ManagerClient) -> None:
+    """Without this, a child that outlives its parent would hold the session's socket open."""
+    reference = weakref.ref(client)
+
+    def forget() -> None:
+        alive = reference()
+        if alive is not None:
+            alive._forget_in_child()
+
+    os.register_at_fork(after_in_child=forget)
+
+
+def _lease_number(lease: int, connection: Connection) -> int:
+    """The manager counts leases from 1 in each epoch; callers get that number plus the epoch. Since epochs are nanoseconds of
+    wall-clock time, a lease of an earlier manager falls below 1 here, and can never be mistaken for one of this manager."""
+    return max(0, lease - connection.session.epoch)
+
+
+def _inventory_parts(inventory: Sequence[SlabInventory], limit: int) -> Iterator[list[SlabInventory]]:
+    """Split so that each part's headers have at most `limit` bytes. Yields at least one part."""
+    part: list[SlabInventory] = []
+    size = 0
+    for slab in inventory:
+        nbytes = len(slab.slab_header) + len(slab.slot_headers)
+        if nbytes > limit:
+            raise ProtocolError(f"slab {slab.slab}: {nbytes} bytes of headers do not fit a frame; raise manager.max_frame")
+        if part and size + nbytes > limit:
+            yield part
+            part, size = [], 0
+        part.append(slab)
+        size += nbytes
+    yield part

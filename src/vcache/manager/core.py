@@ -1,0 +1,222 @@
+"""What the parts of the directory share: tables, counters, the outbox, and how a chunk leaves its slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ..config import ManagerConfig
+from ..errors import ManagerRefusedError
+from ..segment.slots import ALIGNMENT, HEADER_BYTES
+from .allocator import Allocator, Slab
+from .chunks import ChunkTable
+from .eviction import make_policy
+from .leases import LeaseTable
+from .messages import Push, Role, WipeSlots
+from .records import Record, Space, Wipe, state_of
+from .writes import WriteTable
+
+WIPE_BATCH = 1024
+"""Slots in one `WipeSlots` at most."""
+
+
+class Instruction(NamedTuple):
+    """Something for the caller of the directory to do."""
+
+    target: bytes | None
+    """Client id, or None for every client that has a session."""
+    push: Push | None
+    """To send. None: the session of `target` was ended by the directory; close its connection."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the manager started. Per key, unless the name says otherwise; lookups = hits + misses + errors (I10)."""
+
+    lookups: int = 0
+    hits: int = 0
+    misses: int = 0
+    errors: int = 0
+    leases: int = 0
+    lease_expiries: int = 0
+    puts: int = 0
+    """Tickets granted."""
+    puts_exist: int = 0
+    puts_busy: int = 0
+    puts_no_space: int = 0
+    stored: int = 0
+    """Shards written and published or waiting for the other shards."""
+    late_ends: int = 0
+    """`put_end` for a ticket that had lapsed."""
+    revocations: int = 0
+    ticket_expiries: int = 0
+    incomplete: int = 0
+    """Complete shards dropped because the others never came."""
+    evictions: int = 0
+    """Chunks that went for lack of room, because their slab was returned, or with their segment."""
+    slab_reclaims: int = 0
+    """Slabs emptied to hold another slot size."""
+    removed: int = 0
+    recovered: int = 0
+    """Shards found in inventories."""
+    inventory_ignored: int = 0
+    """Slot headers in inventories that were not believed."""
+    quarantines: int = 0
+    """Slots that went into quarantine."""
+    wipes: int = 0
+    """Slot headers that a lender was told to zero."""
+    sessions: int = 0
+    session_timeouts: int = 0
+
+
+class Session:
+    """One client's session."""
+
+    __slots__ = ("client", "name", "opened", "role", "seen")
+
+    def __init__(self, client: bytes, name: str, role: Role, now: float) -> None:
+        self.client = client
+        self.name = name
+        self.role: Role = role
+        self.opened = now
+        self.seen = now
+
+
+class Core:
+    """Shared state. Not thread-safe; no I/O; time is passed in."""
+
+    def __init__(self, config: ManagerConfig, epoch: int) -> None:
+        self.config = config
+        self.epoch = epoch
+        self.sessions: dict[bytes, Session] = {}
+        self.chunks = ChunkTable(make_policy(config.eviction))
+        self.allocator = Allocator(epoch)
+        self.leases = LeaseTable(config.lease_ttl)
+        self.writes = WriteTable()
+        self.counters = Counters()
+        self.outbox: list[Instruction] = []
+        self.wiping: dict[int, set[Wipe]] = {}
+        """Outstanding wipes, by token."""
+        self._last_token = 0
+        self.clock = 1
+        """Coarse time of use: eighths of a second."""
+        self._clock_until = 0.0
+
+    def tick_clock(self, now: float) -> int:
+        """The same int object for everything in an eighth of a second: it costs the records nothing."""
+        if now >= self._clock_until:
+            self.clock = max(self.clock, int(now * 8) + 1)
+            self._clock_until = self.clock / 8
+        return self.clock
+
+    def session(self, client: bytes, now: float) -> Session:
+        """The client's session, which this proves alive. Raises `ManagerRefusedError` without one."""
+        session = self.sessions.get(client)
+        if session is None:
+            raise ManagerRefusedError("no session: say hello first")
+        session.seen = now
+        return session
+
+    def push(self, target: bytes | None, push: Push) -> None:
+        self.outbox.append(Instruction(target, push))
+
+    # Chunks and slots
+
+    def forget(self, record: Record) -> None:
+        """A visible chunk goes; all its slots are free. Their headers stay until somebody overwrites them."""
+        places = list(record.places())
+        name = name_of(record.space)
+        self.chunks.hide(record)
+        for place in places:
+            slab = self.allocator.slab_at(place)
+            slab.trace(place.slot, record.key, name)
+            self.free(slab, place.slot)
+
+    def free(self, slab: Slab, slot: int) -> None:
+        """The holder of a slot lets go. Zeroes headers first where a removed chunk's may still be there."""
+        if slab.segment is not None and slab.stale.get(slot, ()) is None:
+            self.wipe([(slab, slot)])
+            return
+        self.allocator.release(slab, slot)
+        if slab.buried and slab.segment is not None and not slab.busy:
+            self.wipe_slab(slab, [old for old, traces in slab.buried.items() if traces is None])
+
+    def unpinned(self, records: Iterable[Record]) -> None:
+        """Leases let go of these records: ghosts among them may disappear."""
+        if self.chunks.ghosts:
+            for record in records:
+                self.chunks.settle(record)
+
+    # Wiping
+
+    def wipe(self, slots: Iterable[tuple[Slab, int]]) -> list[int]:
+        """Hold these slots (free or not) until their lenders zeroed the headers; tokens to wait for. O(slots of the slabs)."""
+        by_segment: dict[int, list[tuple[Slab, int]]] = {}
+        for slab, slot in slots:
+            assert slab.segment is not None
+            by_segment.setdefault(slab.segment.number, []).append((slab, slot))
+        tokens: list[int] = []
+        for places in by_segment.values():
+            for start in range(0, len(places), WIPE_BATCH):
+                batch = places[start : start + WIPE_BATCH]
+                tokens.append(self._wipe(batch, batch))
+        return tokens
+
+    def wipe_slab(self, slab: Slab, headers: list[int]) -> list[int]:
+        """Zero headers that an earlier format left in an empty slab. All of the slab is held meanwhile, because those places
+        may be payload now."""
+        if not headers:
+            return []
+        return [self._wipe([(slab, slot) for slot in range(slab.slots)], [(slab, slot) for slot in headers])]
+
+    def _wipe(self, holds: list[tuple[Slab, int]], headers: list[tuple[Slab, int]]) -> int:
+        """Both in slabs of one segment."""
+        self._last_token = token = self._last_token + 1
+        holders = self.wiping[token] = set()
+        claimed: dict[int, Slab] = {}
+        segment = holds[0][0].segment
+        assert segment is not None
+        for slab, slot in holds:
+            owner = slab.owners[slot]
+            wipe = Wipe(slab, slot, token)
+            holders.add(wipe)
+            before = state_of(owner)
+            slab.owners[slot] = wipe
+            if owner is None:
+                claimed[slab.index] = slab
+            else:
+                self.allocator.change(slab, slot, before)
+        for slab in claimed.values():
+            self.allocator.recount(slab)
+        for slab, slot in headers:
+            slab.stale.pop(slot, None)
+            slab.buried.pop(slot, None)
+        self.counters.wipes += len(headers)
+        offsets = [(slab.index, HEADER_BYTES * (1 + slot)) for slab, slot in headers]
+        self.push(segment.info.owner, WipeSlots(token=token, segment=segment.info.uuid, slots=offsets))
+        return token
+
+    def end_wipe(self, wipe: Wipe) -> None:
+        """One slot is clean, or its memory is gone."""
+        self.release_token(wipe)
+        if wipe.slab.owners[wipe.slot] is wipe:
+            self.allocator.release(wipe.slab, wipe.slot)
+
+    def release_token(self, wipe: Wipe) -> None:
+        """Nobody needs to wait for this slot any more."""
+        holders = self.wiping.get(wipe.token)
+        if holders is not None:
+            holders.discard(wipe)
+            if not holders:
+                del self.wiping[wipe.token]
+
+
+def name_of(space: Space | None) -> bytes:
+    """The namespace; empty if it is not known."""
+    return space.name if space is not None else b""
+
+
+def stride_of(slot_bytes: int) -> int:
+    """Slot sizes are told apart after rounding up to `ALIGNMENT`, as locations do on the wire."""
+    return -(-slot_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,406 @@
+"""The manager's heart: a pure state machine. Events in, replies and instructions out; no sockets, threads or clocks.
+
+Who calls it serialises the calls, passes the time (seconds, any origin, never backwards) and the client id of the session,
+carries out `take_instructions()` after every call, and calls `tick` no later than `next_deadline()`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+from ..config import ManagerConfig
+from ..errors import IntegrityError, ProtocolError
+from ..keys import DIGEST_BYTES
+from ..segment.slots import LOCATION_BYTES, SegmentInfo, SlabInventory, SlotLocation
+from .core import Core, Instruction, Session
+from .lending import Lending
+from .messages import (
+    AcquireReply,
+    PutGrant,
+    PutRequest,
+    Role,
+    SegmentMounted,
+    SegmentStats,
+    SessionInfo,
+    SessionStats,
+    StatsReply,
+    Ticket,
+)
+from .puts import PutDesk
+from .records import FREE, PROCESSING, QUARANTINED, USED, Record, Write
+from .removal import Removal
+
+
+class PackedReply(NamedTuple):
+    """`AcquireReply` with the locations still packed: `LOCATION_BYTES` each, joined."""
+
+    lease: int
+    expires_in: float
+    packed: bytes
+
+
+class RemovalReply(NamedTuple):
+    """What `remove` and `clear` did at once, and what must still happen before the answer may go out."""
+
+    removed: int
+    tokens: list[int]
+    """Wait until `outstanding(tokens)` is false, or for a bounded time."""
+
+
+class Directory:
+    """All state of one manager. Not thread-safe. Every verb takes the client id of a living session and raises
+    `ManagerRefusedError` without one, `ProtocolError` for arguments that no conforming client sends; nothing has changed
+    then. Keys are 16-byte digests."""
+
+    def __init__(self, config: ManagerConfig | None = None, *, epoch: int, now: float = 0.0) -> None:
+        """`epoch`: even, above every generation that an earlier manager gave out (nanoseconds since 1970)."""
+        config = config if config is not None else ManagerConfig()
+        self._core = core = Core(config, epoch + (epoch & 1))
+        self._puts = PutDesk(core)
+        self._removal = Removal(core)
+        self._lending = Lending(core, self._puts, self._removal)
+        self._started = now
+        self._find = core.chunks.visible.get
+        self._counters = core.counters
+        self._touch = core.chunks.policy.touch
+
+    @property
+    def epoch(self) -> int:
+        return self._core.epoch
+
+    # Sessions
+
+    def open_session(self, client: bytes, name: str, role: Role, now: float) -> SessionInfo:
+        """Hello: the client states that it has no writes in flight. Ends an older session of the same client id first.
+        Instructs to send it the mounted segments."""
+        if len(client) != DIGEST_BYTES:
+            raise ProtocolError(f"hello: a client id is {DIGEST_BYTES} bytes, got {len(client)}")
+        core = self._core
+        if client in core.sessions:
+            self.close_session(client, now, goodbye=False)
+        self._puts.writer_idle(client)
+        core.sessions[client] = Session(client, name, role, now)
+        core.counters.sessions += 1
+        for segment in core.allocator.segments.values():
+            core.push(client, SegmentMounted(info=segment.info))
+        return SessionInfo(
+            epoch=core.epoch,
+            heartbeat_interval=core.config.heartbeat_interval,
+            session_timeout=core.config.session_timeout,
+        )
+
+    def close_session(self, client: bytes, now: float, *, goodbye: bool = False) -> None:
+        """The connection is gone, or (`goodbye`) the client said that it stops and has nothing in flight. Idempotent."""
+        core = self._core
+        if core.sessions.pop(client, None) is None:
+            return
+        core.unpinned(core.leases.drop_client(client))
+        if goodbye:
+            self._puts.writer_idle(client)
+        self._lending.lender_gone(client, now, goodbye=goodbye)
+        if not goodbye:
+            self._lending.writer_lost(client)
+
+    def heartbeat(self, client: bytes, now: float) -> None:
+        """A sign of life. So is every other call."""
+        self._core.session(client, now)
+
+    def has_session(self, client: bytes) -> bool:
+        return client in self._core.sessions
+
+    def tick(self, now: float) -> None:
+        """Everything that is due: sessions, leases, tickets, quarantines."""
+        core = self._core
+        core.tick_clock(now)
+        limit = now - core.config.session_timeout
+        for session in [session for session in core.sessions.values() if session.seen <= limit]:
+            core.counters.session_timeouts += 1
+            self.close_session(session.client, now, goodbye=False)
+            core.outbox.append(Instruction(session.client, None))
+        for lease in core.leases.expired(now):
+            core.counters.lease_expiries += 1
+            core.unpinned(core.leases.drop(lease.number, lease.client))
+        self._puts.expire(now)
+        self._lending.expire(now)
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do at the latest; None: never, as things stand. O(sessions)."""
+        core = self._core
+        times = [core.leases.next_expiry(), core.writes.next_deadline()]
+        if core.sessions:
+            times.append(min(session.seen for session in core.sessions.values()) + core.config.session_timeout)
+        return min((time for time in times if time is not None), default=None)
+
+    def take_instructions(self) -> list[Instruction]:
+        """What to send, in order; empties the outbox."""
+        instructions, self._core.outbox = self._core.outbox, []
+        return instructions
+
+    # Reading
+
+    def lookup(self, client: bytes, keys: Sequence[bytes], now: float) -> int:
+        """See `ManagerApi.lookup`."""
+        core = self._core
+        core.session(client, now)
+        found = self._prefix(keys)
+        if found:
+            self._touch(found, core.tick_clock(now))
+        return len(found)
+
+    def acquire(self, client: bytes, keys: Sequence[bytes], shard: int, lease: int, now: float) -> AcquireReply:
+        """See `ManagerApi.acquire`. `lease` 0: a new one."""
+        number, expires_in, packed = self.acquire_packed(client, keys, shard, lease, now)
+        return AcquireReply(number, expires_in, SlotLocation.unpack_many(packed))
+
+    def acquire_packed(self, client: bytes, keys: Sequence[bytes], shard: int, lease: int, now: float) -> PackedReply:
+        """As `acquire`, with the locations as bytes that lie ready. Raises `ProtocolError` for a negative shard."""
+        core = self._core
+        core.session(client, now)
+        if shard < 0:
+            raise ProtocolError(f"acquire: shard {shard}")
+        if lease:
+            return self._locate(client, keys, shard, lease, now)
+        found = self._prefix(keys)
+        packed = b"".join([record.packed for record in found])
+        if shard or len(packed) != LOCATION_BYTES * len(found):
+            packed = self._places(found, shard)
+        if not found:
+            return PackedReply(0, 0.0, b"")
+        granted = core.leases.grant(client, found, now)
+        core.counters.leases += 1
+        self._touch(found, core.tick_clock(now))
+        return PackedReply(granted.number, core.leases.ttl, packed)
+
+    def release(self, client: bytes, lease: int, now: float) -> None:
+        """See `ManagerApi.release`."""
+        core = self._core
+        core.session(client, now)
+        core.unpinned(core.leases.drop(lease, client))
+
+    def tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> list[int]:
+        """See `ManagerApi.tiers`."""
+        self._core.session(client, now)
+        segments = self._core.allocator.segments
+        levels: list[int] = []
+        for key in keys:
+            record = self._find(key)
+            if record is None:
+                levels.append(-1)
+            else:
+                levels.append(max(int(segments[place.segment].info.kind == "host") for place in record.places()))
+        return levels
+
+    def _prefix(self, keys: Sequence[bytes]) -> list[Record]:
+        """Records of the leading keys that are visible; counts hits and misses."""
+        counters, asked = self._counters, len(keys)
+        found: list[Record] = list(map(self._find, keys))  # type: ignore[arg-type]
+        if not all(found):
+            del found[found.index(None) :]  # type: ignore[arg-type]
+        hits = len(found)
+        counters.lookups += asked
+        counters.hits += hits
+        counters.misses += asked - hits
+        if self._core.chunks.orphans:
+            self._core.chunks.relink(found)
+        return found
+
+    def _places(self, found: list[Record], shard: int) -> bytes:
+        """Packed locations of one shard; cuts `found` at the first record without it, which makes the rest misses."""
+        places = [record.place(shard) for record in found]
+        if b"" in places:
+            cut = places.index(b"")
+            lost = len(found) - cut
+            self._counters.hits -= lost
+            self._counters.misses += lost
+            del found[cut:], places[cut:]
+        return b"".join(places)
+
+    def _locate(self, client: bytes, keys: Sequence[bytes], shard: int, number: int, now: float) -> PackedReply:
+        counters = self._counters
+        lease = self._core.leases.get(number, client, now)
+        if lease is None:
+            counters.lookups += len(keys)
+            counters.errors += len(keys)
+            return PackedReply(0, 0.0, b"")
+        found = self._prefix(keys)
+        cover = lease.cover()
+        cut = next((place for place, record in enumerate(found) if record.key not in cover), len(found))
+        counters.hits -= len(found) - cut
+        counters.misses += len(found) - cut
+        del found[cut:]
+        packed = self._places(found, shard)
+        return PackedReply(number if found else 0, lease.expires - now, packed)
+
+    # Writing
+
+    def put_start(self, client: bytes, request: PutRequest, now: float) -> list[PutGrant]:
+        """See `ManagerApi.put_start`."""
+        self._core.session(client, now)
+        return self._puts.start(client, request, now)
+
+    def put_end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
+        """See `ManagerApi.put_end`. Idempotent."""
+        self._core.session(client, now)
+        return self._puts.end(client, tickets, now)
+
+    def put_revoke(self, client: bytes, tickets: Sequence[Ticket], now: float) -> None:
+        """See `ManagerApi.put_revoke`."""
+        self._core.session(client, now)
+        self._puts.revoke(client, tickets)
+
+    # Removing
+
+    def remove(self, client: bytes, keys: Sequence[bytes], now: float) -> RemovalReply:
+        """See `ManagerApi.remove`; gone at once here, and for good when the tokens are no longer outstanding."""
+        self._core.session(client, now)
+        return RemovalReply(*self._removal.remove(keys))
+
+    def clear(self, client: bytes, namespace: bytes, now: float) -> RemovalReply:
+        """See `ManagerApi.clear`. Writes under way are not affected. O(chunks)."""
+        self._core.session(client, now)
+        return RemovalReply(*self._removal.clear(namespace))
+
+    def outstanding(self, tokens: Iterable[int]) -> bool:
+        """Whether a lender still has to zero headers for any of these tokens. False once its session is gone."""
+        return any(token in self._core.wiping for token in tokens)
+
+    def wiped(self, client: bytes, token: int, now: float) -> None:
+        """See `ManagerApi.wiped`."""
+        self._core.session(client, now)
+        self._lending.wiped(client, token)
+
+    # Lending
+
+    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float) -> int:
+        """See `ManagerApi.mount`. O(slots)."""
+        self._core.session(client, now)
+        return self._lending.mount(client, info, inventory, now)
+
+    def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
+        """See `ManagerApi.unmount`."""
+        self._core.session(client, now)
+        self._lending.unmount(client, uuid, now)
+
+    def add_slabs(self, client: bytes, uuid: bytes, slabs: Sequence[tuple[int, int]], now: float) -> None:
+        """See `ManagerApi.add_slabs`."""
+        self._core.session(client, now)
+        self._lending.add_slabs(client, uuid, slabs)
+
+    def drop_slabs(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> list[int]:
+        """See `ManagerApi.drop_slabs`."""
+        self._core.session(client, now)
+        return self._lending.drop_slabs(client, uuid, nbytes, now)
+
+    def importer_gone(self, client: bytes, uuid: bytes, importer: bytes, now: float) -> None:
+        """See `ManagerApi.importer_gone`."""
+        self._core.session(client, now)
+        self._lending.importer_gone(client, uuid, importer, now)
+
+    def request_resize(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> None:
+        """See `ManagerApi.request_resize`."""
+        self._core.session(client, now)
+        self._lending.request_resize(uuid, nbytes)
+
+    # Looking at it
+
+    def segments(self) -> list[SegmentInfo]:
+        return [segment.info for segment in self._core.allocator.segments.values()]
+
+    def stats(self, now: float) -> StatsReply:
+        """Counters and gauges. O(slabs + leases + sessions)."""
+        core = self._core
+        segments: list[SegmentStats] = []
+        for segment in core.allocator.segments.values():
+            counts, used, unformatted = core.allocator.totals(segment)
+            segments.append(
+                SegmentStats(
+                    info=segment.info,
+                    slots_free=counts[FREE],
+                    slots_used=counts[USED],
+                    slots_processing=counts[PROCESSING],
+                    slots_quarantined=counts[QUARANTINED],
+                    bytes_used=used,
+                    slabs_unformatted=unformatted,
+                )
+            )
+        sessions = [
+            SessionStats(
+                client=session.client,
+                name=session.name,
+                role=session.role,
+                leases=core.leases.count(session.client),
+                writes=core.writes.count(session.client),
+                age=now - session.opened,
+            )
+            for session in core.sessions.values()
+        ]
+        return StatsReply(
+            epoch=core.epoch,
+            uptime=now - self._started,
+            counters=asdict(core.counters),
+            gauges=self._gauges(segments),
+            segments=segments,
+            sessions=sessions,
+        )
+
+    def _gauges(self, segments: list[SegmentStats]) -> dict[str, int]:
+        core = self._core
+        return {
+            "chunks": len(core.chunks.visible),
+            "chunks_pending": len(core.chunks.pending),
+            "leases": len(core.leases.leases),
+            "sessions": len(core.sessions),
+            "segments": len(segments),
+            "wipes_outstanding": len(core.wiping),
+            "slots_free": sum(segment.slots_free for segment in segments),
+            "slots_used": sum(segment.slots_used for segment in segments),
+            "slots_processing": sum(segment.slots_processing for segment in segments),
+            "slots_quarantined": sum(segment.slots_quarantined for segment in segments),
+            "bytes_capacity": sum(segment.info.nbytes for segment in segments),
+            "bytes_used": sum(segment.bytes_used for segment in segments),
+        }
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` naming the rule (I2-I5, I9, I10) that does not hold. O(everything)."""
+        core, counters = self._core, self._core.counters
+        if counters.lookups != counters.hits + counters.misses + counters.errors:
+            raise IntegrityError(f"I10: {counters.lookups} lookups, {counters.hits} + {counters.misses} + {counters.errors}")
+        core.allocator.check_integrity()
+        core.chunks.check_integrity(core.leases.pins())
+        core.writes.check_integrity()
+        held = sum(1 for slab in core.allocator.slabs.values() for owner in slab.owners if isinstance(owner, Record))
+        for record in core.chunks.visible.values():
+            for place in record.places():
+                slab = core.allocator.slabs.get(core.allocator.slab_key(place.segment, place.slab))
+                held -= 1
+                if slab is None or slab.owners[place.slot] is not record:
+                    raise IntegrityError(f"I2: {record.key.hex()} does not own the slot it points to")
+                if not slab.format_generation < place.generation <= slab.counter:
+                    raise IntegrityError(f"I4: generation {place.generation} of {record.key.hex()} is out of its slab's range")
+        if held:
+            raise IntegrityError("I2: a slot is owned by a chunk that does not point to it")
+        self._check_parts()
+        for client in {lease.client for lease in core.leases.leases.values()} - set(core.sessions):
+            raise IntegrityError(f"I9: client {client.hex()} holds leases without a session")
+
+    def _check_parts(self) -> None:
+        core = self._core
+        for slab in (*core.allocator.slabs.values(), *self._lending.away_slabs()):
+            for owner in slab.owners:
+                if isinstance(owner, Write):
+                    pending = core.chunks.pending.get(owner.key)
+                    part = pending.parts.get(owner.shard) if pending is not None else None
+                    if (part is owner) != (owner.state != QUARANTINED):
+                        raise IntegrityError(f"I3: write of {owner.key.hex()} and its pending chunk disagree")
+                    if owner.state == PROCESSING and owner.writer not in core.sessions:
+                        raise IntegrityError(f"I9: client {owner.writer.hex()} writes without a session")
+        for key, pending in core.chunks.pending.items():
+            for part in pending.parts.values():
+                if part.slab.owners[part.slot] is not part or part.slab.segment is None:
+                    raise IntegrityError(f"I3: a shard of pending chunk {key.hex()} does not hold its slot")
+        for token, holders in core.wiping.items():
+            for wipe in holders:
+                if wipe.token != token or wipe.slab.owners[wipe.slot] is not wipe or wipe.slab.segment is None:
+                    raise IntegrityError(f"I3: wipe {token} does not hold its slot")

@@ -1,0 +1,232 @@
+"""Which chunk goes first: LRU and SIEVE behind one interface, one queue per slot size.
+
+Both never choose a pinned record, take the tail of a prefix before its head, and do bounded work per victim. Order in a
+queue: oldest to newest, linked through the records themselves, so that a touch and a removal are O(1).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from ..errors import IntegrityError
+from .records import Record
+
+MAX_STEPS = 1 << 16
+"""Records looked at for one victim at most; beyond it there is none this time, and the next search goes on from there."""
+
+
+class Queue:
+    """A circular list of records of one slot size around a sentinel. Not thread-safe."""
+
+    __slots__ = ("end", "hand", "size")
+
+    def __init__(self) -> None:
+        end = Record(b"", None, 0)
+        end.older = end.newer = end
+        self.end = end
+        """Sentinel: `end.newer` is the oldest record, `end.older` the newest."""
+        self.hand: Record | None = None
+        """SIEVE: where the next search begins."""
+        self.size = 0
+
+    def insert(self, record: Record, before: Record) -> None:
+        """Put `record` on the older side of `before` (the sentinel: make it the newest)."""
+        older = before.older
+        assert older is not None
+        record.older, record.newer = older, before
+        older.newer = before.older = record
+        record.queue = self
+        self.size += 1
+
+    def remove(self, record: Record) -> None:
+        older, newer = record.older, record.newer
+        assert older is not None
+        assert newer is not None
+        if self.hand is record:
+            self.hand = newer
+        older.newer, newer.older = newer, older
+        record.older = record.newer = record.queue = None
+        self.size -= 1
+
+    def __iter__(self) -> Iterator[Record]:
+        """Oldest to newest."""
+        record = self.end.newer
+        while record is not None and record is not self.end:
+            yield record
+            record = record.newer
+
+
+class EvictionPolicy(ABC):
+    """Orders the visible records. Records are touched on use, removed before they are forgotten."""
+
+    def __init__(self) -> None:
+        self.queues: dict[int, Queue] = {}
+        """By slot size in bytes."""
+
+    def add(self, record: Record, slot_bytes: int) -> None:
+        """A record became visible. Add a prompt's chunks from tail to head, so that the head is the newest."""
+        queue = self.queues.get(slot_bytes)
+        if queue is None:
+            queue = self.queues[slot_bytes] = Queue()
+        queue.insert(record, queue.end)
+
+    def add_cold(self, records: Sequence[Record], slot_bytes: int) -> None:
+        """Records found in an inventory, whose use is unknown: older than all others, higher chunk indices first. `records`
+        is sorted by falling index; earlier cold ones (`used` 0) are merged in."""
+        queue = self.queues.get(slot_bytes)
+        if queue is None:
+            queue = self.queues[slot_bytes] = Queue()
+        place = queue.end.newer
+        for record in records:
+            while place is not None and place is not queue.end and not place.used and place.index >= record.index:
+                place = place.newer
+            assert place is not None
+            queue.insert(record, place)
+
+    def discard(self, record: Record) -> None:
+        if record.queue is not None:
+            record.queue.remove(record)
+        record.visited = False
+
+    @abstractmethod
+    def touch(self, records: Sequence[Record], clock: int) -> None:
+        """Records, in prompt order, were used at `clock`. A tail never becomes hotter than its head."""
+
+    @abstractmethod
+    def victim(self, slot_bytes: int, allowed: frozenset[int] | None) -> Record | None:
+        """The record to evict next for a slot of this size, or None. It stays in its queue. Never pinned, no children.
+        `allowed`: numbers of segments that count (None: all)."""
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` when a queue is not a proper list."""
+        for slot_bytes, queue in self.queues.items():
+            count, before, hand = 0, queue.end, queue.hand is None or queue.hand is queue.end
+            for record in queue:
+                if record.older is not before or record.queue is not queue:
+                    raise IntegrityError(f"eviction queue of {slot_bytes} bytes: broken link at {record.key.hex()}")
+                hand = hand or record is queue.hand
+                count, before = count + 1, record
+            if count != queue.size or queue.end.older is not before or not hand:
+                raise IntegrityError(
+                    f"eviction queue of {slot_bytes} bytes: size {queue.size}, {count} linked, hand found: {hand}"
+                )
+
+
+def tail_of(record: Record) -> tuple[Record, int]:
+    """The end of the chain below `record` as far as links lead, and the number of steps. The result still has children
+    when the way down is unknown."""
+    steps = 0
+    while record.children and record.child is not None and steps < MAX_STEPS:
+        record = record.child
+        steps += 1
+    return record, steps
+
+
+def evictable(record: Record, allowed: frozenset[int] | None) -> bool:
+    """Whether it may go now: visible, not leased, nothing below it, and in a segment that counts."""
+    if record.pins or record.children or not record.packed:
+        return False
+    return allowed is None or any(place.segment in allowed for place in record.places())
+
+
+class LruPolicy(EvictionPolicy):
+    """Least recently used first."""
+
+    def touch(self, records: Sequence[Record], clock: int) -> None:
+        for record in reversed(records):
+            queue = record.queue
+            if queue is None:
+                continue
+            end, older, newer = queue.end, record.older, record.newer
+            record.used = clock
+            if newer is end or older is None or newer is None:
+                continue
+            older.newer, newer.older = newer, older
+            newest = end.older
+            assert newest is not None
+            record.older, record.newer = newest, end
+            newest.newer = end.older = record
+
+    def victim(self, slot_bytes: int, allowed: frozenset[int] | None) -> Record | None:
+        queue = self.queues.get(slot_bytes)
+        if queue is None:
+            return None
+        record, steps, seen, count = queue.end.newer, 0, 0, queue.size
+        while record is not None and record is not queue.end and seen < 2 * count and steps < MAX_STEPS:
+            following = record.newer
+            tail, depth = tail_of(record)
+            if evictable(tail, allowed):
+                if tail.used <= record.used or tail.queue is not queue:
+                    return tail
+                self._lift(record, tail)
+            elif tail.pins or tail.children or not tail.packed:
+                # In use, or something below it is: as good as used now. Keeps later searches short.
+                queue.remove(record)
+                queue.insert(record, queue.end)
+            record = following
+            seen += 1
+            steps += 1 + depth
+        return None
+
+    @staticmethod
+    def _lift(record: Record, tail: Record) -> None:
+        """The tail below was used later than `record`: put the older ones on the way between them just behind it."""
+        queue, place = tail.queue, tail
+        parent = tail.parent
+        assert queue is not None
+        while parent is not None:
+            if parent.used < tail.used and parent.queue is queue:
+                queue.remove(parent)
+                after = place.newer
+                assert after is not None
+                queue.insert(parent, after)
+                place = parent
+            if parent is record:
+                break
+            parent = parent.parent
+
+
+class SievePolicy(EvictionPolicy):
+    """SIEVE (Zhang et al., NSDI 2024): a hand goes from old to new, spares what was used since it last came by."""
+
+    def touch(self, records: Sequence[Record], clock: int) -> None:
+        for record in records:
+            record.visited = True
+            record.used = clock
+
+    def victim(self, slot_bytes: int, allowed: frozenset[int] | None) -> Record | None:
+        queue = self.queues.get(slot_bytes)
+        if queue is None or not queue.size:
+            return None
+        end = queue.end
+        record, steps, spared, seen = queue.hand or end, 0, 0, 0
+        # The first round may only clear marks, so two rounds see every record unmarked.
+        limit = 2 * queue.size
+        while seen < limit and steps < MAX_STEPS:
+            if record is end:
+                assert end.newer is not None
+                record = end.newer
+            if record.visited and spared < MAX_STEPS // 4:
+                record.visited = False
+                spared += 1
+                steps += 1
+            else:
+                tail, depth = tail_of(record)
+                steps += 1 + depth
+                if evictable(tail, allowed):
+                    if not tail.visited or spared >= MAX_STEPS // 4:
+                        queue.hand = record
+                        return tail
+                    tail.visited = False
+                    spared += 1
+            assert record.newer is not None
+            record = record.newer
+            seen += 1
+        queue.hand = record
+        return None
+
+
+def make_policy(name: Literal["lru", "sieve"]) -> EvictionPolicy:
+    return LruPolicy() if name == "lru" else SievePolicy()

@@ -1,0 +1,257 @@
+"""Segments come, change and go: mount, growth, shrinkage, and lenders that are away for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ..errors import ManagerRefusedError, ProtocolError
+from ..keys import DIGEST_BYTES
+from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory
+from .allocator import Segment, Slab
+from .core import Core
+from .inventory import SlabFindings, judge_inventory
+from .messages import ResizeRequested, SegmentGone, SegmentMounted, WriterLost
+from .puts import PutDesk
+from .records import PROCESSING, QUARANTINED, USED, Record, Wipe, Write
+from .recovery import Recovery
+from .removal import Removal
+
+AWAY_SECONDS = 3600.0
+"""How long unfinished writes in a segment are remembered whose lender vanished."""
+
+
+class _Away:
+    """What is remembered of a segment that was taken down while its memory may live on."""
+
+    __slots__ = ("event", "owner", "since", "slabs")
+
+    def __init__(self, owner: bytes, slabs: dict[int, Slab], event: int, since: float) -> None:
+        self.owner = owner
+        self.slabs = slabs
+        """Slabs with slots that somebody may still write, detached."""
+        self.event = event
+        """Removals after this one have not reached its memory."""
+        self.since = since
+
+
+class Lending:
+    """All segment verbs. Those that name a segment raise `ManagerRefusedError` when the client does not lend it."""
+
+    def __init__(self, core: Core, puts: PutDesk, removal: Removal) -> None:
+        self._core = core
+        self._puts = puts
+        self._removal = removal
+        self._recovery = Recovery(core, puts, removal)
+        self._away: dict[bytes, _Away] = {}
+
+    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float) -> int:
+        """See `ManagerApi.mount`. Raises `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
+        core = self._core
+        _check_info(client, info)
+        findings = judge_inventory(info, inventory)
+        segment = core.allocator.by_uuid.get(info.uuid)
+        if segment is not None:
+            self._owned(client, info.uuid)
+            away = self._vacate(segment, now)
+            segment.info = info
+            segment.dropped.clear()
+        else:
+            known = self._away.pop(info.uuid, None)
+            away = known if known is not None else _Away(client, {}, 0, now)
+            segment = core.allocator.add_segment(info)
+        slabs: list[tuple[SlabInfo, Slab | None, SlabFindings]] = []
+        for slab_info in info.slabs:
+            held = away.slabs.get(slab_info.index)
+            if held is not None and held.nbytes == slab_info.nbytes and held.busy:
+                del away.slabs[slab_info.index]
+            else:
+                held = None
+            slabs.append((slab_info, held, findings.get(slab_info.index) or SlabFindings()))
+        for slab in away.slabs.values():
+            self._void(slab)
+        self._recovery.adopt(segment, slabs, away.event, now)
+        self._announce(segment)
+        self._ask_for_writers(segment)
+        return segment.number
+
+    def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
+        """See `ManagerApi.unmount`."""
+        if uuid in self._core.allocator.by_uuid:
+            self._remove(self._owned(client, uuid), now)
+        if uuid in self._away and self._away[uuid].owner == client:
+            self._drop_away(uuid)
+
+    def lender_gone(self, client: bytes, now: float, *, goodbye: bool) -> None:
+        """A lender's session ended. Without goodbye its memory may live on, and it may come back with it."""
+        for segment in list(self._core.allocator.segments.values()):
+            if segment.info.owner == client:
+                self._remove(segment, now)
+                if goodbye:
+                    self._drop_away(segment.info.uuid)
+
+    def add_slabs(self, client: bytes, uuid: bytes, slabs: Iterable[tuple[int, int]]) -> None:
+        """See `ManagerApi.add_slabs`. Raises `ManagerRefusedError` for an index that was given back or has another size."""
+        segment = self._owned(client, uuid)
+        fresh: dict[int, int] = {}
+        for index, nbytes in slabs:
+            _check_slab(index, nbytes)
+            known = segment.slabs.get(index)
+            size = known.nbytes if known is not None else fresh.setdefault(index, nbytes)
+            if index in segment.dropped or size != nbytes:
+                raise ManagerRefusedError(f"add_slabs: slab {index} was given back before, or has another size")
+        for index, nbytes in fresh.items():
+            floor = self._core.allocator.floor
+            self._core.allocator.attach(segment, Slab(index, nbytes, floor + (floor & 1)))
+        if fresh:
+            self._announce(segment)
+
+    def drop_slabs(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> list[int]:
+        """See `ManagerApi.drop_slabs`. Empty slabs first, then those with the fewest and coldest chunks. O(slots)."""
+        segment = self._owned(client, uuid)
+        chosen: list[Slab] = []
+        total = 0
+        for slab in sorted(segment.slabs.values(), key=_worth):
+            if total >= nbytes:
+                break
+            chosen.append(slab)
+            total += slab.nbytes
+        for slab in chosen:
+            segment.dropped.add(slab.index)
+            self._empty(slab)
+            self._core.allocator.detach(slab)
+            self._void(slab)
+        if chosen:
+            self._announce(segment)
+        return [slab.index for slab in chosen]
+
+    def importer_gone(self, client: bytes, uuid: bytes, importer: bytes, now: float) -> None:
+        """See `ManagerApi.importer_gone`. Ignored when the segment is not mounted."""
+        if uuid in self._core.allocator.by_uuid:
+            self._puts.importer_gone(self._owned(client, uuid), importer, now)
+
+    def request_resize(self, uuid: bytes, nbytes: int) -> None:
+        """See `ManagerApi.request_resize`. Raises `ManagerRefusedError` for an unknown segment."""
+        segment = self._core.allocator.by_uuid.get(uuid)
+        if segment is None:
+            raise ManagerRefusedError(f"request_resize: no segment {uuid.hex()} is mounted")
+        self._core.push(segment.info.owner, ResizeRequested(segment=uuid, nbytes=nbytes))
+
+    def wiped(self, client: bytes, token: int) -> None:
+        """See `ManagerApi.wiped`. Unknown tokens and those of other lenders are ignored."""
+        holders = self._core.wiping.get(token, set())
+        for wipe in list(holders):
+            segment = wipe.slab.segment
+            if segment is not None and segment.info.owner == client:
+                self._core.end_wipe(wipe)
+
+    def writer_lost(self, client: bytes) -> None:
+        """The client's session ended without goodbye: lenders tell when its writes are over."""
+        for segment in self._puts.writer_lost(client):
+            if segment.info.owner != client:
+                self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=client))
+
+    def expire(self, now: float) -> None:
+        """Forget lenders that have been away for very long."""
+        for uuid in [uuid for uuid, away in self._away.items() if away.since + AWAY_SECONDS <= now]:
+            self._drop_away(uuid)
+
+    def away_slabs(self) -> Iterable[Slab]:
+        """Detached slabs in which somebody may still write."""
+        return (slab for away in self._away.values() for slab in away.slabs.values())
+
+    # Parts
+
+    def _owned(self, client: bytes, uuid: bytes) -> Segment:
+        segment = self._core.allocator.by_uuid.get(uuid)
+        if segment is None:
+            raise ManagerRefusedError(f"no segment {uuid.hex()} is mounted")
+        if segment.info.owner != client:
+            raise ManagerRefusedError(f"segment {uuid.hex()} is lent by another client")
+        return segment
+
+    def _announce(self, segment: Segment) -> None:
+        segment.info = segment.describe()
+        self._core.push(None, SegmentMounted(info=segment.info))
+
+    def _ask_for_writers(self, segment: Segment) -> None:
+        writers = {
+            owner.writer
+            for slab in segment.slabs.values()
+            if slab.counts[QUARANTINED]
+            for owner in slab.owners
+            if isinstance(owner, Write) and owner.state == QUARANTINED and owner.writer not in self._core.sessions
+        }
+        for writer in sorted(writers):
+            self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=writer))
+
+    def _remove(self, segment: Segment, now: float) -> None:
+        self._away[segment.info.uuid] = self._vacate(segment, now)
+        self._core.allocator.remove_segment(segment)
+        self._core.push(None, SegmentGone(number=segment.number, uuid=segment.info.uuid))
+
+    def _vacate(self, segment: Segment, now: float) -> _Away:
+        """Take all slabs out of the segment. Its chunks are misses; unfinished writes stay where they are."""
+        away = _Away(segment.info.owner, {}, self._removal.event, now)
+        for slab in list(segment.slabs.values()):
+            if not self._empty(slab):
+                away.event = 0
+            self._core.allocator.detach(slab)
+            if slab.busy:
+                away.slabs[slab.index] = slab
+        return away
+
+    def _empty(self, slab: Slab) -> bool:
+        """Drop all that a slab holds, except unfinished writes, which lapse. False if removed chunks may be in its memory."""
+        core = self._core
+        clean = None not in slab.stale.values() and None not in slab.buried.values()
+        slab.stale, slab.buried = {}, {}
+        for owner in list(slab.owners):
+            if isinstance(owner, Record):
+                if owner.packed:
+                    core.counters.evictions += 1
+                    core.forget(owner)
+            elif isinstance(owner, Write):
+                if owner.state == PROCESSING:
+                    self._puts.lapse(owner)
+                elif owner.state == USED:
+                    self._puts.release(owner)
+            elif isinstance(owner, Wipe):
+                clean = False
+                core.end_wipe(owner)
+        return clean
+
+    def _void(self, slab: Slab) -> None:
+        """A detached slab's memory is gone: its unfinished writes are over."""
+        for owner in list(slab.owners):
+            if isinstance(owner, Write):
+                self._puts.release(owner)
+
+    def _drop_away(self, uuid: bytes) -> None:
+        away = self._away.pop(uuid, None)
+        if away is not None:
+            for slab in away.slabs.values():
+                self._void(slab)
+
+
+def _worth(slab: Slab) -> tuple[bool, bool, float, float]:
+    """Sort key: what is lost when this slab goes."""
+    used = [owner.used for owner in slab.owners if isinstance(owner, Record)]
+    writing = slab.counts[PROCESSING] + slab.counts[QUARANTINED]
+    pinned = any(isinstance(owner, Record) and owner.pins for owner in slab.owners)
+    return bool(writing), pinned, slab.busy / max(1, slab.slots), sum(used) / max(1, len(used))
+
+
+def _check_slab(index: int, nbytes: int) -> None:
+    if not 0 <= index < 2**16 or not 0 < nbytes < 2**48:
+        raise ProtocolError(f"slab {index} of {nbytes} bytes: index or size is out of range")
+
+
+def _check_info(client: bytes, info: SegmentInfo) -> None:
+    if len(info.uuid) != DIGEST_BYTES:
+        raise ProtocolError(f"mount: a segment's uuid is {DIGEST_BYTES} bytes, got {len(info.uuid)}")
+    if info.owner != client:
+        raise ManagerRefusedError("mount: the owner of a segment is the client that mounts it")
+    for slab in info.slabs:
+        _check_slab(slab.index, slab.nbytes)
+    if len({slab.index for slab in info.slabs}) != len(info.slabs):
+        raise ProtocolError("mount: a slab index comes twice")

@@ -1,0 +1,251 @@
+"""Between the peers and the directory: sessions, verbs, pushes, answers that wait for lenders, and the directory's clock."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from ..config import ManagerConfig
+from ..errors import ManagerRefusedError
+from ..segment.slots import SlabInventory
+from . import protocol
+from .directory import Directory
+from .messages import StatsReply
+from .peer import Peer
+
+logger = logging.getLogger("vcache.manager")
+
+_INVENTORY_BYTES = 2**28
+"""Bytes of inventory parts that one connection may have pending."""
+
+
+_SHORTEST_TICK = 0.01
+
+
+class _Held:
+    """An answer held back until lenders have wiped what it speaks of."""
+
+    __slots__ = ("answer", "peer", "request", "timer", "tokens")
+
+    def __init__(self, peer: Peer, request: int, answer: bytes, tokens: list[int]) -> None:
+        self.peer = peer
+        self.request = request
+        self.answer = answer
+        self.tokens = tokens
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Service:
+    """The directory as a service. Everything runs on one loop; nothing blocks."""
+
+    def __init__(
+        self, config: ManagerConfig, directory: Directory, token: bytes, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`token`: what clients must present; empty when none is needed."""
+        self.token = token
+        self.max_frame = int(config.max_frame)
+        self.session_timeout = config.session_timeout
+        self.peers: set[Peer] = set()
+        self._directory = directory
+        self._clock = clock
+        self._sessions: dict[bytes, Peer] = {}
+        self._gone = asyncio.Event()
+        self._parts: dict[Peer, list[protocol.InventoryPart]] = {}
+        self._held: set[_Held] = set()
+        self._counters: Counter[str] = Counter()
+        self._timer: asyncio.TimerHandle | None = None
+        # No call creates a deadline nearer than this, so a timer that is never set further ahead need not be moved by calls.
+        nearest = min(config.lease_ttl, config.ticket_ttl, config.quarantine, config.session_timeout)
+        self._longest_tick = max(nearest, _SHORTEST_TICK)
+
+    # -- sessions ----------------------------------------------------------------------------------------------------
+
+    def hello(self, peer: Peer, hello: protocol.Hello) -> bytes:
+        """Begin a session. An older one of the same client is over, and its connection is closed."""
+        session = self._directory.open_session(hello.client, hello.name, hello.role, self._clock())
+        before = self._sessions.get(hello.client)
+        self._sessions[hello.client] = peer
+        if before is not None:
+            before.client = b""
+            before.close(ManagerRefusedError("this client connected again"))
+        logger.info("%s connected as %s %s", peer, hello.role, hello.client.hex())
+        return protocol.encode_reply(protocol.HelloReply(session, self.max_frame))
+
+    def peer_gone(self, peer: Peer) -> None:
+        """Its connection is lost, and with it its session if it still has one."""
+        self.peers.discard(peer)
+        self._gone.set()
+        self._parts.pop(peer, None)
+        if self._sessions.get(peer.client) is peer:
+            del self._sessions[peer.client]
+            self._directory.close_session(peer.client, self._clock())
+            logger.info("%s disconnected", peer)
+            self._answer_held()
+            self.settle()
+
+    def count(self, counter: str) -> None:
+        self._counters[counter] += 1
+
+    # -- verbs -------------------------------------------------------------------------------------------------------
+
+    def lookup(self, client: bytes, keys: Sequence[bytes]) -> bytes:
+        return protocol.encode_count(self._directory.lookup(client, keys, self._clock()))
+
+    def acquire(self, client: bytes, keys: Sequence[bytes], shard: int, lease: int) -> bytes:
+        return protocol.encode_acquired(*self._directory.acquire_packed(client, keys, shard, lease, self._clock()))
+
+    def release(self, client: bytes, lease: int) -> None:
+        self._directory.release(client, lease, self._clock())
+
+    def call(self, peer: Peer, number: int, request: protocol.Request) -> bytes | None:
+        """Payload of the answer, or None when it comes later. Raises what the directory raises."""
+        if isinstance(request, protocol.Remove | protocol.Clear):
+            return self._removal(peer, number, request)
+        return protocol.encode_reply(self._perform(peer, request))
+
+    def _perform(self, peer: Peer, request: protocol.Request) -> object:
+        """The verb's result; None for those that have none."""
+        directory, client, now = self._directory, peer.client, self._clock()
+        match request:
+            case protocol.PutStart(put):
+                return directory.put_start(client, put, now)
+            case protocol.PutEnd(tickets):
+                return directory.put_end(client, tickets, now)
+            case protocol.Tiers(keys):
+                return directory.tiers(client, keys, now)
+            case protocol.Mount(info, inventory):
+                return directory.mount(client, info, [*self._take_parts(peer, info.uuid), *inventory], now)
+            case protocol.DropSlabs(uuid, nbytes):
+                return directory.drop_slabs(client, uuid, nbytes, now)
+            case protocol.Segments():
+                return directory.segments()
+            case protocol.Stats():
+                return self.stats()
+            case _:
+                self._obey(peer, request, client, now)
+                return None
+
+    def _obey(self, peer: Peer, request: protocol.Request, client: bytes, now: float) -> None:
+        directory = self._directory
+        match request:
+            case protocol.Heartbeat():
+                directory.heartbeat(client, now)
+            case protocol.PutRevoke(tickets):
+                directory.put_revoke(client, tickets, now)
+            case protocol.Unmount(uuid):
+                directory.unmount(client, uuid, now)
+            case protocol.AddSlabs(uuid, slabs):
+                directory.add_slabs(client, uuid, slabs, now)
+            case protocol.ImporterGone(uuid, importer):
+                directory.importer_gone(client, uuid, importer, now)
+            case protocol.RequestResize(uuid, nbytes):
+                directory.request_resize(client, uuid, nbytes, now)
+            case protocol.InventoryPart():
+                self._inventory_part(peer, request)
+            case protocol.Wiped(token):
+                directory.wiped(client, token, now)
+                self._answer_held()
+            case protocol.Goodbye():
+                del self._sessions[client]
+                directory.close_session(client, now, goodbye=True)
+                peer.client = b""
+            case _:
+                raise ManagerRefusedError(f"no such verb: {type(request).__name__}")
+
+    def _removal(self, peer: Peer, number: int, request: protocol.Remove | protocol.Clear) -> bytes | None:
+        now = self._clock()
+        if isinstance(request, protocol.Remove):
+            removed, tokens = self._directory.remove(peer.client, request.keys, now)
+        else:
+            removed, tokens = self._directory.clear(peer.client, request.namespace, now)
+        answer = protocol.encode_reply(removed)
+        if not self._directory.outstanding(tokens):
+            return answer
+        held = _Held(peer, number, answer, tokens)
+        held.timer = asyncio.get_running_loop().call_later(protocol.WIPE_TIMEOUT, self._answer, held)
+        self._held.add(held)
+        return None
+
+    def _answer_held(self) -> None:
+        for held in [held for held in self._held if not self._directory.outstanding(held.tokens)]:
+            self._answer(held)
+
+    def _answer(self, held: _Held) -> None:
+        self._held.discard(held)
+        if held.timer is not None:
+            held.timer.cancel()
+        held.peer.reply(held.request, held.answer)
+
+    def _inventory_part(self, peer: Peer, part: protocol.InventoryPart) -> None:
+        parts = self._parts.setdefault(peer, [])
+        parts.append(part)
+        if sum(len(slab.slot_headers) for each in parts for slab in each.slabs) > _INVENTORY_BYTES:
+            del self._parts[peer]
+            raise ManagerRefusedError(f"mount: an inventory has at most {_INVENTORY_BYTES} bytes")
+
+    def _take_parts(self, peer: Peer, uuid: bytes) -> list[SlabInventory]:
+        parts = self._parts.pop(peer, [])
+        return [slab for part in parts if part.uuid == uuid for slab in part.slabs]
+
+    def stats(self) -> StatsReply:
+        """The directory's, and what was counted and is connected here."""
+        stats = self._directory.stats(self._clock())
+        ours = {name: self._counters[name] for name in ("connections_rejected", "slow_peers", "internal_errors")}
+        gauges = {**stats.gauges, "connections": len(self.peers)}
+        return msgspec.structs.replace(stats, counters={**stats.counters, **ours}, gauges=gauges)
+
+    # -- pushes and time ---------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """After events: carry out what the directory instructs, and see that it is called again in time."""
+        for target, push in self._directory.take_instructions():
+            if push is None:
+                self._session_over(target)
+            elif target is None:
+                for peer in list(self._sessions.values()):
+                    peer.push(push)
+            elif target in self._sessions:
+                self._sessions[target].push(push)
+        if self._timer is None:
+            self._arm()
+
+    def close(self) -> None:
+        """Close every connection and stop the clock."""
+        for peer in list(self.peers):
+            peer.close(ManagerRefusedError("the manager stops"))
+        for held in self._held:
+            if held.timer is not None:
+                held.timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def closed(self) -> None:
+        """Return when every connection is gone."""
+        while self.peers:
+            self._gone.clear()
+            await self._gone.wait()
+
+    def _session_over(self, client: bytes | None) -> None:
+        """The directory ended a session because the client was silent."""
+        peer = self._sessions.pop(client, None) if client is not None else None
+        if peer is not None:
+            peer.client = b""
+            logger.warning("session of %s ended: no sign of life for %g s", peer, self.session_timeout)
+            peer.close(ManagerRefusedError(f"no sign of life for {self.session_timeout:g} s"))
+
+    def _arm(self) -> None:
+        due = self._directory.next_deadline()
+        if due is not None:
+            delay = min(max(due - self._clock(), _SHORTEST_TICK), self._longest_tick)
+            self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._directory.tick(self._clock())
+        self._answer_held()
+        self.settle()

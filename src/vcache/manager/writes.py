@@ -1,0 +1,103 @@
+"""Writes under way: by writer, by deadline, and those that rest before their slot is free."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+
+from ..errors import IntegrityError
+from .records import PROCESSING, QUARANTINED, USED, Write
+
+
+class WriteTable:
+    """Every `Write` of the manager. A write without a writer (recovered shard) is only timed."""
+
+    def __init__(self) -> None:
+        self.by_writer: dict[bytes, dict[tuple[bytes, int, int], Write]] = {}
+        self._timed: dict[Write, None] = {}
+        """In order of deadline, because all tickets live equally long."""
+        self._resting: list[tuple[float, int, Write]] = []
+        self._serial = 0
+
+    def add(self, write: Write) -> None:
+        if write.writer:
+            self.by_writer.setdefault(write.writer, {})[write.ticket] = write
+
+    def get(self, writer: bytes, key: bytes, shard: int, generation: int) -> Write | None:
+        writes = self.by_writer.get(writer)
+        return writes.get((key, shard, generation)) if writes else None
+
+    def of(self, writer: bytes) -> list[Write]:
+        """Copies, so that the caller may remove while it iterates."""
+        return list(self.by_writer.get(writer, {}).values())
+
+    def remove(self, write: Write) -> None:
+        self._timed.pop(write, None)
+        write.deadline = 0.0
+        self.forget_ticket(write)
+
+    def forget_ticket(self, write: Write) -> None:
+        """The writer has nothing more to say about it."""
+        writes = self.by_writer.get(write.writer)
+        if writes is not None and writes.get(write.ticket) is write:
+            del writes[write.ticket]
+            if not writes:
+                del self.by_writer[write.writer]
+
+    def time(self, write: Write, deadline: float) -> None:
+        """(Re)start the ticket's clock."""
+        self._timed.pop(write, None)
+        write.deadline = deadline
+        self._timed[write] = None
+
+    def untime(self, write: Write) -> None:
+        """No deadline any more: quarantined until somebody vouches for its writer."""
+        self._timed.pop(write, None)
+        write.deadline = 0.0
+
+    def rest(self, write: Write, until: float) -> None:
+        """A quarantined write whose writer is known to be dead: its slot is free at `until`."""
+        if write.deadline:
+            return
+        write.deadline = until
+        self._serial += 1
+        heapq.heappush(self._resting, (until, self._serial, write))
+
+    def lapsed(self, now: float) -> Iterator[Write]:
+        """Timed writes that are due; each must be removed or untimed before the next is taken."""
+        while (write := next(iter(self._timed), None)) is not None and write.deadline <= now:
+            yield write
+
+    def rested(self, now: float) -> Iterator[Write]:
+        while self._resting and self._resting[0][0] <= now:
+            until, _, write = heapq.heappop(self._resting)
+            if write.state == QUARANTINED and write.deadline == until:
+                yield write
+
+    def next_deadline(self) -> float | None:
+        write = next(iter(self._timed), None)
+        times = [write.deadline] if write is not None else []
+        if self._resting:
+            times.append(self._resting[0][0])
+        return min(times, default=None)
+
+    def count(self, writer: bytes) -> int:
+        """Writes of this client in PROCESSING."""
+        return sum(1 for write in self.by_writer.get(writer, {}).values() if write.state == PROCESSING)
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` naming the rule. O(writes)."""
+        for writer, writes in self.by_writer.items():
+            if not writes:
+                raise IntegrityError(f"I5: empty table of writer {writer.hex()}")
+            for ticket, write in writes.items():
+                owner = write.slab.owners[write.slot]
+                if write.ticket != ticket or write.writer != writer or owner is not write or write.state == USED:
+                    raise IntegrityError(f"I5: write of {write.key.hex()} by {writer.hex()} does not hold its slot")
+                if (write in self._timed) != (write.state == PROCESSING):
+                    raise IntegrityError(f"I5: write of {write.key.hex()}: deadline and state differ")
+        before = 0.0
+        for write in self._timed:
+            if write.slab.owners[write.slot] is not write or write.state == QUARANTINED or write.deadline < before:
+                raise IntegrityError(f"I5: timed write of {write.key.hex()} does not hold its slot or is out of order")
+            before = write.deadline

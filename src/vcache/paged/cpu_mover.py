@@ -1,0 +1,203 @@
+"""The mover for paged caches in host memory: NumPy copies between the tensors and host slabs, in the calling thread.
+
+NumPy rather than torch, because gathers of long rows into a given buffer run several times faster there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from ctypes import c_char
+from math import gcd
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import SegmentError
+from ..segment.mapping import MappedSlab
+from ..segment.slots import HEADER_BYTES, SlabHeader, SlotHeader
+from .checks import check_transfers
+from .layout import PagedCache, Region
+from .mover import Mover, SlotTransfer, Transfer
+from .plan import Blocks, Part, Rows, Run, Slots, plan
+
+if TYPE_CHECKING:
+    import torch
+
+Words: TypeAlias = NDArray[Any]
+
+
+class RegionView(NamedTuple):
+    """One region's memory as arrays of words of the widest type that its alignment allows."""
+
+    blocks: Words
+    """`[num_blocks, words]` where a block's rows lie side by side, else `[num_blocks, block_size, *row]`."""
+    rows: Words
+    """`[num_slots, *row]` where blocks follow each other in memory, else `[num_blocks, block_size, *row]`."""
+    row: tuple[int, ...]
+    """Shape of a row in words: `(words,)`, or `(pieces, words)`, or `(pieces, halves, words)`."""
+    seamless: bool
+
+
+class CpuMover(Mover):
+    """Runs inline: `store` and `load` return when all is done. Any number of threads may call it at once."""
+
+    def __init__(self) -> None:
+        self._views: WeakKeyDictionary[PagedCache, list[RegionView]] = WeakKeyDictionary()
+        # Not a mutex: taking it orders memory, see _fence.
+        self._fences = (threading.Lock(), threading.Lock())
+
+    def reaches(self, slab: MappedSlab) -> bool:
+        return slab.buffer is not None
+
+    def store(
+        self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes
+    ) -> FinishedTransfer:
+        slots = self._prepare(cache, slot_mapping, transfers)
+        return FinishedTransfer([self._store_one(cache, slots, transfer, writer) for transfer in transfers])
+
+    def load(self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> FinishedTransfer:
+        slots = self._prepare(cache, slot_mapping, transfers)
+        return FinishedTransfer([self._load_one(cache, slots, transfer) for transfer in transfers])
+
+    def _store_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer, writer: bytes) -> bool:
+        memory, offset = _buffer(transfer.slot.slab), transfer.slot.header_offset
+        header = transfer.header
+        odd = header.writing(writer)
+        if transfer.slab_header and not _format(memory, transfer.slab_header):
+            return False
+        found = SlotHeader.unpack(memory[offset : offset + HEADER_BYTES])
+        if found is not None and found.generation > odd.generation:
+            return False
+        self._announce(memory, offset, odd.pack())
+        self._move(cache, slots[transfer.start : transfer.start + header.tokens], transfer, to_slot=True)
+        self._fence()
+        if memory[offset : offset + HEADER_BYTES] != odd.pack():
+            return False
+        self._announce(memory, offset, header.pack())
+        return True
+
+    def _load_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer) -> bool:
+        memory, offset = _buffer(transfer.slot.slab), transfer.slot.header_offset
+        expected = transfer.header.pack()
+        if memory[offset : offset + HEADER_BYTES] != expected:
+            return False
+        self._fence()
+        count = transfer.header.tokens - transfer.skip
+        self._move(cache, slots[transfer.start : transfer.start + count], transfer, to_slot=False)
+        self._fence()
+        return memory[offset : offset + HEADER_BYTES] == expected
+
+    def _announce(self, memory: memoryview, offset: int, header: bytes) -> None:
+        """Write a slot header, its generation last, before anything that follows."""
+        self._fence()
+        memory[offset : offset + 8] = header[:8]
+        memory[offset + 16 : offset + HEADER_BYTES] = header[16:]
+        self._fence()
+        memory[offset + 8 : offset + 16] = header[8:16]
+        self._fence()
+
+    def _fence(self) -> None:
+        """Order this thread's memory accesses, for observers in other processes. x86 keeps the order of plain stores and
+        loads anyway; elsewhere an access cannot pass one lock's release and then the next one's acquisition."""
+        for lock in self._fences:
+            with lock:
+                pass
+
+    def _prepare(self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> Slots:
+        slots = slot_mapping.detach().cpu()
+        cache.check_slot_mapping(slots, slots.numel())
+        check_transfers(cache, slots, transfers, self.reaches)
+        return slots.numpy().astype(np.int64, copy=False)
+
+    def _move(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer, *, to_slot: bool) -> None:
+        views = self._views.get(cache)
+        if views is None:
+            views = self._views[cache] = [_view(region, cache) for region in cache.regions]
+        parts = plan(slots, cache.block_size, all(view.seamless for view in views))
+        tokens, nbytes = transfer.header.tokens, cache.spec.payload_bytes(transfer.header.tokens)
+        start = transfer.slot.payload_offset
+        payload = np.frombuffer(_buffer(transfer.slot.slab)[start : start + nbytes], np.uint8)
+        payload = payload.reshape(len(views), tokens, -1)[:, transfer.skip :]
+        for view, rows in zip(views, payload, strict=True):
+            body = rows.view(view.rows.dtype).reshape(len(rows), *view.row)
+            for part in parts:
+                _copy(view, body[part.first : part.first + part.tokens], part, cache.block_size, to_slot)
+
+
+class FinishedTransfer(Transfer):
+    """A transfer that was over before it was handed out."""
+
+    def __init__(self, verified: list[bool]) -> None:
+        self._verified = verified
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return True
+
+    def verified(self) -> list[bool]:
+        return list(self._verified)
+
+
+def _buffer(slab: MappedSlab) -> memoryview:
+    if slab.buffer is None:
+        raise SegmentError(f"slab on {slab.device}: not mapped in host memory, the CPU mover cannot reach it")
+    return slab.buffer
+
+
+def _format(memory: memoryview, slab_header: bytes) -> bool:
+    """Write the slab header unless it is there; False when the slab was formatted anew since the ticket was given."""
+    if memory[:HEADER_BYTES] == slab_header:
+        return True
+    found, ours = SlabHeader.unpack(memory[:HEADER_BYTES]), SlabHeader.unpack(slab_header)
+    if found is not None and ours is not None and found.format_generation > ours.format_generation:
+        return False
+    memory[:HEADER_BYTES] = slab_header
+    return True
+
+
+def _view(region: Region, cache: PagedCache) -> RegionView:
+    seamless = region.block_stride == cache.block_size * region.token_stride
+    shape, strides = [cache.num_blocks, cache.block_size], [region.block_stride, region.token_stride]
+    row: list[int] = []
+    for size, stride in ((region.pieces, region.piece_stride), (region.halves, region.half_stride)):
+        if size > 1:
+            row.append(size)
+            strides.append(stride)
+    width = next(w for w in (8, 4, 2, 1) if gcd(region.address, region.piece_bytes, *strides) % w == 0)
+    row.append(region.piece_bytes // width)
+    strides.append(width)
+    span = sum((size - 1) * stride for size, stride in zip([*shape, *row], strides, strict=True)) + width
+    memory = memoryview((c_char * span).from_address(region.address)).cast("B")
+    every: Words = np.ndarray([*shape, *row], f"i{width}", memory, strides=strides)
+    rows, blocks = every, every
+    if seamless:
+        rows = np.ndarray([cache.num_slots, *row], every.dtype, memory, strides=strides[1:])
+    if len(row) == 1 and region.token_stride == region.piece_bytes:
+        blocks = np.ndarray([shape[0], shape[1] * row[0]], every.dtype, memory, strides=[strides[0], width])
+    return RegionView(blocks, rows, tuple(row), seamless)
+
+
+def _copy(view: RegionView, body: Words, part: Part, block_size: int, to_slot: bool) -> None:
+    """Move one part of one region; `body` is `[part.tokens, *row]` of the payload."""
+    paged: Words = view.rows
+    index: Any
+    if isinstance(part, Run):
+        first = part.slot if view.seamless else part.slot % block_size
+        rows = view.rows if view.seamless else view.rows[part.slot // block_size]
+        paged, index = rows, slice(first, first + part.tokens)
+    elif isinstance(part, Blocks):
+        paged, index = view.blocks, part.blocks
+        body = body.reshape(len(part.blocks), *view.blocks.shape[1:])
+    elif isinstance(part, Rows):
+        paged, index = view.rows, part.slots if view.seamless else np.divmod(part.slots, block_size)
+    if not to_slot:
+        paged[index] = body
+    elif isinstance(index, np.ndarray) and paged.flags.c_contiguous and body.flags.c_contiguous:
+        np.take(paged, index, axis=0, out=body, mode="clip")  # one pass; "clip" because "raise" would buffer the output
+    else:
+        body[...] = paged[index]

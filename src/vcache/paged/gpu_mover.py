@@ -1,0 +1,261 @@
+"""The mover for paged caches on a GPU: three kernel launches per request, whatever its size and the mix of its slots.
+
+A store waits for the caller's current stream and runs on a low-priority stream of the mover; a load waits likewise and runs on
+a second one. The host never waits for the device, except in `Transfer.wait`. Under TRITON_INTERPRET=1 the same kernels serve
+CPU tensors, one call at a time, which is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import triton
+import triton.language as tl
+
+from ..errors import ArgumentError, DeviceUnavailableError
+from ..segment.mapping import MappedSlab
+from . import kernels
+from .checks import check_transfers
+from .gpu_staging import Table, TablePool
+from .layout import PagedCache
+from .mover import Mover, SlotTransfer, Transfer
+from .tiling import Tiling, alignment, tiling
+
+LOCAL_PROGRAMS_PER_SM = 4
+REMOTE_PROGRAMS = 32
+"""Enough to fill NVLink, and more than PCIe takes."""
+WARPS = 8
+_WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
+_NOBODY = bytes(16)
+
+
+class _Lane:
+    """One direction's stream and tables."""
+
+    def __init__(self, device: torch.device, priority: int) -> None:
+        self.stream: Any = None
+        if device.type == "cuda":
+            self.stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+        self.tables = TablePool(device)
+
+    def current(self) -> Any:
+        """Context in which this lane's stream is current."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+
+class GpuMover(Mover):
+    """Reads and writes slots in place through `MappedSlab.device_address`: own VRAM, peer VRAM and pinned host memory, in any
+    mix. Thread-safe. One per cache; holds two streams and a few small buffers."""
+
+    def __init__(self, device: torch.device, *, grid: int = 0) -> None:
+        """`grid`: programs of the moving kernel's launch; 0 = chosen by where the slots lie.
+
+        Raises `DeviceUnavailableError` for a CPU device unless Triton runs interpreted.
+        """
+        self.device = device
+        self._system = device.type == "cuda"
+        if not self._system and isinstance(kernels.move, triton.JITFunction):
+            raise DeviceUnavailableError(f"CUDA mover on {device}: only for tests, with TRITON_INTERPRET=1 in the environment")
+        self._grid = grid
+        self._uuid, self._processors = "", 1
+        if self._system:
+            properties = torch.cuda.get_device_properties(device)
+            self._uuid, self._processors = f"GPU-{properties.uuid}", properties.multi_processor_count
+        self._lanes = {True: _Lane(device, 0), False: _Lane(device, -1)}  # CUDA counts down: 0 is the lowest priority
+        self._lock = threading.Lock()
+        self._tables: WeakKeyDictionary[PagedCache, dict[int, tuple[Tiling, torch.Tensor]]] = WeakKeyDictionary()
+
+    def reaches(self, slab: MappedSlab) -> bool:
+        return slab.device_address != 0
+
+    def prepare(self, cache: PagedCache) -> None:
+        """Compile the kernels for `cache`, so that the first transfer need not. Seconds once per machine and layout, then
+        milliseconds."""
+        if not self._system:
+            return
+        with self._lock, self._lanes[True].current():
+            shape, regions = self._shape(cache, alignment(cache))
+            table = torch.empty(16, dtype=torch.int64, device=self.device)
+            for store in (True, False):
+                for kernel in (kernels.announce, kernels.publish):
+                    kernel.warmup(table, STORE=store, SYSTEM=True, grid=(1,), num_warps=1)
+                kernels.move.warmup(table, regions, **_constants(cache, shape, store, False), grid=(1,), num_warps=WARPS)
+
+    def store(
+        self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes
+    ) -> GpuTransfer:
+        return self._start(cache, slot_mapping, transfers, writer, True)
+
+    def load(self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> GpuTransfer:
+        return self._start(cache, slot_mapping, transfers, _NOBODY, False)
+
+    def _start(
+        self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes, store: bool
+    ) -> GpuTransfer:
+        cache.check_slot_mapping(slot_mapping, slot_mapping.numel())
+        check_transfers(cache, slot_mapping, transfers, self.reaches)
+        if slot_mapping.device.type != "cpu" and slot_mapping.device != self.device:
+            raise ArgumentError(f"slot_mapping: on {slot_mapping.device}, but kvcaches are on {self.device}")
+        if not transfers:
+            return GpuTransfer(None, None, 0, cache.num_slots)
+        with self._lock:
+            return self._enqueue(cache, slot_mapping, transfers, writer, store)
+
+    def _enqueue(
+        self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes, store: bool
+    ) -> GpuTransfer:
+        lane, staged, count = self._lanes[store], slot_mapping.device.type == "cpu", len(transfers)
+        if lane.stream is not None:
+            lane.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with lane.current():
+            shape, regions = self._shape(cache, self._aligned(cache, transfers))
+            tiles = shape.tiles(max(transfer.header.tokens - transfer.skip for transfer in transfers))
+            mapping_words = len(slot_mapping) if staged else 0
+            table = lane.tables.take(count, kernels.PARAMS.value + kernels.CHUNK.value * count + mapping_words)
+            table.upload(
+                table.fill(transfers, slot_mapping, tiles=tiles, num_slots=cache.num_slots, writer=writer, staged=staged)
+            )
+            programs = min(self._programs(transfers), tiles * shape.segments * len(cache.regions) * count)
+            narrow = not staged and slot_mapping.dtype == torch.int32
+            words = table.device
+            kernels.announce[(count,)](words, STORE=store, SYSTEM=self._system, num_warps=1)
+            kernels.move[(programs,)](words, regions, **_constants(cache, shape, store, narrow), num_warps=WARPS)
+            kernels.publish[(count,)](words, STORE=store, SYSTEM=self._system, num_warps=1)
+            if lane.stream is not None:
+                table.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                table.event.record(lane.stream)
+        transfer = GpuTransfer(table, table.event, count, cache.num_slots)
+        table.owner, table.keep = weakref.ref(transfer), (cache, slot_mapping, regions)
+        lane.tables.put(table)
+        return transfer
+
+    def _shape(self, cache: PagedCache, align: int) -> tuple[Tiling, torch.Tensor]:
+        """Tiling and the region table on the device, for one alignment."""
+        known = self._tables.setdefault(cache, {})
+        if align not in known:
+            shape = tiling(cache, align)
+            rows = [
+                [region.address]
+                + [
+                    stride // shape.word_bytes
+                    for stride in (region.block_stride, region.token_stride, region.piece_stride, region.half_stride)
+                ]
+                for region in cache.regions
+            ]
+            known[align] = shape, torch.tensor(rows, dtype=torch.int64).to(self.device)
+        return known[align]
+
+    def _aligned(self, cache: PagedCache, transfers: Sequence[SlotTransfer]) -> int:
+        bits = 16
+        for slot, *_ in transfers:
+            bits |= slot.slab.device_address + slot.payload_offset
+        return min(alignment(cache), bits & -bits)
+
+    def _programs(self, transfers: Sequence[SlotTransfer]) -> int:
+        if self._grid:
+            return self._grid
+        if not self._system:
+            return 4
+        if all(transfer.slot.slab.device == self._uuid for transfer in transfers):
+            return LOCAL_PROGRAMS_PER_SM * self._processors
+        return REMOTE_PROGRAMS
+
+
+class GpuTransfer(Transfer):
+    """A request on its way. `event`: the `torch.cuda.Event` behind its last kernel; None when there is nothing to wait for."""
+
+    def __init__(self, table: Table | None, event: Any, count: int, num_slots: int) -> None:
+        self.event = event
+        self._lock = threading.Lock()
+        self._table = table
+        self._count = count
+        self._num_slots = num_slots
+        self._results: list[tuple[int, int]] = []
+        self._failure: BaseException | None = None
+        if event is None:
+            self.settle()
+
+    def done(self) -> bool:
+        if self._table is None:
+            return True
+        try:
+            if self.event is not None and not self.event.query():
+                return False
+        except RuntimeError as error:  # how torch reports that the device failed
+            self._fail(error)
+            return True
+        self.settle()
+        return True
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """As `Transfer.wait`. Raises `ArgumentError` when slots were out of range, `DeviceUnavailableError` when the GPU
+        failed."""
+        if timeout is None:
+            self._synchronize()
+        else:
+            # CUDA has no wait with a time limit: look again after a twentieth of the time waited so far.
+            began, pause = time.monotonic(), 20e-6
+            while not self.done():
+                waited = time.monotonic() - began
+                if waited >= timeout:
+                    return False
+                time.sleep(min(pause, timeout - waited))
+                pause = min(max(20e-6, waited / 20), 1e-3)
+        if self._failure is not None:
+            raise DeviceUnavailableError(f"transfer failed on the GPU: {self._failure}") from self._failure
+        outside = sum(number for _, number in self._results)
+        if outside:
+            raise ArgumentError(f"slot_mapping: {outside} slots are outside of the cache's [0, {self._num_slots})")
+        return True
+
+    def verified(self) -> list[bool]:
+        """As `Transfer.verified`. Raises `ArgumentError` before `done`."""
+        if not self.done():
+            raise ArgumentError("transfer: verified() asked before it is done")
+        return [bool(good) for good, _ in self._results]
+
+    def wait_stream(self, stream: torch.cuda.Stream) -> None:
+        """Let everything queued on `stream` from now on come after this transfer. Does not block the host."""
+        if self.event is not None:
+            stream.wait_event(self.event)
+
+    def settle(self) -> None:
+        """Fetch the results; only after the event. The mover calls it before it reuses the table."""
+        with self._lock:
+            if self._table is not None:
+                self._results, self._table = self._table.read(self._count), None
+
+    def _synchronize(self) -> None:
+        try:
+            if self._table is not None and self.event is not None:
+                self.event.synchronize()
+        except RuntimeError as error:
+            self._fail(error)
+        self.done()
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._failure, self._table, self._results = error, None, [(0, 0)] * self._count
+
+
+def _constants(cache: PagedCache, shape: Tiling, store: bool, narrow: bool) -> dict[str, Any]:
+    return {
+        "REGIONS": len(cache.regions),
+        "BLOCK": cache.block_size,
+        "ROW": shape.row,
+        "PIECE": shape.piece,
+        "HALVES": shape.halves,
+        "COLUMNS": shape.columns,
+        "TOKENS": shape.tokens,
+        "WORD": _WORDS[shape.word_bytes],
+        "VECTOR": shape.vector,
+        "NARROW": narrow,
+        "STORE": store,
+    }

@@ -1,0 +1,218 @@
+"""Triton kernels: check and write slot headers, move rows. One launch of each serves a whole request.
+
+Everything that changes from call to call is in one table of 64-bit words, so that a launch has the same few arguments, and
+the compiled kernel fits, whatever the request:
+
+    [0, PARAMS)                    see the `PARAM_*` offsets
+    [PARAMS + i * CHUNK, + CHUNK)  chunk i, see the `CHUNK_*` offsets
+
+The same kernels run on CPU tensors under TRITON_INTERPRET=1, with SYSTEM=False (no fences there).
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..segment.slots import SLAB_MAGIC, SLOT_MAGIC
+
+PARAMS = tl.constexpr(8)
+PARAM_CHUNKS = tl.constexpr(0)
+PARAM_TILES = tl.constexpr(1)
+"""Token tiles of the longest chunk."""
+PARAM_MAPPING = tl.constexpr(2)
+"""Address of the slot mapping."""
+PARAM_SLOTS = tl.constexpr(3)
+"""Slots of the paged cache."""
+PARAM_RESULTS = tl.constexpr(4)
+"""Address of two 32-bit results per chunk: verified, and tokens with a slot out of range."""
+PARAM_WRITER = tl.constexpr(6)
+"""Two words: the writer's client id."""
+
+CHUNK = tl.constexpr(24)
+CHUNK_PAYLOAD = tl.constexpr(0)
+CHUNK_HEADER = tl.constexpr(1)
+"""Address of the slot header."""
+CHUNK_SLAB = tl.constexpr(2)
+"""Address of the slab header, 0 if it is not to be written."""
+CHUNK_START = tl.constexpr(3)
+CHUNK_TOKENS = tl.constexpr(4)
+CHUNK_SKIP = tl.constexpr(5)
+CHUNK_LIVE = tl.constexpr(6)
+"""Set by `announce`: whether this chunk's bytes are to be moved."""
+CHUNK_ERRORS = tl.constexpr(7)
+"""Counted by `move`: tokens with a slot out of range."""
+CHUNK_WANTED = tl.constexpr(8)
+"""The final slot header, 8 words."""
+CHUNK_FORMAT = tl.constexpr(16)
+"""The slab header, 8 words."""
+
+REGION = tl.constexpr(5)
+"""Words of the region table per region: address in bytes; strides of block, token, piece and half in words of the mover."""
+
+GENERATION = tl.constexpr(1)
+"""Index of the word that holds the generation, in slot headers and slab headers."""
+_SLAB_MAGIC = tl.constexpr(SLAB_MAGIC)
+_SLOT_MAGIC = tl.constexpr(SLOT_MAGIC)
+
+
+@triton.jit
+def _pick(words, index: tl.constexpr):
+    """One word of a header as a scalar."""
+    return tl.sum(tl.where(tl.arange(0, 8) == index, words, 0))
+
+
+@triton.jit
+def _fence(SYSTEM: tl.constexpr):
+    """Order all earlier accesses of this program before all later ones, for every observer of the memory: other GPUs and
+    the host as well."""
+    if SYSTEM:
+        tl.debug_barrier()
+        tl.inline_asm_elementwise(
+            "fence.acq_rel.sys; mov.b32 $0, $1;", "=r,r", [tl.arange(0, 8)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def _write_header(header, words, allowed, SYSTEM: tl.constexpr):
+    """Write a slot header, its generation last."""
+    word = tl.arange(0, 8)
+    _fence(SYSTEM)
+    tl.store(header + word, words, mask=allowed & (word != GENERATION))
+    _fence(SYSTEM)
+    tl.store(header + word, words, mask=allowed & (word == GENERATION))
+    _fence(SYSTEM)
+
+
+@triton.jit
+def _signed(table, wanted):
+    """The odd header that announces the write of `wanted`."""
+    word = tl.arange(0, 8)
+    writer = tl.load(table + PARAM_WRITER + word - 4, mask=(word == 4) | (word == 5), other=0)
+    odd = tl.where(word == GENERATION, wanted - 1, wanted)
+    return tl.where((word == 4) | (word == 5), writer, odd)
+
+
+@triton.jit
+def announce(table, STORE: tl.constexpr, SYSTEM: tl.constexpr):
+    """Before the move, one program per chunk. Load: compare the header. Store: write slab header and odd header, unless a
+    newer generation is there. Sets CHUNK_LIVE."""
+    row = table + PARAMS + tl.program_id(0) * CHUNK
+    word = tl.arange(0, 8)
+    wanted = tl.load(row + CHUNK_WANTED + word)
+    header = tl.load(row + CHUNK_HEADER).to(tl.pointer_type(tl.int64))
+    seen = tl.load(header + word, volatile=True)
+    if STORE:
+        odd = _signed(table, wanted)
+        newer = ((_pick(seen, 0) & 0xFFFFFFFF) == _SLOT_MAGIC) & (_pick(seen, GENERATION) > _pick(odd, GENERATION))
+        address = tl.load(row + CHUNK_SLAB)
+        slab = address.to(tl.pointer_type(tl.int64))
+        shape = tl.load(row + CHUNK_FORMAT + word)
+        found = tl.load(slab + word, mask=(word < 8) & (address != 0), other=0, volatile=True)
+        formatted = (_pick(found, 0) == _SLAB_MAGIC) & (_pick(found, 2) != 0) & ((_pick(found, 3) & 0xFFFFFFFF) != 0)
+        newer = newer | (formatted & (_pick(found, GENERATION) > _pick(shape, GENERATION)))
+        live = newer == 0
+        differs = tl.sum((found != shape).to(tl.int32)) != 0
+        tl.store(slab + word, shape, mask=(word < 8) & (address != 0) & live & differs)
+        _write_header(header, odd, live, SYSTEM)
+    else:
+        live = tl.sum((seen != wanted).to(tl.int32)) == 0
+        _fence(SYSTEM)
+    tl.store(row + CHUNK_LIVE, live.to(tl.int64))
+
+
+@triton.jit
+def publish(table, STORE: tl.constexpr, SYSTEM: tl.constexpr):
+    """After the move, one program per chunk: check the header again; store: write the even header. Reports results."""
+    chunk = tl.program_id(0)
+    row = table + PARAMS + chunk * CHUNK
+    word = tl.arange(0, 8)
+    wanted = tl.load(row + CHUNK_WANTED + word)
+    header = tl.load(row + CHUNK_HEADER).to(tl.pointer_type(tl.int64))
+    errors = tl.load(row + CHUNK_ERRORS)
+    _fence(SYSTEM)
+    seen = tl.load(header + word, volatile=True)
+    good = (tl.load(row + CHUNK_LIVE) != 0) & (errors == 0)
+    if STORE:
+        good = good & (tl.sum((seen != _signed(table, wanted)).to(tl.int32)) == 0)
+        _write_header(header, wanted, good, SYSTEM)
+    else:
+        good = good & (tl.sum((seen != wanted).to(tl.int32)) == 0)
+    results = tl.load(table + PARAM_RESULTS).to(tl.pointer_type(tl.int32)) + 2 * chunk
+    tl.store(results, good.to(tl.int32))
+    tl.store(results + 1, errors.to(tl.int32))
+
+
+@triton.jit
+def move(
+    table,
+    regions,
+    REGIONS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROW: tl.constexpr,
+    PIECE: tl.constexpr,
+    HALVES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    WORD: tl.constexpr,
+    VECTOR: tl.constexpr,
+    NARROW: tl.constexpr,
+    STORE: tl.constexpr,
+):
+    """Payload `[region][token][row]` <-> paged rows, in words of `WORD` (a Triton integer type).
+
+    ROW, PIECE: words of a row, of one piece of it. BLOCK: tokens of a block. TOKENS, COLUMNS: tokens and words of a tile;
+    any number of programs shares the tiles. VECTOR: words by which all addresses and strides are aligned, which lets the
+    compiler use wider accesses. NARROW: the slot mapping is 32-bit.
+    """
+    segments: tl.constexpr = (ROW + COLUMNS - 1) // COLUMNS
+    align: tl.constexpr = VECTOR * WORD.primitive_bitwidth // 8
+    tiles = tl.load(table + PARAM_TILES).to(tl.int32)
+    total = tl.load(table + PARAM_CHUNKS).to(tl.int32) * tiles * (REGIONS * segments)
+    slots = tl.load(table + PARAM_SLOTS)
+    mapping = tl.load(table + PARAM_MAPPING)
+    mapping = mapping.to(tl.pointer_type(tl.int32 if NARROW else tl.int64))
+    item = tl.program_id(0)
+    while item < total:  # not a range: the interpreter cannot count to a tensor with recent versions of NumPy
+        segment = item % segments
+        tile = (item // segments) % tiles
+        region = (item // (segments * tiles)) % REGIONS
+        row = table + PARAMS + (item // (segments * tiles * REGIONS)) * CHUNK
+        skip = tl.load(row + CHUNK_SKIP)
+        tokens = tl.load(row + CHUNK_TOKENS)
+        token = skip + tile * TOKENS + tl.arange(0, TOKENS)
+        alive = (token < tokens) & (tl.load(row + CHUNK_LIVE) != 0)
+        slot = tl.load(mapping + tl.load(row + CHUNK_START) - skip + token, mask=alive, other=0).to(tl.int64)
+        inside = alive & (slot >= 0) & (slot < slots)
+        if (region == 0) & (segment == 0):
+            outside = tl.sum((alive & (inside == 0)).to(tl.int64))
+            if outside > 0:
+                tl.atomic_add(row + CHUNK_ERRORS, outside)
+        slot = tl.where(inside, slot, 0)
+
+        where = regions + region * REGION
+        block_stride = tl.multiple_of(tl.load(where + 1), VECTOR)
+        token_stride = tl.multiple_of(tl.load(where + 2), VECTOR)
+        paged = (slot // BLOCK) * block_stride + (slot % BLOCK) * token_stride
+        word = segment * COLUMNS + tl.arange(0, COLUMNS)
+        within = word
+        if PIECE != ROW:
+            piece_stride = tl.multiple_of(tl.load(where + 3), VECTOR)
+            half_stride = tl.multiple_of(tl.load(where + 4), VECTOR)
+            piece = word // PIECE
+            within = (piece // HALVES) * piece_stride + (piece % HALVES) * half_stride + word % PIECE
+        page = tl.multiple_of(tl.load(where).to(tl.pointer_type(WORD)), align)
+        page = page + paged[:, None] + within[None, :]
+        body = tl.multiple_of(tl.load(row + CHUNK_PAYLOAD).to(tl.pointer_type(WORD)), align)
+        body = body + (region * tokens + token)[:, None] * ROW + word[None, :]
+        if ROW % COLUMNS == 0:
+            mask = tl.broadcast_to(inside[:, None], (TOKENS, COLUMNS))
+        else:
+            mask = inside[:, None] & (word < ROW)[None, :]
+        if STORE:
+            tl.store(body, tl.load(page, mask=mask), mask=mask)
+        else:
+            tl.store(page, tl.load(body, mask=mask), mask=mask)
+        item += tl.num_programs(0)

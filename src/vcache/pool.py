@@ -1,0 +1,415 @@
+"""`ChunkPool`: named chunks between a paged KV cache and slots of the VRAM/DRAM pool.
+
+This is the engine below tokens and masks: it knows digests, leases, tickets and slots. Integrations that have keys of their
+own (vLLM's block hashes) use it directly. A failure of the manager, a lender or a slot is a miss plus a counter.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
+
+from .devices import device_name
+from .errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, VCacheError
+from .manager.messages import ManagerApi, Placement, PutGrant, PutRequest, Ticket
+from .metrics import EngineMetrics
+from .paged.mover import Mover, SlotTransfer, Transfer
+from .segment.mapping import PinnedSlot, SegmentMap
+from .segment.slots import SlabHeader, SlotHeader, SlotLocation, Tier
+from .spec import KVCacheSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from .paged.layout import PagedCache
+
+logger = logging.getLogger("vcache.pool")
+
+T = TypeVar("T")
+MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
+TRANSFER_ERRORS = (VCacheError, OSError, RuntimeError)
+"""What a broken transfer may raise; torch reports CUDA errors as RuntimeError."""
+
+
+class Chunk(NamedTuple):
+    """One chunk of a prompt, as moved by one call."""
+
+    digest: bytes
+    index: int
+    """Chunks before it in the prompt."""
+    tokens: int
+    start: int
+    """Index into the call's slot mapping of its first moved token."""
+    skip: int = 0
+    """Loads only: leading tokens that stay untouched."""
+
+
+class PutReport(NamedTuple):
+    """What became of the chunks of one `put`."""
+
+    stored: list[Chunk]
+    """Written and published now."""
+    unplaced: list[Chunk]
+    """Not written: no space, no reachable segment, or the manager is away."""
+    nbytes: int
+
+
+class Presence(NamedTuple):
+    """Answer of `ChunkPool.lookup`."""
+
+    found: int
+    """Leading digests that are present."""
+    failed: bool = False
+    """The manager could not be asked: what was not found may exist."""
+
+
+class Lease(NamedTuple):
+    """Right to read the slots of a prefix. Release it with `ChunkPool.release`, or hand it to `load`."""
+
+    id: int
+    """0: nothing is leased."""
+    locations: list[SlotLocation]
+    failed: bool = False
+    """The manager could not be asked."""
+
+
+class PoolTransfer(Generic[T]):
+    """A batch under way. Its result is settled exactly once, by whoever waits first. Thread-safe."""
+
+    def __init__(self, transfer: Transfer | None, settle: Callable[[list[bool]], T]) -> None:
+        """`settle` gets one flag per transfer and runs once; all False when the transfer broke or is None."""
+        self.transfer = transfer
+        self._settle = settle
+        self._lock = threading.Lock()
+        self._results: list[T] = []
+
+    def done(self) -> bool:
+        """Whether the bytes landed. Does not block."""
+        return self.transfer is None or self.transfer.done()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until settled; False on timeout (seconds)."""
+        if self.transfer is not None and not self._results:
+            try:
+                if not self.transfer.wait(timeout):
+                    return False
+            except TRANSFER_ERRORS:
+                pass  # `result` asks again and reports it.
+        self.result()
+        return True
+
+    def result(self) -> T:
+        """Settle if nobody has, and return the result. Blocks until the bytes landed; raises nothing."""
+        with self._lock:
+            if not self._results:
+                verified: list[bool] = []
+                if self.transfer is not None:
+                    try:
+                        self.transfer.wait()
+                        verified = self.transfer.verified()
+                    except TRANSFER_ERRORS as error:
+                        logger.warning("transfer failed, treated as a miss: %s", error)
+                self._results.append(self._settle(verified))
+            return self._results[0]
+
+
+class ChunkPool:
+    """Thread-safe. Owns nothing: manager, segments and mover are given and closed by the caller."""
+
+    def __init__(
+        self,
+        manager: ManagerApi,
+        segments: SegmentMap,
+        spec: KVCacheSpec,
+        chunk_size: int,
+        metrics: EngineMetrics,
+        *,
+        placement: Placement = "local",
+        namespace: bytes | None = None,
+    ) -> None:
+        """`namespace` replaces `spec.namespace(chunk_size)` where the shards of a chunk differ in size (pipeline stages)."""
+        self.manager = manager
+        self.segments = segments
+        self.spec = spec
+        self.namespace = namespace or spec.namespace(chunk_size)
+        self.slot_bytes = spec.payload_bytes(chunk_size)
+        self.metrics = metrics
+        self.placement = placement
+        self._writes = 0
+        self._writes_changed = threading.Condition()
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def lookup(self, digests: Sequence[bytes]) -> Presence:
+        """How much of a prefix is in VRAM or DRAM. Blocks for one round trip."""
+        try:
+            return Presence(self.manager.lookup(digests))
+        except MANAGER_ERRORS as error:
+            self._manager_failed("lookup", error)
+            return Presence(0, failed=True)
+
+    def acquire(self, digests: Sequence[bytes], *, lease: int = 0) -> Lease:
+        """Lease the longest present prefix, or, with `lease`, locate this rank's shards under it. Blocks for one round trip."""
+        try:
+            reply = self.manager.acquire(digests, self.spec.rank, lease=lease)
+        except MANAGER_ERRORS as error:
+            self._manager_failed("acquire", error)
+            return Lease(0, [], failed=True)
+        return Lease(reply.lease, reply.locations)
+
+    def release(self, lease: int) -> None:
+        """Give a lease back. Does not block; a lost message costs only the time until the lease expires."""
+        try:
+            self.manager.release(lease)
+        except MANAGER_ERRORS as error:
+            self._manager_failed("release", error)
+
+    def load(
+        self,
+        lease: Lease,
+        chunks: Sequence[Chunk],
+        cache: PagedCache,
+        slot_mapping: torch.Tensor,
+        mover: Mover,
+        *,
+        release: bool = True,
+    ) -> PoolTransfer[list[bool]]:
+        """Start moving leased chunks into the paged cache. The result tells which chunks are there **and verified**.
+
+        `chunks[i]` belongs to `lease.locations[i]`. Moves the part before the first slot that this process cannot reach.
+        With `release`, the lease is given back when settled.
+        """
+        began = time.perf_counter()
+        pinned = self._pin_prefix(lease, chunks)
+        transfers = [
+            SlotTransfer(slot, self.header(chunk, location.generation), chunk.start, chunk.skip)
+            for slot, chunk, location in zip(pinned, chunks, lease.locations, strict=False)
+        ]
+
+        def settle(verified: list[bool]) -> list[bool]:
+            for slot in pinned:
+                self.segments.unpin(slot)
+            if release:
+                self.release(lease.id)
+            good = [*verified, *[False] * (len(chunks) - len(verified))]
+            stale = len(transfers) - sum(verified)
+            if stale:
+                self.metrics.count("stale_reads", stale)
+            self._observe("retrieve", transfers, verified, time.perf_counter() - began)
+            return good
+
+        return PoolTransfer(self._start(lambda: mover.load(cache, slot_mapping, transfers), transfers), settle)
+
+    def read(self, location: SlotLocation, chunk: Chunk, out: memoryview) -> int:
+        """Copy header and payload of a leased slot into host memory `out`; bytes written, 0 when unreachable or stale.
+        Blocks. This is how background writers feed the storage tier."""
+        slot = self.segments.pin(location)
+        if slot is None:
+            return 0
+        try:
+            header = self.header(chunk, location.generation)
+            packed = header.pack()
+            size = len(packed)
+            total = size + header.payload_bytes
+            if self.segments.read(slot.slab, slot.header_offset, size) != packed:
+                return 0
+            out[:size] = packed
+            out[size:total] = self.segments.read(slot.slab, slot.payload_offset, header.payload_bytes)
+            return total if self.segments.read(slot.slab, slot.header_offset, size) == packed else 0
+        finally:
+            self.segments.unpin(slot)
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        chunks: Sequence[Chunk],
+        parent: bytes,
+        cache: PagedCache,
+        slot_mapping: torch.Tensor,
+        mover: Mover,
+    ) -> PoolTransfer[PutReport]:
+        """Start storing consecutive chunks of one prompt; those that exist are skipped before a byte is copied.
+
+        `parent`: digest of the chunk before the first, empty for none. The result settles after `put_end`.
+        """
+        began = time.perf_counter()
+        with self._writes_changed:
+            self._writes += 1
+        try:
+            grants = self._put_start(chunks, parent, device_name(cache.device))
+            written, transfers, unplaced = self._place(chunks, grants)
+        except BaseException:
+            self._write_over()
+            raise
+
+        def settle(verified: list[bool]) -> PutReport:
+            try:
+                for transfer in transfers:
+                    self.segments.unpin(transfer.slot)
+                flags = [*verified, *[False] * (len(transfers) - len(verified))]
+                stored = self._publish(written, transfers, flags)
+                self._observe("store", transfers, flags, time.perf_counter() - began)
+                return PutReport(
+                    stored, unplaced, sum(t.header.payload_bytes for t, ok in zip(transfers, flags, strict=True) if ok)
+                )
+            finally:
+                self._write_over()
+
+        start = lambda: mover.store(cache, slot_mapping, transfers, self.manager.client_id)  # noqa: E731
+        return PoolTransfer(self._start(start, transfers), settle)
+
+    def no_writes(self) -> bool:
+        """Whether no write is in flight: what a client promises when it says hello (rule I3)."""
+        return self._writes == 0
+
+    def wait_writes(self, timeout: float | None = None) -> bool:
+        """Block until no write is in flight; False on timeout (seconds)."""
+        with self._writes_changed:
+            return self._writes_changed.wait_for(self.no_writes, timeout)
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def header(self, chunk: Chunk, generation: int) -> SlotHeader:
+        """The complete slot header of a chunk of this engine. Pure."""
+        return SlotHeader(
+            self.spec.rank,
+            self.spec.world_size,
+            generation,
+            chunk.digest,
+            self.namespace,
+            self.spec.payload_bytes(chunk.tokens),
+            chunk.tokens,
+            chunk.index,
+        )
+
+    def _pin_prefix(self, lease: Lease, chunks: Sequence[Chunk]) -> list[PinnedSlot]:
+        pinned: list[PinnedSlot] = []
+        for location, chunk in zip(lease.locations, chunks, strict=False):
+            slot = self.segments.pin(location) if location.tokens == chunk.tokens else None
+            if slot is None:
+                self.metrics.count("unreachable")
+                break
+            pinned.append(slot)
+        return pinned
+
+    def _put_start(self, chunks: Sequence[Chunk], parent: bytes, device: str) -> list[PutGrant]:
+        if not chunks:
+            return []
+        request = PutRequest(
+            keys=[chunk.digest for chunk in chunks],
+            namespace=self.namespace,
+            parent=parent,
+            first_index=chunks[0].index,
+            tokens=[chunk.tokens for chunk in chunks],
+            slot_bytes=self.slot_bytes,
+            shard=self.spec.rank,
+            num_shards=self.spec.world_size,
+            placement=self.placement,
+            device=device,
+            avoid=self.segments.unreachable(),
+        )
+        try:
+            return self.manager.put_start(request)
+        except MANAGER_ERRORS as error:
+            self._manager_failed("put_start", error)
+            return [PutGrant("no_space") for _ in chunks]
+
+    def _place(
+        self, chunks: Sequence[Chunk], grants: Sequence[PutGrant]
+    ) -> tuple[list[Chunk], list[SlotTransfer], list[Chunk]]:
+        written: list[Chunk] = []
+        transfers: list[SlotTransfer] = []
+        unplaced: list[Chunk] = []
+        refused: list[Ticket] = []
+        for chunk, grant in zip(chunks, grants, strict=True):
+            location = grant.location
+            if grant.status != "granted" or location is None:
+                self.metrics.count(f"put_{grant.status}")
+                if grant.status == "no_space":
+                    unplaced.append(chunk)
+                continue
+            slot = self.segments.pin(location)
+            if slot is None:
+                self.metrics.count("unreachable")
+                refused.append(Ticket(chunk.digest, self.spec.rank, location.generation))
+                unplaced.append(chunk)
+                continue
+            slab = SlabHeader(grant.format_generation, location.slot_bytes, grant.slots).pack()
+            transfers.append(SlotTransfer(slot, self.header(chunk, location.generation), chunk.start, 0, slab))
+            written.append(chunk)
+        self._revoke(refused)
+        return written, transfers, unplaced
+
+    def _publish(self, written: list[Chunk], transfers: list[SlotTransfer], flags: list[bool]) -> list[Chunk]:
+        tickets = [Ticket(t.header.key, t.header.shard, t.header.generation) for t in transfers]
+        good = [ticket for ticket, ok in zip(tickets, flags, strict=True) if ok]
+        self._revoke([ticket for ticket, ok in zip(tickets, flags, strict=True) if not ok])
+        published: set[bytes] = set()
+        if good:
+            try:
+                answers = self.manager.put_end(good)
+                published = {ticket.key for ticket, ok in zip(good, answers, strict=True) if ok}
+            except MANAGER_ERRORS as error:
+                self._manager_failed("put_end", error)
+        if len(published) < len(transfers):
+            self.metrics.count("put_lapsed", len(transfers) - len(published))
+        return [chunk for chunk in written if chunk.digest in published]
+
+    def _revoke(self, tickets: list[Ticket]) -> None:
+        if not tickets:
+            return
+        try:
+            self.manager.put_revoke(tickets)
+        except MANAGER_ERRORS as error:
+            self._manager_failed("put_revoke", error)
+
+    def _start(self, launch: Callable[[], Transfer], transfers: list[SlotTransfer]) -> Transfer | None:
+        if not transfers:
+            return None
+        try:
+            return launch()
+        except TRANSFER_ERRORS as error:
+            self.metrics.count("transfer_errors")
+            logger.warning("transfer not started, treated as a miss: %s", error)
+            return None
+
+    def _observe(
+        self, operation: Literal["store", "retrieve"], transfers: list[SlotTransfer], flags: list[bool], seconds: float
+    ) -> None:
+        by_tier: dict[Tier, int] = {}
+        for transfer, ok in zip(transfers, flags, strict=False):
+            if ok:
+                tier: Tier = "vram" if transfer.slot.slab.kind == "cuda" else "dram"
+                moved = self.spec.payload_bytes(transfer.header.tokens - transfer.skip)
+                by_tier[tier] = by_tier.get(tier, 0) + moved
+                self.metrics.count(f"{operation}_chunks")
+                self.metrics.count(f"{operation}_tokens", transfer.header.tokens - transfer.skip)
+        for tier, nbytes in by_tier.items():
+            self.metrics.observe(operation, tier, seconds, nbytes)
+
+    def _write_over(self) -> None:
+        with self._writes_changed:
+            self._writes -= 1
+            self._writes_changed.notify_all()
+
+    def _manager_failed(self, verb: str, error: Exception) -> None:
+        self.metrics.count("manager_errors")
+        logger.debug("%s: %s", verb, error)
+
+
+@contextmanager
+def leased(pool: ChunkPool, digests: Sequence[bytes]) -> Iterator[Lease]:
+    """Hold a lease for the duration of a block."""
+    lease = pool.acquire(digests)
+    try:
+        yield lease
+    finally:
+        if lease.id:
+            pool.release(lease.id)

@@ -1,0 +1,237 @@
+"""The bytes on the wire: pinned formats, any cut of the stream, and nothing but `ProtocolError` for what is no message."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vcache.errors import ArgumentError, ManagerRefusedError, ProtocolError, SegmentError, StorageError
+from vcache.manager import protocol
+from vcache.manager.messages import (
+    PROTOCOL_VERSION,
+    AcquireReply,
+    PutGrant,
+    PutRequest,
+    ResizeRequested,
+    SegmentGone,
+    SegmentMounted,
+    Ticket,
+    WipeSlots,
+)
+from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory, SlotLocation
+
+LIMIT = 1 << 16
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(16, "little")
+
+
+HELLO = protocol.Hello(b"c" * 16, "engine-0", "engine", "host", b"secret")
+INFO = SegmentInfo(
+    uuid=b"u" * 16, kind="host", host="h", device="host", broker="/b", owner=b"o" * 16, slabs=(SlabInfo(0, 4096),)
+)
+PUT = PutRequest(keys=[key(1)], namespace=b"n" * 16, parent=b"", first_index=0, tokens=[256], slot_bytes=4096)
+REQUESTS: list[protocol.Request] = [
+    protocol.PutStart(PUT),
+    protocol.PutEnd([Ticket(key(1), 0, 8)]),
+    protocol.PutRevoke([Ticket(key(1), 0, 8)]),
+    protocol.Tiers([key(1), key(2)]),
+    protocol.Remove([key(1)]),
+    protocol.Clear(b"n" * 16),
+    protocol.InventoryPart(b"u" * 16, [SlabInventory(0, b"s" * 64, b"h" * 128)]),
+    protocol.Mount(INFO, [SlabInventory(0, b"s" * 64, b"")]),
+    protocol.Unmount(b"u" * 16),
+    protocol.AddSlabs(b"u" * 16, [(3, 4096)]),
+    protocol.DropSlabs(b"u" * 16, 4096),
+    protocol.ImporterGone(b"u" * 16, b"c" * 16),
+    protocol.RequestResize(b"u" * 16, 4096),
+    protocol.Wiped(7),
+    protocol.Segments(),
+    protocol.Stats(),
+    protocol.Heartbeat(),
+    protocol.Goodbye(),
+]
+
+
+def test_hot_frames_are_pinned() -> None:
+    keys = key(1) + key(2)
+    assert protocol.frame(7, protocol.LOOKUP, keys) == struct.pack("<IIB", 37, 7, 2) + keys
+    assert protocol.encode_acquire(keys, shard=3, lease=5) == struct.pack("<QH", 5, 3) + keys
+    assert protocol.encode_lease(9) == struct.pack("<Q", 9)
+    assert protocol.encode_acquired(9, 30.0, b"l" * 24) == struct.pack("<Qd", 9, 30.0) + b"l" * 24
+    assert protocol.encode_hello(HELLO)[:6] == b"VCMG" + struct.pack("<H", PROTOCOL_VERSION)
+
+
+def test_hot_codecs_round_trip() -> None:
+    keys = [key(i) for i in range(5)]
+    assert protocol.decode_acquire(protocol.encode_acquire(protocol.join_keys(keys), 3, 5)) == (5, 3, tuple(keys))
+    locations = [SlotLocation(1, 2, 256, 3, 4096, 8), SlotLocation(1, 2, 17, 4, 4096, 10)]
+    reply = protocol.decode_acquired(protocol.encode_acquired(5, 1.5, b"".join(at.pack() for at in locations)))
+    assert reply == AcquireReply(5, 1.5, locations)
+    assert protocol.decode_lease(protocol.encode_lease(2**64 - 1)) == 2**64 - 1
+    assert protocol.decode_count(protocol.encode_count(12)) == 12
+
+
+@pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 5000])
+def test_keys_split_at_any_count(count: int) -> None:
+    keys = [key(i) for i in range(count)]
+    assert list(protocol.split_keys(b"xx" + protocol.join_keys(keys), 2)) == keys
+
+
+def test_keys_of_other_lengths_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="16 bytes"):
+        protocol.join_keys([b"x" * 15, b"x" * 17])
+    with pytest.raises(ProtocolError, match="multiple of 16"):
+        protocol.split_keys(b"x" * 17)
+
+
+@pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
+def test_typed_requests_round_trip(request_: protocol.Request) -> None:
+    assert protocol.decode_request(protocol.encode_request(request_)) == request_
+
+
+@pytest.mark.parametrize(
+    "push",
+    [SegmentMounted(INFO), SegmentGone(1, b"u" * 16), WipeSlots(3, b"u" * 16, [(0, 64)]), ResizeRequested(b"u" * 16, 4096)],
+)
+def test_pushes_round_trip(push: SegmentMounted | SegmentGone | WipeSlots | ResizeRequested) -> None:
+    assert protocol.decode_push(protocol.encode_push(push)) == push
+
+
+def test_typed_replies_round_trip() -> None:
+    grants = [PutGrant("exists"), PutGrant("granted", SlotLocation(1, 0, 256, 2, 4096, 8), 6, 12)]
+    assert protocol.decode_value(protocol.GRANTS_REPLY, protocol.encode_reply(grants)) == grants
+    with pytest.raises(ProtocolError):
+        protocol.decode_value(protocol.GRANTS_REPLY, protocol.encode_reply([1]))
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        ["NoSuchVerb"],
+        ["Wiped", 7, "one field too many"],
+        ["Wiped"],
+        ["Wiped", "seven"],
+        ["Tiers", [b"short"]],
+        ["Unmount", b"short"],
+        ["DropSlabs", b"u" * 16, -1],
+        ["AddSlabs", b"u" * 16, [[0, 2**60]]],
+        ["PutStart", {"keys": []}],
+        ["PutStart", {**msgspec.to_builtins(PUT, builtin_types=(bytes,)), "unknown": 1}],
+        {"type": "Stats"},
+        None,
+    ],
+)
+def test_wrong_requests_are_refused(wire: object) -> None:
+    with pytest.raises(ProtocolError):
+        protocol.decode_request(msgspec.msgpack.encode(wire))
+
+
+def test_hello_of_another_version_names_both() -> None:
+    assert protocol.decode_hello(protocol.encode_hello(HELLO)) == HELLO
+    with pytest.raises(ProtocolError, match=rf"version 9.*version {PROTOCOL_VERSION}.*install"):
+        protocol.decode_hello(protocol.encode_hello(HELLO, version=9))
+    with pytest.raises(ProtocolError, match="version 9"):
+        protocol.decode_hello(b"VCMG" + struct.pack("<H", 9) + b"a body that only version 9 can read")
+
+
+def test_hello_hides_its_token() -> None:
+    assert "secret" not in repr(HELLO)
+    assert "secret" not in str(HELLO)
+
+
+def test_errors_arrive_as_what_they_were() -> None:
+    for error in (ManagerRefusedError("no"), ProtocolError("what"), ArgumentError("keys"), SegmentError("slab")):
+        there = protocol.decode_error(protocol.encode_error(error))
+        assert (type(there), str(there)) == (type(error), str(error))
+    assert type(protocol.decode_error(protocol.encode_error(StorageError("x")))) is ManagerRefusedError
+    assert type(protocol.decode_error(b"\xff\xff\xff")) is ManagerRefusedError
+    assert type(protocol.decode_error(b"")) is ManagerRefusedError
+
+
+frames_strategy = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 255), st.binary(max_size=64)), max_size=12)
+
+
+@given(frames=frames_strategy, cuts=st.lists(st.integers(1, 40), min_size=1, max_size=40), take=st.integers(1, 3))
+def test_any_cut_of_the_stream_gives_the_same_frames(frames: list[tuple[int, int, bytes]], cuts: list[int], take: int) -> None:
+    stream = b"".join(protocol.frame(*each) for each in frames)
+    buffer = protocol.FrameBuffer(LIMIT)
+    received = []
+    turn = 0
+    while stream:
+        size = cuts[turn % len(cuts)]
+        turn += 1
+        buffer.feed(stream[:size])
+        stream = stream[size:]
+        for seen, each in enumerate(buffer.frames(), start=1):
+            received.append((each.request, each.code, bytes(each.payload)))
+            if seen == take:
+                break  # Abandoned half way: the rest comes with the next call.
+    received += [(each.request, each.code, bytes(each.payload)) for each in buffer.frames()]
+    assert received == frames
+    assert len(buffer) == 0
+
+
+@pytest.mark.parametrize("length", [0, 4, LIMIT, 2**31, 2**32 - 1])
+def test_impossible_lengths_are_refused_before_the_body(length: int) -> None:
+    buffer = protocol.FrameBuffer(LIMIT)
+    buffer.feed(protocol.frame(1, protocol.LOOKUP, key(1)) + struct.pack("<I", length))
+    stream = buffer.frames()
+    assert next(stream).payload == key(1), "frames before it are still good"
+    with pytest.raises(ProtocolError, match="max_frame"):
+        next(stream)
+
+
+def test_largest_frame_passes() -> None:
+    buffer = protocol.FrameBuffer(64)
+    buffer.feed(protocol.frame(1, protocol.LOOKUP, b"x" * 55))
+    assert [len(each.payload) for each in buffer.frames()] == [55]
+    buffer.feed(protocol.frame(1, protocol.LOOKUP, b"x" * 56))
+    with pytest.raises(ProtocolError):
+        next(buffer.frames())
+
+
+DECODERS: list[Callable[[bytes], object]] = [
+    protocol.decode_hello,
+    protocol.decode_request,
+    protocol.decode_acquire,
+    protocol.decode_lease,
+    protocol.decode_count,
+    protocol.decode_acquired,
+    protocol.decode_push,
+    protocol.split_keys,
+    lambda raw: protocol.decode_value(protocol.STATS_REPLY, raw),
+    lambda raw: protocol.decode_hello(b"VCMG\x01\x00" + raw),
+]
+
+
+@settings(max_examples=300)
+@given(raw=st.binary(max_size=200))
+def test_random_payloads_raise_nothing_but_protocol_errors(raw: bytes) -> None:
+    for decode in DECODERS:
+        with suppress(ProtocolError):
+            decode(raw)
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_mutated_requests_raise_nothing_but_protocol_errors(data: st.DataObject) -> None:
+    raw = bytearray(protocol.encode_request(data.draw(st.sampled_from(REQUESTS))))
+    for _ in range(data.draw(st.integers(1, 4))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    with suppress(ProtocolError):
+        protocol.decode_request(raw[: data.draw(st.integers(0, len(raw)))])
+
+
+def test_deep_nesting_is_a_protocol_error() -> None:
+    with pytest.raises(ProtocolError):
+        protocol.decode_request(b"\x92\xa5Wiped" + b"\x91" * 100_000 + b"\x01")
+    with pytest.raises(ProtocolError):
+        protocol.decode_request(b"\x92\xa8PutStart\x81\xa1x" + b"\x91" * 100_000 + b"\x01")

@@ -1,0 +1,147 @@
+"""The CUDA mover's kernels on CPU tensors. Not collected by itself: `test_interpreted_mover.py` runs it in a process where
+TRITON_INTERPRET=1 is set before Triton is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from paged_cases import cases
+from paged_world import MLA_ORDERS, ORDERS, WRITER, Case, Slots, make_spec, make_tensors, round_trip
+from protocol_suite import SUITE, Bench
+
+from vcache.errors import ArgumentError
+from vcache.paged import kernels
+from vcache.paged.cpu_mover import CpuMover
+from vcache.paged.gpu_mover import GpuMover
+from vcache.paged.layout import PagedCache
+
+SETTINGS = settings(derandomize=True, deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def mover() -> GpuMover:
+    return GpuMover(torch.device("cpu"))
+
+
+@SETTINGS
+@given(cases(max_tokens=20, max_layers=2))
+def test_round_trip_equals_the_naive_model(case: Case) -> None:
+    round_trip(case, GpuMover(torch.device("cpu"), grid=3))
+
+
+@pytest.mark.parametrize("layout", ORDERS + MLA_ORDERS)
+def test_bytes_equal_the_cpu_movers(layout: tuple[str, str], mover: GpuMover) -> None:
+    """One slab written by each mover from the same cache, and one cache written from either slab."""
+    for number, row_format in enumerate(("mla",) if layout in MLA_ORDERS else ("planes", "fused")):
+        spec = make_spec(("bfloat16", "float8_e5m2")[number], head_size=6, heads=3, row_format=row_format)
+        source = PagedCache.bind(make_tensors(spec, *layout, 6, 4, pad=3), spec, layout=layout[0])
+        mapping = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+        slabs, targets = [], []
+        for kind in (CpuMover(), mover):
+            slots = Slots.make(spec, 8, 3)
+            transfers = [slots.transfer(0, 8, 0), slots.transfer(1, 8, 8), slots.transfer(2, 5, 16)]
+            assert kind.store(source, mapping, transfers, WRITER).verified() == [True] * 3
+            target = make_tensors(spec, *layout, 6, 4, pad=3, seed=1)
+            loads = [transfers[0]._replace(skip=3, start=3), *transfers[1:]]
+            assert kind.load(PagedCache.bind(target, spec, layout=layout[0]), mapping, loads).verified() == [True] * 3
+            slabs.append(slots.read(0, slots.slab.nbytes))
+            targets.append(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in target))
+        assert slabs[0] == slabs[1]
+        assert targets[0] == targets[1]
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float32"])
+def test_every_word_width(dtype: str, mover: GpuMover) -> None:
+    for head_size, (layout, row_format) in product((1, 2, 4, 8), ((ORDERS[0], "planes"), (ORDERS[7], "fused"))):
+        spec = make_spec(dtype, 1, 3, head_size, row_format)
+        round_trip(Case(spec, layout, layout, 4, 4, (9,), 1, 0, 0, "random", 3), mover)
+
+
+@pytest.mark.parametrize("shift", [1, 2, 4, 8])
+def test_payloads_at_odd_addresses(shift: int, mover: GpuMover) -> None:
+    spec = make_spec()
+
+    class Shifted(Slots):
+        def pinned(self, slot: int) -> Any:
+            place = super().pinned(slot)
+            return place._replace(payload_offset=place.payload_offset + shift)
+
+    slots = Shifted.make(spec, 10, 2)
+    slots.slots = 1
+    round_trip(Case(spec, ORDERS[0], ORDERS[6], 4, 4, (9,), 1, 0, 0, "random", 3), mover, slots)
+
+
+@pytest.mark.parametrize("rule", SUITE)
+def test_protocol(rule: Callable[[Bench], None], mover: GpuMover) -> None:
+    rule(Bench(mover))
+
+
+def test_header_is_odd_and_signed_while_the_payload_moves(mover: GpuMover, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(mover)
+    ticket = bench.slots.transfer(2, 8, 0)
+    seen: list[bytes] = []
+    _around_move(monkeypatch, lambda: seen.append(bench.slots.header_at(2)))
+    assert bench.store(ticket) == [True]
+    assert seen == [ticket.header.writing(WRITER).pack()]
+
+
+def test_a_header_that_changes_during_the_transfer_spoils_it(mover: GpuMover, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(mover)
+    ticket = bench.slots.transfer(2, 8, 0)
+    assert bench.store(ticket) == [True]
+    again = bench.slots.transfer(2, 8, 0)
+    other = again.header._replace(generation=again.header.generation + 7).pack()
+    _around_move(monkeypatch, lambda: bench.slots.write(ticket.slot.header_offset, other))
+    assert bench.load(ticket) == [False]
+    bench.slots.write(ticket.slot.header_offset, ticket.header.pack())
+    assert bench.store(again) == [False]
+    assert bench.slots.header_at(2) == other
+
+
+@pytest.mark.parametrize(("wrong", "count"), [(-1, 1), (32, 1), (2**40, 3)])
+def test_slots_out_of_range_are_skipped_and_counted(
+    wrong: int, count: int, mover: GpuMover, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a mapping in VRAM, whose values nobody can check in time."""
+    monkeypatch.setattr(PagedCache, "check_slot_mapping", lambda *_: None)
+    bench = Bench(mover)
+    ticket, good = bench.slots.transfer(0, 8, 0), bench.slots.transfer(1, 8, 8)
+    assert bench.store(ticket, good) == [True, True]
+    bench.mapping = bench.mapping.clone()
+    bench.mapping[2 : 2 + count] = wrong
+    loaded = mover.load(bench.cache, bench.mapping, [ticket, good])
+    assert loaded.verified() == [False, True]
+    with pytest.raises(ArgumentError, match=f"{count} slots are outside"):
+        loaded.wait()
+    ticket = bench.slots.transfer(0, 8, 0)
+    assert mover.store(bench.cache, bench.mapping, [ticket, good], WRITER).verified()[0] is False
+    assert bench.slots.header_at(0) == ticket.header.writing(WRITER).pack()
+
+
+def test_tables_are_reused_and_results_kept(mover: GpuMover) -> None:
+    bench = Bench(GpuMover(torch.device("cpu")))
+    tickets = [bench.slots.transfer(number, 8, 0) for number in range(4)]
+    transfers = [bench.mover.store(bench.cache, bench.mapping, [ticket], WRITER) for ticket in tickets]
+    pool = bench.mover._lanes[True].tables
+    assert len(pool._busy) + len(pool._free) == 1
+    assert [transfer.verified() for transfer in transfers] == [[True]] * 4
+
+
+def _around_move(monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> None:
+    """Run `action` once between the kernels that announce and that publish."""
+    move = kernels.move
+
+    class Spy:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def launch(*args: Any, **kwargs: Any) -> None:
+                action()
+                move[grid](*args, **kwargs)
+
+            return launch
+
+    monkeypatch.setattr(kernels, "move", Spy())
