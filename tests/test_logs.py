@@ -24,7 +24,8 @@ def logger() -> Iterator[logging.Logger]:
     logger = logging.getLogger("vcache")
     before = (list(logger.handlers), logger.level, logger.propagate)
     yield logger
-    logger.handlers[:], logger.level, logger.propagate = before
+    logger.handlers[:], level, logger.propagate = before
+    logger.setLevel(level)
 
 
 def parse(line: str) -> dict[str, str]:

@@ -59,8 +59,8 @@ def test_the_run_after_the_restart_is_judged_too() -> None:
 
 
 def test_the_table_has_every_number() -> None:
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(render(results(logits_digest="cd"), ("worker 1", "worker 2"), ("first?", "second?")))
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(results(logits_digest="cd"), (16, 32), ("first?", "second?")))
     text = console.export_text()
     for part in ("5,800", "5,632", "10.00 s", "500 ms", "20.0 x", "2.60 GB/s", "124 MiB in 50 ms", "yes", "NO", "not asked"):
         assert part in text, part

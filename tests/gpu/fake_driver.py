@@ -32,6 +32,7 @@ class FakeDriver:
         self.allowed: dict[int, set[int]] = {}
         """Address -> devices that may access it."""
         self.registered: set[int] = set()
+        self.pinned: dict[int, Any] = {}
         self.contexts: list[int] = []
         self.retained = 0
         self.streams = 0
@@ -198,6 +199,15 @@ class FakeDriver:
     def _cuMemcpyHtoDAsync(self, address: int, source: int, nbytes: int, stream: int) -> None:
         self._check(address, nbytes)
         ctypes.memmove(address, source, nbytes)
+
+    def _cuMemHostAlloc(self, nbytes: int, flags: int) -> int:
+        self._need_context()
+        block = ctypes.create_string_buffer(nbytes)
+        self.pinned[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def _cuMemFreeHost(self, address: int) -> None:
+        del self.pinned[address]
 
     def _cuMemHostRegister(self, address: int, nbytes: int, flags: int) -> Any:
         self._need_context()

@@ -159,6 +159,15 @@ def test_unknown_and_absent_gpus(fake: FakeDriver) -> None:
         CudaDriver(fake)
 
 
+def test_long_reads_and_writes_go_in_pieces(backing: CudaBacking) -> None:
+    slab = backing.create(6 * GRANULARITY)
+    data = bytes(range(251)) * (6 * GRANULARITY // 251 - 1)
+    backing.write(slab, 100, data)
+    assert backing.read(slab, 100, len(data)) == data
+    assert backing.read(slab, 0, 100) == bytes(100)
+    assert backing.read(slab, 7, 0) == b""
+
+
 def test_reads_and_writes_stay_inside(backing: CudaBacking) -> None:
     slab = backing.create(GRANULARITY)
     for offset, nbytes in ((-1, 4), (GRANULARITY - 3, 4), (2 * GRANULARITY, 1)):
@@ -180,10 +189,12 @@ def test_the_callers_context_survives_errors(fake: FakeDriver, backing: CudaBack
     assert fake.contexts == [77]
 
 
-def test_close_gives_the_context_back(fake: FakeDriver, backing: CudaBacking) -> None:
+def test_close_gives_everything_back(fake: FakeDriver, backing: CudaBacking) -> None:
+    backing.read(backing.create(GRANULARITY), 0, 1)
+    assert len(fake.pinned) == 1
     backing.close()
     backing.close()
-    assert (fake.retained, fake.streams) == (0, 0)
+    assert (fake.retained, fake.streams, fake.pinned) == (0, 0, {})
     with pytest.raises(DeviceUnavailableError, match="already closed"):
         backing.available_bytes()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vcache.bench import interference, mover_runs, paged_data, transfer, transfer_rows
+from vcache.bench import end_to_end, interference, mover_runs, paged_data, transfer, transfer_rows
 from vcache.bench.plot import Curve, draw, size_text
 from vcache.bench.remote_slab import RemoteSlabs
 from vcache.bench.timing import Spread, repeats_for
@@ -32,6 +32,23 @@ def test_without_a_gpu_the_host_path_is_measured() -> None:
     assert lines
     with pytest.raises(DeviceUnavailableError, match="no GPU 0"):
         transfer.run(transfer.TransferOptions(device=0))
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_end_to_end_over_host_memory() -> None:
+    found: list[dict[str, Any]] = []
+    shape = end_to_end.Shape(transfer._SMALL_SPEC, long=1024, kind="host", device="cpu")
+    lines = list(end_to_end.measure(found, lambda line: None, shape))
+    assert [(row["operation"], row["nbytes"]) for row in found] == [
+        ("store", 2 * MIB // 2),
+        ("retrieve", 2 * MIB // 2),
+        ("store", 2 * MIB),
+        ("retrieve", 2 * MIB),
+        ("retrieve, kernels alone", 2 * MIB),
+    ]
+    assert len(lines) == 3
+    assert all(line.startswith(("met: engine.", "MISSED: engine.")) for line in lines)
 
 
 def test_wrong_bytes_are_noticed() -> None:

@@ -235,7 +235,7 @@ import sys
 from vcache.config import ManagerConfig, VCacheConfig
 from vcache.manager.server import run_server
 import msgspec
-manager = msgspec.json.decode(sys.argv[1].encode(), type=ManagerConfig)
+manager = msgspec.json.decode(sys.argv[1].encode(), type=ManagerConfig, dec_hook=lambda kind, value: kind(value))
 run_server(VCacheConfig(manager=manager), ready=lambda address: print("ready", address, flush=True))
 """
 
@@ -245,7 +245,7 @@ class ServerProcess:
 
     def __init__(self, manager: ManagerConfig) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", _SERVE, msgspec.json.encode(manager).decode()],
+            [sys.executable, "-c", _SERVE, msgspec.json.encode(manager, enc_hook=int).decode()],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from hypothesis import HealthCheck, given, settings
 from paged_cases import cases
 from paged_world import MLA_ORDERS, ORDERS, WRITER, Case, Slots, make_spec, make_tensors, round_trip
 from protocol_suite import SUITE, Bench
 
-from vcache.errors import ArgumentError
+from vcache.errors import ArgumentError, DeviceUnavailableError
 from vcache.paged import kernels
 from vcache.paged.cpu_mover import CpuMover
 from vcache.paged.gpu_mover import GpuMover
 from vcache.paged.layout import PagedCache
 
-SETTINGS = settings(derandomize=True, deadline=None, max_examples=25, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(derandomize=True, deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,17 @@ def test_tables_are_reused_and_results_kept(mover: GpuMover) -> None:
     pool = bench.mover._lanes[True].tables
     assert len(pool._busy) + len(pool._free) == 1
     assert [transfer.verified() for transfer in transfers] == [[True]] * 4
+
+
+def test_preparing_touches_neither_cache_nor_headers(mover: GpuMover) -> None:
+    bench = Bench(mover)
+    assert bench.untouched(lambda: mover.prepare(bench.cache))
+
+
+def test_a_cache_on_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "move", triton.JITFunction(kernels.move.fn))
+    with pytest.raises(DeviceUnavailableError, match="TRITON_INTERPRET=1"):
+        GpuMover(torch.device("cpu"))
 
 
 def _around_move(monkeypatch: pytest.MonkeyPatch, action: Callable[[], Any]) -> None:

@@ -162,6 +162,7 @@ def test_store_comes_after_what_the_producer_queued(mover: Any, no_device_wide_w
     bench = Bench(mover, CudaSlots.make(make_spec(), 8), "cuda")
     expected = b"\x07" * bench.spec.payload_bytes(8)
     ticket = bench.slots.transfer(0, 8, 0)
+    bench.tensors[0].view(torch.uint8).fill_(8)  # loading a kernel waits for the GPU: not below, where it sleeps
     producer = torch.cuda.Stream()
     producer.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(producer):
@@ -216,6 +217,11 @@ def test_one_call_mixes_vram_and_pinned_slots(mover: Any) -> None:
         tensor.view(torch.uint8).fill_(0)
     assert bench.load(*tickets) == [True] * 4
     assert all((bytes_of(tensor) == before).all() for tensor, before in zip(bench.tensors, old, strict=True))
+
+
+def test_preparing_touches_nothing(mover: Any) -> None:
+    bench = Bench(mover, CudaSlots.make(make_spec(), 8), "cuda")
+    assert bench.untouched(lambda: mover.prepare(bench.cache))
 
 
 def test_threads_share_a_mover(mover: Any, no_device_wide_wait: None) -> None:

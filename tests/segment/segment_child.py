@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +76,6 @@ class ImporterChild:
 
     def fork(self, seconds: float) -> int:
         """Leave a forked child behind that outlives this process."""
-        import os
-        import time
-
         pid = os.fork()
         if pid == 0:
             time.sleep(seconds)
@@ -98,6 +98,11 @@ class LenderChild:
         memory = self.lender.slab(slab)
         assert memory is not None
         self.lender.backing.write(memory, offset, bytes.fromhex(data))
+
+    def touch(self, slab: int) -> None:
+        memory = self.lender.slab(slab)
+        assert memory is not None
+        ctypes.memset(memory.address, 1, memory.nbytes)
 
     def read(self, slab: int, offset: int, nbytes: int) -> str:
         memory = self.lender.slab(slab)

@@ -424,11 +424,11 @@ def test_resizing_from_many_threads_ends_consistent(manager: FakeManager, make: 
     threads = [threading.Thread(target=churn, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
-    for _ in range(5):
-        manager.start()
-        time.sleep(0.01)
+    deadline = time.monotonic() + 20
     for thread in threads:
-        thread.join(20)
+        while thread.is_alive() and time.monotonic() < deadline:
+            manager.start()
+            thread.join(0.01)
     assert lender.wait_mounted(5)
     assert manager.slabs == {slab.index: slab.nbytes for slab in lender.info.slabs}
     assert lender.payload_bytes == len(manager.slabs) * MiB

@@ -262,6 +262,7 @@ def test_forget_unmaps_and_the_segment_may_come_back(lent: Lent) -> None:
     lent.map.forget(1)
     assert lent.map.pin(at(0)) is None
     assert slot.slab.buffer is not None
+    eventually(lambda: slot.slab.retired)
     lent.map.update(info_of(UUID, lent.broker.path, {0: MiB}, number=4))
     again = lent.map.pin(at(0, segment=4))
     assert again is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -16,8 +17,14 @@ from vcache.cli.app import app
 
 
 def invoke(*arguments: str) -> Result:
-    """In this process."""
-    return CliRunner().invoke(app, list(arguments))
+    """In this process. Leaves the `vcache` logger as it was: a command configures it, and other tests capture it."""
+    logger = logging.getLogger("vcache")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    try:
+        return CliRunner().invoke(app, list(arguments))
+    finally:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 class Process:

@@ -145,7 +145,7 @@ def _measure(call: Callable[[list[str]], object], requests: list[list[str]], thr
     every = [latency for own in latencies for latency in own]
     return {
         "server": "mooncake_master",
-        "request": f"batch_is_exist, {threads} thread{'s' if threads > 1 else ''}",
+        "request": "batch_is_exist",
         "depth": threads,
         "keys_per_second": len(every) * len(requests[0]) / elapsed,
         "p50_us": 1e6 * percentile(every, 0.5),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("msgspec", "uvloop", "numpy", "torch", "triton", "cuda-bindings", "mooncake-transfer-engine", "vllm")
 """Packages whose versions matter to a measurement; those that are installed are reported, without importing them."""
+_QUIET_LOAD = 0.7
 
 
 class Column(NamedTuple):
@@ -44,6 +45,14 @@ class Report(msgspec.Struct, kw_only=True):
     """What a reader must know to judge the numbers: targets met or missed, what was left out and why."""
     machine: dict[str, str] = msgspec.field(default_factory=lambda: machine())
     when: str = msgspec.field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+    def __post_init__(self) -> None:
+        load = os.getloadavg()[0]
+        if load > _QUIET_LOAD:
+            self.notes = [
+                *self.notes,
+                f"not a quiet machine: load {load:.1f} at the start; other processes took part of the time",
+            ]
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in msgspec.to_builtins(self).items() if name != "columns"}
@@ -85,7 +94,8 @@ def print_report(report: Report, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(report.title), title_justify="left", title_style="bold")
+    console.print(report.title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    table = Table()
     for column in report.columns:
         table.add_column(escape(column.heading), justify="right" if column.form else "left")
     for row in report.rows:

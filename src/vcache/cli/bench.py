@@ -16,6 +16,7 @@ from .options import CsvFile, JsonFile, parse_size
 if TYPE_CHECKING:
     from ..bench.report import Report
 
+_FILE_WIDTH = 140
 _ONE_GIB = ByteSize(2**30)
 
 bench = typer.Typer(
@@ -160,6 +161,6 @@ def _finish(report: Report, json: Path | None, csv: Path | None) -> None:
 
     from ..bench.report import print_report, save_report
 
-    to_stdout = "-" in (str(json), str(csv))
-    print_report(report, Console(stderr=to_stdout))
+    console = Console(stderr="-" in (str(json), str(csv)))
+    print_report(report, console if console.is_terminal else Console(file=console.file, width=_FILE_WIDTH))
     save_report(report, json, csv)

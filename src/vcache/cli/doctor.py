@@ -86,10 +86,10 @@ def memory(config: VCacheConfig) -> Iterator[Check]:
 def limits(config: VCacheConfig) -> Iterator[Check]:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     detail = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / _MIB:.0f} MiB"
-    if soft == resource.RLIM_INFINITY or soft >= config.segment.size:
+    if config.storage.kind != "mooncake" or soft == resource.RLIM_INFINITY or soft >= config.storage.queue:
         yield Check("locked memory", "ok", detail)
     else:
-        why = "RDMA registers (locks) the memory it moves; NVLink, PCIe and plain host segments do not need it"
+        why = "Mooncake over RDMA registers (locks) the memory it moves; over TCP it does not need it"
         yield Check(
             "locked memory", "warn", detail, why, "for RDMA: ulimit -l unlimited, or --ulimit memlock=-1 for a container"
         )

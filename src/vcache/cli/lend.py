@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import ExitStack
+import sys
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 
 import typer
 
@@ -29,7 +30,8 @@ def lend_until_stopped(config: VCacheConfig, *, device: str | None, prefault: bo
         stack.callback(backing.close)
         api = connect(config, name=name or f"lend-{os.getpid()}", role="lender")
         stack.callback(api.close)
-        lender = Lender(api, backing, config.segment, on_resize=_say_resized)
+        with _progress(f"allocating {config.segment.size} of {_describe(backing)}"):
+            lender = Lender(api, backing, config.segment, on_resize=_say_resized)
         stack.callback(lender.close)
         connected = lender.wait_mounted(_MOUNT_TIMEOUT) if api.epoch else False
         manager = config.manager.address if connected else f"{config.manager.address} (not there yet; mounts when it is)"
@@ -72,9 +74,19 @@ def _usable_gpu() -> SlabBacking | None:
         return None
 
 
+def _progress(text: str) -> AbstractContextManager[object]:
+    """A spinner on a terminal: prefaulting takes about a second for each GiB."""
+    if not sys.stderr.isatty():
+        return nullcontext()
+    from rich.console import Console
+
+    return Console(stderr=True).status(text)
+
+
 def _describe(backing: SlabBacking) -> str:
     return "host memory" if backing.kind == "host" else f"VRAM of {backing.device}"
 
 
 def _say_resized(nbytes: int) -> None:
-    typer.echo(f"now lending {ByteSize(nbytes)}")
+    with suppress(BrokenPipeError):  # that nobody reads any more is no reason to stop lending
+        typer.echo(f"now lending {ByteSize(nbytes)}")

@@ -10,6 +10,9 @@ import typer
 
 from ..config import ByteSize, VCacheConfig
 
+_LARGEST = ByteSize(2**48)
+"""What the protocol takes for a size."""
+
 
 def parse_size(text: str | int) -> ByteSize:
     """For `--size`: raises what typer shows as a usage error."""
@@ -17,8 +20,8 @@ def parse_size(text: str | int) -> ByteSize:
         size = ByteSize.parse(text)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    if size <= 0:
-        raise typer.BadParameter(f"{text!r}: must be above 0")
+    if not 0 < size < _LARGEST:
+        raise typer.BadParameter(f"{text!r}: must be above 0 and below {_LARGEST}")
     return size
 
 

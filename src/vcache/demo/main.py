@@ -11,7 +11,7 @@ from rich.console import Console
 from ..errors import ArgumentError
 from . import document, model, report
 from .messages import DemoError
-from .scenario import play
+from .scenario import BLOCK_SIZES, play
 from .stage import Stage
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -33,15 +33,15 @@ def run(*, device: str = "auto", tokens: int = 5800, keep: bool = False, console
     console = console or Console()
     folder = Path(tempfile.mkdtemp(prefix="vcache-demo-"))
     try:
-        played = play(Stage(console), folder, device=device, tokens=tokens, cache_dir=model.cache_folder())
+        results = play(Stage(console), folder, device=device, tokens=tokens, cache_dir=model.cache_folder())
     finally:
         if keep:
             console.print(f"logs: {folder}", highlight=False)
         else:
             shutil.rmtree(folder)
     questions = (document.FIRST_QUESTION.text, document.SECOND_QUESTION.text)
-    console.print(report.render(played.results, played.labels, questions))
-    problems = report.problems(played.results)
+    console.print(report.render(results, BLOCK_SIZES, questions))
+    problems = report.problems(results)
     for problem in problems:
         console.print(f"[red]FAILED[/red] {problem}", highlight=False)
     if not problems:

@@ -25,7 +25,7 @@ def child_environment(env: Mapping[str, str]) -> dict[str, str]:
     libraries told to be quiet and to fetch nothing. Pure."""
     kept = {name: value for name, value in env.items() if not name.startswith("VCACHE_") or name == "VCACHE_LOG_LEVEL"}
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
-    return {**kept, **quiet}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **kept, **quiet}
 
 
 class Child:

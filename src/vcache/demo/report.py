@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -41,27 +42,32 @@ def problems(results: Results) -> list[str]:
     return found
 
 
-def render(results: Results, labels: tuple[str, str], questions: tuple[str, str]) -> Group:
-    """`labels`: worker 1 and worker 2 in words. The table, and the answers below it."""
+def render(results: Results, block_sizes: tuple[int, int], questions: tuple[str, str]) -> Group:
+    """The table, what stands behind its numbers, and the answers. Fits 80 columns."""
     control = results.control
-    table = Table(title="Two processes, one document", title_justify="left", header_style="bold")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("run")
-    headings = ("prompt tokens", "hit tokens", "time to first token", "speed-up", "retrieve", "tokens equal", "logits equal")
-    for heading in headings:
+    for heading in ("prompt\ntokens", "hit\ntokens", "first\ntoken", "speed\nup", "retrieve", "tokens\nequal", "logits\nequal"):
         table.add_column(heading, justify="right")
     rows = (
-        (f"{labels[0]}\nfirst question, stores", results.first, False),
-        (f"{labels[1]}\nsecond question, no cache", control, False),
-        (f"{labels[1]}\nsecond question, VCache", results.shared, True),
-        (f"{labels[1]}\nafter kill -9 and restart", results.restarted, True),
+        ("worker 1, stores", results.first, False),
+        ("worker 2, no cache", control, False),
+        ("worker 2, VCache", results.shared, True),
+        ("  after kill -9", results.restarted, True),
     )
     for name, run, cached in rows:
         speed_up = f"{control.first_token / run.first_token:.1f} x"
         equal = (_yes(run.ids == control.ids), _yes(run.logits_digest == control.logits_digest))
         compared = (speed_up, _speed(run), *equal) if cached else ("", "", "", "")
         hit = "not asked" if run is control else f"{run.hit_tokens:,}"
-        table.add_row(name, f"{run.prompt_tokens:,}", hit, _seconds(run.first_token), *compared, end_section=True)
-    return Group(table, *_answers(results, questions))
+        table.add_row(name, f"{run.prompt_tokens:,}", hit, _seconds(run.first_token), *compared)
+    shared = results.shared
+    notes = (
+        f"first token: from the prompt's token ids, look-up ({_seconds(shared.lookup)}) and retrieve "
+        f"({shared.retrieved_bytes / 2**20:,.0f} MiB in {_seconds(shared.retrieve)}) included. "
+        f"Paged caches: blocks of {block_sizes[0]} tokens in worker 1, of {block_sizes[1]} in worker 2."
+    )
+    return Group(table, Text(notes, "dim"), Text(), *_answers(results, questions), Text())
 
 
 def _answers(results: Results, questions: tuple[str, str]) -> list[RenderableType]:
@@ -81,8 +87,7 @@ def _seconds(value: float) -> str:
 
 
 def _speed(run: Answer) -> str:
-    speed = run.retrieved_bytes / run.retrieve / 1e9
-    return f"{speed:.2f} GB/s\n{run.retrieved_bytes / 2**20:,.0f} MiB in {_seconds(run.retrieve)}"
+    return f"{run.retrieved_bytes / run.retrieve / 1e9:.2f} GB/s"
 
 
 def _yes(equal: bool) -> Text:

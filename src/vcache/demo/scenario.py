@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from ..config import CacheConfig
 from . import document
@@ -39,12 +39,7 @@ SILENCE = 300.0
 R = TypeVar("R", bound=Reply)
 
 
-class Played(NamedTuple):
-    results: Results
-    labels: tuple[str, str]
-
-
-def play(stage: Stage, folder: Path, *, device: str, tokens: int, cache_dir: Path) -> Played:
+def play(stage: Stage, folder: Path, *, device: str, tokens: int, cache_dir: Path) -> Results:
     """Run everything; all processes are gone when it returns or raises. Raises `DemoError`."""
     with ExitStack() as stack:
         workers = [stack.enter_context(WorkerProcess(f"worker {number}", folder)) for number in (1, 2)]
@@ -66,13 +61,13 @@ def play(stage: Stage, folder: Path, *, device: str, tokens: int, cache_dir: Pat
             lender.wait_ready()
             for worker in workers:
                 _ask(worker, Connect(address=address), Connected)
-            step.note(f"{size / 2**20:.0f} MiB of {'host memory' if kind == 'host' else 'VRAM'} lent by pid {lender.pid}")
+            step.note(f"{size / 2**20:.0f} MiB of {'host memory' if kind == 'host' else 'VRAM'} lent")
 
         first_question, question = document.FIRST_QUESTION.text, document.SECOND_QUESTION.text
-        with stage.step("worker 1 reads the document, answers, and stores its KV") as step:
+        with stage.step("worker 1 reads the document, answers, stores its KV") as step:
             first = _ask(workers[0], Ask(question=first_question, cached=True, store=True), Answer, step.moved)
             step.note(f"{first.stored_bytes / 2**20:.0f} MiB stored in {first.store * 1000:.0f} ms")
-        with stage.step("worker 2 answers another question without any cache (control)") as step:
+        with stage.step("worker 2 answers another question without a cache") as step:
             control = _ask(workers[1], Ask(question=question, cached=False), Answer, step.moved)
         with stage.step("worker 2 answers it again with the KV of worker 1") as step:
             shared = _ask(workers[1], Ask(question=question, cached=True), Answer, step.moved)
@@ -81,16 +76,17 @@ def play(stage: Stage, folder: Path, *, device: str, tokens: int, cache_dir: Pat
             manager.kill()
             workers[0].kill()
             gone = _ask(workers[1], Probe(question=question), Probed)
-            step.note(f"without a manager a look-up is a miss after {gone.seconds * 1000:.1f} ms")
-        with stage.step("start a new manager; the lender tells it what its memory holds") as step:
+            if gone.hit_tokens:
+                raise DemoError(f"a look-up found {gone.hit_tokens} tokens while the manager was dead")
+            step.note(f"a look-up now is a miss within {gone.seconds * 1000:.1f} ms")
+        with stage.step("start a new manager; the lender reports to it") as step:
             manager = stack.enter_context(Service("manager", serve, folder))
             manager.wait_ready()
             seconds = poll(lambda: _hit(workers[1], question) >= shared.hit_tokens, 60.0, "the hit did not come back")
-            step.note(f"the hit was back {seconds:.1f} s after the manager")
+            step.note(f"hit back after {seconds:.1f} s")
         with stage.step("worker 2 answers once more") as step:
             restarted = _ask(workers[1], Ask(question=question, cached=True), Answer, step.moved)
-    labels = tuple(f"worker {n} (blocks of {size})" for n, size in enumerate(BLOCK_SIZES, start=1))
-    return Played(Results(first, control, shared, restarted), (labels[0], labels[1]))
+    return Results(first, control, shared, restarted)
 
 
 def _load(workers: list[WorkerProcess], prepared: Prepared, tokens: int) -> Loaded:

@@ -127,9 +127,9 @@ class ManagerClient:
         with self._changed:
             self._changed.notify_all()
         self._dispatcher.close(max(0.0, deadline - time.monotonic()))
-        for thread in self._threads:
-            if thread is not threading.current_thread() and not self._dispatcher.is_current():
-                thread.join(max(0.0, deadline - time.monotonic()))
+        for thread in self._threads if connection is not None and not self._dispatcher.is_current() else ():
+            # Without a session they may be in the middle of a hello; they end by themselves when it does.
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     # -- verbs -----------------------------------------------------------------------------------------------------
 
@@ -313,12 +313,20 @@ class ManagerClient:
         began, warned = time.monotonic(), False
         while not self._closing.is_set():
             gate = self._gate
-            if gate is None or gate(_GATE_TIMEOUT):
+            if gate is None or self._idle(gate):
                 return True
             if not warned and time.monotonic() - began > _GATE_PATIENCE:
                 logger.warning("reconnecting to manager %s waits for writes that do not end", self._address)
                 warned = True
         return False
+
+    def _idle(self, gate: Callable[[float], bool]) -> bool:
+        try:
+            return gate(_GATE_TIMEOUT)
+        except Exception:
+            logger.exception("the write gate raised; taken as: writes are in flight")
+            self._closing.wait(_GATE_TIMEOUT)
+            return False
 
     def _connected(self, connection: Connection) -> None:
         self._breaker.success()

@@ -38,8 +38,8 @@ _DECODERS: Mapping[int, Callable[[bytes | bytearray], Any]] = {
 class Peer(asyncio.Protocol):
     """Runs on the manager's loop only. Whatever its bytes are, at worst this one connection ends, with one line in the log.
 
-    A peer that does not read its replies is not read from either; when it has not caught up within the session timeout, or
-    what waits for it outgrows the limit, it is disconnected.
+    A peer that does not read its replies is not read from either; when it has not caught up within half the session timeout,
+    or what waits for it outgrows the limit, it is disconnected.
     """
 
     def __init__(self, service: Service) -> None:
@@ -71,7 +71,7 @@ class Peer(asyncio.Protocol):
         else:
             self._where = str(transport.get_extra_info("peername"))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._arm(lambda: self.reject(ProtocolError("no hello in time")))
+        self._arm(self._service.session_timeout, lambda: self.reject(ProtocolError("no hello in time")))
 
     def data_received(self, data: bytes) -> None:
         if not self._closing:
@@ -91,7 +91,7 @@ class Peer(asyncio.Protocol):
         self._paused = True
         if self._transport is not None and not self._closing:
             self._transport.pause_reading()
-            self._arm(self._too_slow)
+            self._arm(self._service.session_timeout / 2, self._too_slow)
 
     def resume_writing(self) -> None:
         self._paused = False
@@ -233,9 +233,9 @@ class Peer(asyncio.Protocol):
 
     # -- slow peers --------------------------------------------------------------------------------------------------
 
-    def _arm(self, action: Callable[[], None]) -> None:
+    def _arm(self, delay: float, action: Callable[[], None]) -> None:
         self._disarm()
-        self._timer = asyncio.get_running_loop().call_later(self._service.session_timeout, action)
+        self._timer = asyncio.get_running_loop().call_later(delay, action)
 
     def _disarm(self) -> None:
         if self._timer is not None:

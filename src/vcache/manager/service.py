@@ -85,7 +85,6 @@ class Service:
             del self._sessions[peer.client]
             self._directory.close_session(peer.client, self._clock())
             logger.info("%s disconnected", peer)
-            self._answer_held()
             self.settle()
 
     def count(self, counter: str) -> None:
@@ -149,7 +148,6 @@ class Service:
                 self._inventory_part(peer, request)
             case protocol.Wiped(token):
                 directory.wiped(client, token, now)
-                self._answer_held()
             case protocol.Goodbye():
                 del self._sessions[client]
                 directory.close_session(client, now, goodbye=True)
@@ -211,6 +209,8 @@ class Service:
                     peer.push(push)
             elif target in self._sessions:
                 self._sessions[target].push(push)
+        if self._held:
+            self._answer_held()
         if self._timer is None:
             self._arm()
 
@@ -247,5 +247,4 @@ class Service:
     def _tick(self) -> None:
         self._timer = None
         self._directory.tick(self._clock())
-        self._answer_held()
         self.settle()

@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 
 from ..errors import ArgumentError, DeviceUnavailableError
-from ..segment.mapping import MappedSlab
+from ..segment.mapping import MappedSlab, PinnedSlot
+from ..segment.slots import HEADER_BYTES, SlotHeader, align_up
 from . import kernels
 from .checks import check_transfers
 from .gpu_staging import Table, TablePool
@@ -28,10 +29,16 @@ from .layout import PagedCache
 from .mover import Mover, SlotTransfer, Transfer
 from .tiling import Tiling, alignment, tiling
 
-LOCAL_PROGRAMS_PER_SM = 4
+LOCAL_PROGRAMS_PER_SM = 3
+"""Enough to saturate the GPU's memory."""
 REMOTE_PROGRAMS = 32
 """Enough to fill NVLink, and more than PCIe takes."""
 WARPS = 8
+TILE_UNITS = 1024
+"""With units of 16 bytes, a tile is 16 KiB, of which each thread moves 64 bytes."""
+INTERPRETED_PROGRAMS = 2
+INTERPRETED_TILE_UNITS = 128
+"""So that even the small caches of tests take several tiles."""
 _WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 _NOBODY = bytes(16)
 
@@ -39,8 +46,10 @@ _NOBODY = bytes(16)
 class _Lane:
     """One direction's stream and tables."""
 
-    def __init__(self, device: torch.device, priority: int) -> None:
+    def __init__(self, device: torch.device, *, priority: int, blocking: bool) -> None:
+        """`blocking`: the host sleeps while it waits. It then wakes some 0.3 ms late; otherwise it spins."""
         self.stream: Any = None
+        self._blocking = blocking
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
         self.tables = TablePool(device)
@@ -48,6 +57,14 @@ class _Lane:
     def current(self) -> Any:
         """Context in which this lane's stream is current."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def mark(self) -> Any:
+        """An event behind everything queued on this lane; None without a stream, where all is done by now."""
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event(blocking=self._blocking)  # type: ignore[no-untyped-call]
+        event.record(self.stream)
+        return event
 
 
 class GpuMover(Mover):
@@ -68,25 +85,31 @@ class GpuMover(Mover):
         if self._system:
             properties = torch.cuda.get_device_properties(device)
             self._uuid, self._processors = f"GPU-{properties.uuid}", properties.multi_processor_count
-        self._lanes = {True: _Lane(device, 0), False: _Lane(device, -1)}  # CUDA counts down: 0 is the lowest priority
+        # By direction: True stores, in the background; somebody waits for a load. 0 is the lowest priority that CUDA has.
+        self._lanes = {
+            True: _Lane(device, priority=0, blocking=True),
+            False: _Lane(device, priority=-1, blocking=False),
+        }
         self._lock = threading.Lock()
-        self._tables: WeakKeyDictionary[PagedCache, dict[int, tuple[Tiling, torch.Tensor]]] = WeakKeyDictionary()
+        self._shapes: WeakKeyDictionary[PagedCache, dict[int, tuple[Tiling, torch.Tensor]]] = WeakKeyDictionary()
 
     def reaches(self, slab: MappedSlab) -> bool:
         return slab.device_address != 0
 
     def prepare(self, cache: PagedCache) -> None:
-        """Compile the kernels for `cache`, so that the first transfer need not. Seconds once per machine and layout, then
-        milliseconds."""
-        if not self._system:
-            return
-        with self._lock, self._lanes[True].current():
-            shape, regions = self._shape(cache, alignment(cache))
-            table = torch.empty(16, dtype=torch.int64, device=self.device)
-            for store in (True, False):
-                for kernel in (kernels.announce, kernels.publish):
-                    kernel.warmup(table, STORE=store, SYSTEM=True, grid=(1,), num_warps=1)
-                kernels.move.warmup(table, regions, **_constants(cache, shape, store, False), grid=(1,), num_warps=WARPS)
+        """Compile and load the kernels for `cache`, so that the first transfer need not; neither reads nor writes the cache.
+        Blocks: seconds the first time on a machine, then milliseconds."""
+        nbytes = align_up(HEADER_BYTES + cache.spec.token_bytes, HEADER_BYTES)
+        scratch = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        slab = MappedSlab("cuda", self._uuid, nbytes, scratch.data_ptr(), device_address=scratch.data_ptr())
+        # A header that is newer than the store's and not the load's: both leave the payload alone.
+        ticket = SlotHeader(0, 1, 2, _NOBODY, _NOBODY, cache.spec.token_bytes, 1, 0)
+        newer = bytearray(ticket._replace(generation=4).pack())
+        scratch[:HEADER_BYTES] = torch.frombuffer(newer, dtype=torch.uint8).to(self.device)
+        mapping = torch.zeros(1, dtype=torch.int64, device=self.device)
+        transfer = SlotTransfer(PinnedSlot(slab, 0, HEADER_BYTES), ticket, 0)
+        for started in (self.store(cache, mapping, [transfer], _NOBODY), self.load(cache, mapping, [transfer])):
+            started.wait()
 
     def store(
         self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes
@@ -111,61 +134,47 @@ class GpuMover(Mover):
     def _enqueue(
         self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes, store: bool
     ) -> GpuTransfer:
-        lane, staged, count = self._lanes[store], slot_mapping.device.type == "cpu", len(transfers)
+        lane, count = self._lanes[store], len(transfers)
         if lane.stream is not None:
             lane.stream.wait_stream(torch.cuda.current_stream(self.device))
         with lane.current():
-            shape, regions = self._shape(cache, self._aligned(cache, transfers))
-            tiles = shape.tiles(max(transfer.header.tokens - transfer.skip for transfer in transfers))
-            mapping_words = len(slot_mapping) if staged else 0
-            table = lane.tables.take(count, kernels.PARAMS.value + kernels.CHUNK.value * count + mapping_words)
-            table.upload(
-                table.fill(transfers, slot_mapping, tiles=tiles, num_slots=cache.num_slots, writer=writer, staged=staged)
-            )
-            programs = min(self._programs(transfers), tiles * shape.segments * len(cache.regions) * count)
-            narrow = not staged and slot_mapping.dtype == torch.int32
-            words = table.device
-            kernels.announce[(count,)](words, STORE=store, SYSTEM=self._system, num_warps=1)
-            kernels.move[(programs,)](words, regions, **_constants(cache, shape, store, narrow), num_warps=WARPS)
-            kernels.publish[(count,)](words, STORE=store, SYSTEM=self._system, num_warps=1)
-            if lane.stream is not None:
-                table.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-                table.event.record(lane.stream)
+            words = kernels.PARAMS.value + kernels.CHUNK.value * count + len(slot_mapping)
+            table = lane.tables.take(count, words)
+            extent = table.fill(transfers)
+            shape, regions = self._shape(cache, extent.addresses)
+            tiles = shape.tiles(extent.tokens)
+            table.finish(extent, slot_mapping, tiles=tiles, num_slots=cache.num_slots, writer=writer)
+            programs = min(self._programs(extent.devices), tiles * len(cache.regions) * count)
+            narrow = slot_mapping.dtype == torch.int32 and slot_mapping.device.type != "cpu"
+            rows = table.device
+            kernels.announce[(count,)](rows, STORE=store, SYSTEM=self._system, num_warps=1)
+            kernels.move[(programs,)](rows, regions, **_constants(cache, shape, store, narrow), num_warps=WARPS)
+            kernels.publish[(count,)](rows, STORE=store, SYSTEM=self._system, num_warps=1)
+            table.event = lane.mark()
         transfer = GpuTransfer(table, table.event, count, cache.num_slots)
         table.owner, table.keep = weakref.ref(transfer), (cache, slot_mapping, regions)
         lane.tables.put(table)
         return transfer
 
-    def _shape(self, cache: PagedCache, align: int) -> tuple[Tiling, torch.Tensor]:
-        """Tiling and the region table on the device, for one alignment."""
-        known = self._tables.setdefault(cache, {})
-        if align not in known:
-            shape = tiling(cache, align)
+    def _shape(self, cache: PagedCache, addresses: int) -> tuple[Tiling, torch.Tensor]:
+        """Tiling and the region table on the device, for payloads at these addresses (or-ed)."""
+        unit = addresses & -addresses if addresses & 15 else 16
+        known = self._shapes.setdefault(cache, {})
+        if unit not in known:
+            shape = tiling(cache, min(unit, alignment(cache)), TILE_UNITS if self._system else INTERPRETED_TILE_UNITS)
             rows = [
-                [region.address]
-                + [
-                    stride // shape.word_bytes
-                    for stride in (region.block_stride, region.token_stride, region.piece_stride, region.half_stride)
-                ]
-                for region in cache.regions
+                [r.address, *(s // shape.unit_bytes for s in (r.block_stride, r.token_stride, r.piece_stride, r.half_stride))]
+                for r in cache.regions
             ]
-            known[align] = shape, torch.tensor(rows, dtype=torch.int64).to(self.device)
-        return known[align]
+            known[unit] = shape, torch.tensor(rows, dtype=torch.int64).to(self.device)
+        return known[unit]
 
-    def _aligned(self, cache: PagedCache, transfers: Sequence[SlotTransfer]) -> int:
-        bits = 16
-        for slot, *_ in transfers:
-            bits |= slot.slab.device_address + slot.payload_offset
-        return min(alignment(cache), bits & -bits)
-
-    def _programs(self, transfers: Sequence[SlotTransfer]) -> int:
+    def _programs(self, devices: set[str]) -> int:
         if self._grid:
             return self._grid
         if not self._system:
-            return 4
-        if all(transfer.slot.slab.device == self._uuid for transfer in transfers):
-            return LOCAL_PROGRAMS_PER_SM * self._processors
-        return REMOTE_PROGRAMS
+            return INTERPRETED_PROGRAMS
+        return LOCAL_PROGRAMS_PER_SM * self._processors if devices == {self._uuid} else REMOTE_PROGRAMS
 
 
 class GpuTransfer(Transfer):
@@ -252,10 +261,9 @@ def _constants(cache: PagedCache, shape: Tiling, store: bool, narrow: bool) -> d
         "ROW": shape.row,
         "PIECE": shape.piece,
         "HALVES": shape.halves,
-        "COLUMNS": shape.columns,
-        "TOKENS": shape.tokens,
+        "UNITS": shape.tile,
         "WORD": _WORDS[shape.word_bytes],
-        "VECTOR": shape.vector,
+        "VECTOR": shape.unit_bytes // shape.word_bytes,
         "NARROW": narrow,
         "STORE": store,
     }

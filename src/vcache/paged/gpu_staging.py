@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from struct import Struct
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -17,6 +17,18 @@ _CHUNK = Struct("<8q64s64s")
 _WORD = 8
 _MIN_CHUNKS = 64
 _MIN_WORDS = 2**14
+
+
+class Extent(NamedTuple):
+    """What a request comprises."""
+
+    chunks: int
+    tokens: int
+    """Most tokens that are moved of one chunk."""
+    addresses: int
+    """All payload addresses, or-ed: tells by how many bytes they are aligned."""
+    devices: set[str]
+    """Where the slabs lie."""
 
 
 class Settles(Protocol):
@@ -43,35 +55,22 @@ class Table:
         self.keep: tuple[object, ...] = ()
         """What the kernels read besides: must live until the event."""
 
-    def fill(
-        self,
-        transfers: Sequence[SlotTransfer],
-        slot_mapping: torch.Tensor,
-        *,
-        tiles: int,
-        num_slots: int,
-        writer: bytes,
-        staged: bool,
-    ) -> int:
-        """Write the request into the host table; number of words used. `staged`: the slot mapping travels in the table."""
-        used: int = PARAMS.value + CHUNK.value * len(transfers)
-        address = slot_mapping.data_ptr()
-        if staged:
-            address = self.device.data_ptr() + used * _WORD
-            self.host[used : used + len(slot_mapping)].copy_(slot_mapping)
-            used += len(slot_mapping)
-        _PARAMS.pack_into(self._bytes, 0, len(transfers), tiles, address, num_slots, self.results.data_ptr(), 0, writer)
-        offset, step = PARAMS.value * _WORD, CHUNK.value * _WORD
+    def fill(self, transfers: Sequence[SlotTransfer]) -> Extent:
+        """Write the chunks into the host table."""
+        offset, step, memory, pack = PARAMS.value * _WORD, CHUNK.value * _WORD, self._bytes, _CHUNK.pack_into
+        longest, addresses, devices = 0, 0, set()
         for (slab, header_offset, payload_offset), header, start, skip, slab_header in transfers:
-            base = slab.device_address
-            _CHUNK.pack_into(
-                self._bytes,
+            base, tokens = slab.device_address, header.tokens
+            payload = base + payload_offset
+            slab_address = base if slab_header else 0
+            pack(
+                memory,
                 offset,
-                base + payload_offset,
+                payload,
                 base + header_offset,
-                base if slab_header else 0,
+                slab_address,
                 start,
-                header.tokens,
+                tokens,
                 skip,
                 0,
                 0,
@@ -79,12 +78,24 @@ class Table:
                 slab_header,
             )
             offset += step
-        return used
+            addresses |= payload
+            devices.add(slab.device)
+            if tokens - skip > longest:
+                longest = tokens - skip
+        return Extent(len(transfers), longest, addresses, devices)
 
-    def upload(self, words: int) -> None:
-        """Bring the host table to the device, on the current stream."""
+    def finish(self, extent: Extent, slot_mapping: torch.Tensor, *, tiles: int, num_slots: int, writer: bytes) -> None:
+        """Write the parameters, and the slot mapping if it lies in host memory, and bring all of it to the device, on the
+        current stream."""
+        used: int = PARAMS.value + CHUNK.value * extent.chunks
+        address = slot_mapping.data_ptr()
+        if slot_mapping.device.type == "cpu":
+            address = self.device.data_ptr() + used * _WORD
+            self.host[used : used + len(slot_mapping)].copy_(slot_mapping)
+            used += len(slot_mapping)
+        _PARAMS.pack_into(self._bytes, 0, extent.chunks, tiles, address, num_slots, self.results.data_ptr(), 0, writer)
         if self.pinned:
-            self.device[:words].copy_(self.host[:words], non_blocking=True)
+            self.device[:used].copy_(self.host[:used], non_blocking=True)
 
     def read(self, chunks: int) -> list[tuple[int, int]]:
         """Per chunk: verified, number of slots out of range. Only after the event."""

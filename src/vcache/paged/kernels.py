@@ -21,7 +21,7 @@ from ..segment.slots import SLAB_MAGIC, SLOT_MAGIC
 PARAMS = tl.constexpr(8)
 PARAM_CHUNKS = tl.constexpr(0)
 PARAM_TILES = tl.constexpr(1)
-"""Token tiles of the longest chunk."""
+"""Tiles of the longest chunk, per region."""
 PARAM_MAPPING = tl.constexpr(2)
 """Address of the slot mapping."""
 PARAM_SLOTS = tl.constexpr(3)
@@ -50,7 +50,7 @@ CHUNK_FORMAT = tl.constexpr(16)
 """The slab header, 8 words."""
 
 REGION = tl.constexpr(5)
-"""Words of the region table per region: address in bytes; strides of block, token, piece and half in words of the mover."""
+"""Words of the region table per region: address in bytes; strides of block, token, piece and half in units."""
 
 GENERATION = tl.constexpr(1)
 """Index of the word that holds the generation, in slot headers and slab headers."""
@@ -154,63 +154,56 @@ def move(
     ROW: tl.constexpr,
     PIECE: tl.constexpr,
     HALVES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    TOKENS: tl.constexpr,
+    UNITS: tl.constexpr,
     WORD: tl.constexpr,
     VECTOR: tl.constexpr,
     NARROW: tl.constexpr,
     STORE: tl.constexpr,
 ):
-    """Payload `[region][token][row]` <-> paged rows, in words of `WORD` (a Triton integer type).
+    """Payload `[region][token][row]` <-> paged rows.
 
-    ROW, PIECE: words of a row, of one piece of it. BLOCK: tokens of a block. TOKENS, COLUMNS: tokens and words of a tile;
-    any number of programs shares the tiles. VECTOR: words by which all addresses and strides are aligned, which lets the
-    compiler use wider accesses. NARROW: the slot mapping is 32-bit.
+    The payload of a region is cut into units of VECTOR words of the Triton integer type WORD, which one thread moves at once;
+    all addresses and strides are aligned by a unit. ROW, PIECE: units of a row, of one piece of it. BLOCK: tokens of a block.
+    UNITS: units of a tile; any number of programs shares the tiles. NARROW: the slot mapping is 32-bit.
     """
-    segments: tl.constexpr = (ROW + COLUMNS - 1) // COLUMNS
     align: tl.constexpr = VECTOR * WORD.primitive_bitwidth // 8
     tiles = tl.load(table + PARAM_TILES).to(tl.int32)
-    total = tl.load(table + PARAM_CHUNKS).to(tl.int32) * tiles * (REGIONS * segments)
+    total = tl.load(table + PARAM_CHUNKS).to(tl.int32) * tiles * REGIONS
     slots = tl.load(table + PARAM_SLOTS)
     mapping = tl.load(table + PARAM_MAPPING)
     mapping = mapping.to(tl.pointer_type(tl.int32 if NARROW else tl.int64))
+    word = tl.arange(0, VECTOR)
     item = tl.program_id(0)
     while item < total:  # not a range: the interpreter cannot count to a tensor with recent versions of NumPy
-        segment = item % segments
-        tile = (item // segments) % tiles
-        region = (item // (segments * tiles)) % REGIONS
-        row = table + PARAMS + (item // (segments * tiles * REGIONS)) * CHUNK
+        tile = item % tiles
+        region = (item // tiles) % REGIONS
+        row = table + PARAMS + (item // (tiles * REGIONS)) * CHUNK
         skip = tl.load(row + CHUNK_SKIP)
         tokens = tl.load(row + CHUNK_TOKENS)
-        token = skip + tile * TOKENS + tl.arange(0, TOKENS)
-        alive = (token < tokens) & (tl.load(row + CHUNK_LIVE) != 0)
-        slot = tl.load(mapping + tl.load(row + CHUNK_START) - skip + token, mask=alive, other=0).to(tl.int64)
+        unit = tile * UNITS + tl.arange(0, UNITS)
+        token = unit // ROW
+        part = unit % ROW
+        alive = (token < tokens - skip) & (tl.load(row + CHUNK_LIVE) != 0)
+        slot = tl.load(mapping + tl.load(row + CHUNK_START) + token, mask=alive, other=0).to(tl.int64)
         inside = alive & (slot >= 0) & (slot < slots)
-        if (region == 0) & (segment == 0):
-            outside = tl.sum((alive & (inside == 0)).to(tl.int64))
+        if region == 0:
+            outside = tl.sum((alive & (inside == 0) & (part == 0)).to(tl.int64))
             if outside > 0:
                 tl.atomic_add(row + CHUNK_ERRORS, outside)
         slot = tl.where(inside, slot, 0)
 
         where = regions + region * REGION
-        block_stride = tl.multiple_of(tl.load(where + 1), VECTOR)
-        token_stride = tl.multiple_of(tl.load(where + 2), VECTOR)
-        paged = (slot // BLOCK) * block_stride + (slot % BLOCK) * token_stride
-        word = segment * COLUMNS + tl.arange(0, COLUMNS)
-        within = word
-        if PIECE != ROW:
-            piece_stride = tl.multiple_of(tl.load(where + 3), VECTOR)
-            half_stride = tl.multiple_of(tl.load(where + 4), VECTOR)
-            piece = word // PIECE
-            within = (piece // HALVES) * piece_stride + (piece % HALVES) * half_stride + word % PIECE
-        page = tl.multiple_of(tl.load(where).to(tl.pointer_type(WORD)), align)
-        page = page + paged[:, None] + within[None, :]
-        body = tl.multiple_of(tl.load(row + CHUNK_PAYLOAD).to(tl.pointer_type(WORD)), align)
-        body = body + (region * tokens + token)[:, None] * ROW + word[None, :]
-        if ROW % COLUMNS == 0:
-            mask = tl.broadcast_to(inside[:, None], (TOKENS, COLUMNS))
+        paged = (slot // BLOCK) * tl.load(where + 1) + (slot % BLOCK) * tl.load(where + 2)
+        if PIECE == ROW:
+            paged += part
         else:
-            mask = inside[:, None] & (word < ROW)[None, :]
+            piece = part // PIECE
+            paged += (piece // HALVES) * tl.load(where + 3) + (piece % HALVES) * tl.load(where + 4) + part % PIECE
+        page = tl.multiple_of(tl.load(where).to(tl.pointer_type(WORD)), align)
+        page = page + (paged * VECTOR)[:, None] + word[None, :]
+        body = tl.multiple_of(tl.load(row + CHUNK_PAYLOAD).to(tl.pointer_type(WORD)), align)
+        body = body + (((region * tokens + skip) * ROW + unit) * VECTOR)[:, None] + word[None, :]
+        mask = tl.broadcast_to(inside[:, None], (UNITS, VECTOR))
         if STORE:
             tl.store(body, tl.load(page, mask=mask), mask=mask)
         else:

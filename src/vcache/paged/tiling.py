@@ -1,4 +1,4 @@
-"""How the CUDA mover cuts rows into tiles: the compile-time parameters of `kernels.move` for one cache."""
+"""How the CUDA mover cuts rows into units and tiles: the compile-time parameters of `kernels.move` for one cache."""
 
 from __future__ import annotations
 
@@ -7,30 +7,26 @@ from typing import NamedTuple
 
 from .layout import PagedCache
 
-TILE_WORDS = 2048
-"""Words of a tile; with 8-byte words 16 KiB, which eight warps move as 16-byte accesses."""
-MAX_COLUMNS = 512
-
 
 class Tiling(NamedTuple):
-    """Sizes in words of `word_bytes`."""
+    """Sizes in units of `unit_bytes`: what one thread moves at once."""
 
-    word_bytes: int
-    vector: int
+    unit_bytes: int
     row: int
     piece: int
+    """`row` where a row is one piece."""
     halves: int
-    columns: int
-    tokens: int
+    tile: int
+    """Units of a tile, a power of two: what one program moves at once."""
 
     @property
-    def segments(self) -> int:
-        """Tiles that lie side by side in a row."""
-        return -(-self.row // self.columns)
+    def word_bytes(self) -> int:
+        """A unit is one word, or two words of 8 bytes."""
+        return min(self.unit_bytes, 8)
 
     def tiles(self, tokens: int) -> int:
-        """Tiles that lie one after another in a chunk of `tokens` tokens."""
-        return -(-tokens // self.tokens)
+        """Tiles of one region of a chunk of `tokens` tokens."""
+        return -(-tokens * self.row // self.tile)
 
 
 def alignment(cache: PagedCache) -> int:
@@ -43,18 +39,7 @@ def alignment(cache: PagedCache) -> int:
     return gcd(*every)
 
 
-def tiling(cache: PagedCache, align: int) -> Tiling:
+def tiling(cache: PagedCache, align: int, tile: int) -> Tiling:
     """The tiling of `cache` where everything is aligned by `align` bytes (a power of two, at most 16)."""
-    word = min(align, 8)
     region = cache.regions[0]
-    row = region.row_bytes // word
-    columns = _columns(row)
-    # A row in one piece needs no arithmetic on pieces: the kernel sees that from piece == row.
-    piece = row if region.pieces == region.halves == 1 else region.piece_bytes // word
-    return Tiling(word, align // word, row, piece, region.halves, columns, max(1, TILE_WORDS // columns))
-
-
-def _columns(row: int) -> int:
-    """A power of two that leaves few lanes idle, yet reads long stretches: a stretch costs as much as 8 words, as a rule."""
-    widths = [1 << power for power in range(1, MAX_COLUMNS.bit_length())]
-    return min(widths, key=lambda columns: -(-row // columns) * (columns + 8))
+    return Tiling(align, region.row_bytes // align, region.piece_bytes // align, region.halves, tile)

@@ -20,6 +20,8 @@ _HOST_REGISTER_PORTABLE = 1
 _HOST_REGISTER_DEVICEMAP = 2
 _STREAM_NON_BLOCKING = 1
 _NAME_BYTES = 128
+_BUFFER_BYTES = 4 * 2**20
+"""Of the pinned buffer through which headers, and payloads on their way to storage, come and go."""
 
 
 class CudaCallError(SegmentError):
@@ -107,6 +109,7 @@ class Gpu:
         self._context = driver.call("cuDevicePrimaryCtxRetain", self._device)
         self._lock = threading.Lock()
         self._closed = False
+        self._pinned = 0
         with self.current():
             self._stream = driver.call("cuStreamCreateWithPriority", _STREAM_NON_BLOCKING, 0)
 
@@ -157,7 +160,8 @@ class Gpu:
 
     def export_fd(self, handle: Any) -> int:
         """A new file descriptor for the memory; the caller closes it."""
-        return int(self.driver.call("cuMemExportToShareableHandle", handle, self._fd_type(), 0))
+        with self.current():
+            return int(self.driver.call("cuMemExportToShareableHandle", handle, self._fd_type(), 0))
 
     def import_fd(self, fd: int) -> Any:
         """Handle of the memory that another process exported. Does not take over `fd`."""
@@ -189,7 +193,8 @@ class Gpu:
 
     def release(self, handle: Any) -> None:
         """Drop a handle; the memory is free once nobody maps it, holds a handle or a file descriptor of it."""
-        self.driver.call("cuMemRelease", handle)
+        with self.current():
+            self.driver.call("cuMemRelease", handle)
 
     def grant(self, address: int, nbytes: int) -> None:
         """Let this device, too, read and write a range that was mapped through another device of this process."""
@@ -219,25 +224,38 @@ class Gpu:
     # Small transfers ----------------------------------------------------------------------------------------------------
 
     def read(self, address: int, nbytes: int) -> bytes:
-        """Copy device memory to the host. Blocks on this object's stream only; for headers, not payloads."""
-        target = (ctypes.c_char * nbytes)()
+        """Copy device memory to the host, through a pinned buffer. Blocks on this object's stream only."""
+        pieces = []
         with self._lock, self.current():
-            self.driver.call("cuMemcpyDtoHAsync", ctypes.addressof(target), address, nbytes, self._stream)
-            self.driver.call("cuStreamSynchronize", self._stream)
-        return target.raw
+            buffer = self._buffer()
+            for start in range(0, nbytes, _BUFFER_BYTES):
+                count = min(_BUFFER_BYTES, nbytes - start)
+                self.driver.call("cuMemcpyDtoHAsync", buffer, address + start, count, self._stream)
+                self.driver.call("cuStreamSynchronize", self._stream)
+                pieces.append(ctypes.string_at(buffer, count))
+        return b"".join(pieces)
 
     def write(self, address: int, data: bytes) -> None:
-        """Copy host bytes to device memory. Blocks on this object's stream only; for headers, not payloads."""
-        source = (ctypes.c_char * len(data)).from_buffer_copy(data)
+        """Copy host bytes to device memory, through a pinned buffer. Blocks on this object's stream only."""
         with self._lock, self.current():
-            self.driver.call("cuMemcpyHtoDAsync", address, ctypes.addressof(source), len(data), self._stream)
-            self.driver.call("cuStreamSynchronize", self._stream)
+            buffer = self._buffer()
+            for start in range(0, len(data), _BUFFER_BYTES):
+                piece = data[start : start + _BUFFER_BYTES]
+                ctypes.memmove(buffer, piece, len(piece))
+                self.driver.call("cuMemcpyHtoDAsync", address + start, buffer, len(piece), self._stream)
+                self.driver.call("cuStreamSynchronize", self._stream)
 
     def zero(self, address: int, nbytes: int) -> None:
         """Fill device memory with zeros. Blocks on this object's stream only."""
         with self._lock, self.current():
             self.driver.call("cuMemsetD8Async", address, 0, nbytes, self._stream)
             self.driver.call("cuStreamSynchronize", self._stream)
+
+    def _buffer(self) -> int:
+        """Address of the pinned buffer, made when it is first needed."""
+        if not self._pinned:
+            self._pinned = int(self.driver.call("cuMemHostAlloc", _BUFFER_BYTES, _HOST_REGISTER_PORTABLE))
+        return self._pinned
 
     # Host memory --------------------------------------------------------------------------------------------------------
 
@@ -263,5 +281,7 @@ class Gpu:
                 return
             with self.current():
                 self.driver.call("cuStreamDestroy", self._stream)
+                if self._pinned:
+                    self.driver.call("cuMemFreeHost", self._pinned)
             self._closed = True
             self.driver.call("cuDevicePrimaryCtxRelease", self._device)

@@ -72,7 +72,9 @@ class LentSlabs:
 
     def physical_bytes(self, payload: int) -> int:
         """What `create(payload)` allocates."""
-        return sum(slab_bytes(part, self._backing.granularity) for part in self._split(payload))
+        whole, rest = divmod(payload, self._slab_payload)
+        granularity = self._backing.granularity
+        return whole * slab_bytes(self._slab_payload, granularity) + (slab_bytes(rest, granularity) if rest else 0)
 
     def create(self, payload: int) -> None:
         """Lend `payload` bytes more, all or nothing, in whole slabs and a smaller last one. Raises `SegmentError`."""
@@ -84,7 +86,8 @@ class LentSlabs:
             )
         created: list[LentSlab] = []
         try:
-            for part in self._split(payload):
+            whole, rest = divmod(payload, self._slab_payload)
+            for part in [self._slab_payload] * whole + [rest] * bool(rest):
                 created.append(LentSlab(self._backing.create(slab_bytes(part, self._backing.granularity)), part))
         except BaseException:
             for slab in created:
@@ -163,10 +166,6 @@ class LentSlabs:
                 self._backing.write(memory, offset, bytes(HEADER_BYTES))
             finally:
                 memory.unpin()
-
-    def _split(self, payload: int) -> list[int]:
-        whole, rest = divmod(payload, self._slab_payload)
-        return [self._slab_payload] * whole + ([rest] if rest else [])
 
     def _release(self, memory: OwnedSlab) -> None:
         try:

@@ -62,7 +62,7 @@ class _Found(NamedTuple):
 class _Request:
     """What is known of one unfinished request."""
 
-    __slots__ = ("blocks", "found", "load_failed", "request", "saved")
+    __slots__ = ("blocks", "delayed", "found", "load_failed", "request", "saved")
 
     def __init__(self, request: Any) -> None:
         self.request = request
@@ -70,6 +70,8 @@ class _Request:
         self.found: _Found | None = None
         self.saved = 0
         """Tokens that are saved, or under way, or need not be."""
+        self.delayed = False
+        """Chunks wait to be saved, because too many blocks are held for other saves."""
         self.load_failed = False
         """Do not try again for this request: it could fail again, forever."""
 
@@ -143,6 +145,7 @@ class SchedulerSide:
         state = self._requests.pop(request.request_id, None)
         if state is not None:
             self._drop_found(state)
+            self.stats.add("save_drops", state.delayed)
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -276,33 +279,36 @@ class SchedulerSide:
         self._loads = []
         tables = getattr(output, "kv_connector_block_state", None)
         for new in output.scheduled_new_reqs:
-            self._advance(metadata, output, tables, new.req_id, new.num_computed_tokens, list(new.block_ids[0]))
+            state = self._requests.get(new.req_id)
+            if state is not None:
+                state.blocks = list(new.block_ids[0])
+                self._advance(metadata, state, new.num_computed_tokens, output, tables)
         cached = output.scheduled_cached_reqs
         for index, name in enumerate(cached.req_ids):
             state = self._requests.get(name)
-            if state is None:
-                continue
-            added = cached.new_block_ids[index]
-            fresh = list(added[0]) if added is not None else []
-            blocks = fresh if name in cached.resumed_req_ids else state.blocks + fresh
-            self._advance(metadata, output, tables, name, cached.num_computed_tokens[index], blocks)
+            if state is not None:
+                added = cached.new_block_ids[index]
+                if name in cached.resumed_req_ids:
+                    state.blocks = []
+                if added is not None:
+                    state.blocks.extend(added[0])
+                self._advance(metadata, state, cached.num_computed_tokens[index], output, tables)
         return metadata
 
-    def _advance(self, metadata: VCacheMetadata, output: Any, tables: Any, name: str, computed: int, blocks: list[int]) -> None:
-        """One request is scheduled in this step: note its blocks, save the chunks that the step completes."""
-        state = self._requests.get(name)
-        if state is None:
-            return
-        state.blocks = list(tables.get_block_ids(name)[0]) if tables is not None else blocks
+    def _advance(self, metadata: VCacheMetadata, state: _Request, computed: int, output: Any, tables: Any) -> None:
+        """One request is scheduled in this step: save the chunks that the step completes. Constant time when there are none."""
         if not self._policy.saves:
             return
         # Preempted, or what was loaded turned out wrong: it is computed again, and offered again.
         state.saved = min(state.saved, computed)
         request = state.request
+        name = request.request_id
         reached = min(computed + output.num_scheduled_tokens.get(name, 0), request.num_tokens)
         limit = request.num_tokens if self._policy.save_decoded else request.num_prompt_tokens
         ends = self._completed(state, min(reached, limit), reached >= request.num_prompt_tokens)
         if ends:
+            if tables is not None:
+                state.blocks = list(tables.get_block_ids(name)[0])
             self._save(metadata, state, ends)
 
     def _completed(self, state: _Request, reached: int, prompt_done: bool) -> list[int]:
@@ -322,16 +328,18 @@ class SchedulerSide:
         now = self._clock()
         digests = [self._names.digest(hashes, end) for end in ends]
         fresh = next((i for i, digest in enumerate(digests) if self._known.get(digest, -1e18) < now - KNOWN_SECONDS), len(ends))
-        state.saved = ends[-1]
+        if fresh:
+            state.saved = ends[fresh - 1]
         ends, digests = ends[fresh:], digests[fresh:]
         if not ends:
             return
         first = (ends[0] - 1) // size
         begin, block = first * size, self._group.block_size
         blocks = state.blocks[begin // block : ends[-1] // block]
-        if len(blocks) * block < ends[-1] - begin or not self.pins.room(len(blocks)):
-            self.stats.add("save_drops")
+        state.delayed = len(blocks) * block < ends[-1] - begin or not self.pins.room(len(blocks))
+        if state.delayed:
             return
+        state.saved = ends[-1]
         job = self._next_job()
         parent = self._names.digest(hashes, begin) if begin else b""
         bound = self.pins.bound

@@ -219,7 +219,7 @@ class WorkerSide:
             resources.close()
             raise
         logger.info(
-            "VCache worker: shard %d of %d, layout %s, %d layers, chunks of %d tokens and %.1f MiB, lending %.0f MiB, manager %s",
+            "VCache worker: shard %d of %d, layout %s, %d layers, chunks of %d tokens (%.1f MiB), lending %.0f MiB, manager %s",
             spec.rank,
             spec.world_size,
             cache.layout,

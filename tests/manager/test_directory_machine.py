@@ -1,0 +1,240 @@
+"""Random histories over the directory; rules I1-I5, I9 and I10 are checked after every step."""
+
+from __future__ import annotations
+
+from directory_world import SLAB_BYTES, VARIANTS, World
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+picks = st.integers(0, 1000)
+
+
+def pick(options: list, number: int):
+    return options[number % len(options)] if options else None
+
+
+class DirectoryMachine(RuleBasedStateMachine):
+    @initialize(eviction=st.sampled_from(["lru", "sieve"]), slabs=st.integers(1, 3), lenders=st.integers(1, 3))
+    def begin(self, eviction, slabs, lenders) -> None:
+        self.world = World(eviction, engines=2, lenders=lenders, slabs=slabs)
+
+    def connected(self) -> list:
+        return [client for client in self.world.living if client.connected]
+
+    def lenders(self) -> list:
+        return [client for client in self.connected() if client.uuid]
+
+    @precondition(lambda self: self.connected())
+    @rule(
+        who=picks,
+        variant=st.sampled_from(VARIANTS),
+        prompt=st.integers(0, 2),
+        start=st.sampled_from([0, 0, 0, 1, 2, 3]),
+        count=st.integers(1, 6),
+        shard=picks,
+        placement=st.sampled_from(["local", "spread"]),
+        avoid=st.sampled_from([[], [], [], [1], [2]]),
+        finish=st.sampled_from([True, True, False]),
+    )
+    def put(self, who, variant, prompt, start, count, shard, placement, avoid, finish) -> None:
+        client = pick(self.connected(), who)
+        before = list(client.flights)
+        grants = self.world.put(
+            client, variant, prompt, start, count, shard % variant.num_shards, placement=placement, avoid=avoid
+        )
+        assert not any(grant.location is not None and grant.location.segment in avoid for grant in grants)
+        if finish:
+            results = self.world.finish(client, [flight for flight in client.flights if flight not in before])
+            assert all(results)
+
+    @precondition(lambda self: self.connected())
+    @rule(who=st.tuples(picks, picks), variant=st.sampled_from(VARIANTS), prompt=st.integers(0, 2), count=st.integers(1, 6))
+    def store(self, who, variant, prompt, count) -> None:
+        """All shards of a prompt, from different clients."""
+        for shard in range(variant.num_shards):
+            client = pick(self.connected(), who[shard])
+            before = list(client.flights)
+            self.world.put(client, variant, prompt, 0, count, shard)
+            assert all(self.world.finish(client, [flight for flight in client.flights if flight not in before]))
+
+    @precondition(lambda self: any(client.flights for client in self.connected()))
+    @rule(who=picks, first=picks, count=st.integers(1, 4))
+    def finish_some(self, who, first, count) -> None:
+        client = pick([client for client in self.connected() if client.flights], who)
+        begin = first % len(client.flights)
+        self.world.finish(client, client.flights[begin : begin + count])
+
+    @precondition(lambda self: self.world.flights)
+    @rule(which=picks, steps=st.integers(1, 4))
+    def write_some(self, which, steps) -> None:
+        """Also of clients whose session has ended meanwhile."""
+        flight = pick([flight for client in self.world.living for flight in client.flights], which)
+        for _ in range(steps):
+            if flight is not None:
+                self.world.write(flight)
+
+    @precondition(lambda self: any(client.flights for client in self.connected()))
+    @rule(who=picks, which=picks)
+    def revoke(self, who, which) -> None:
+        client = pick([client for client in self.connected() if client.flights], who)
+        flight = pick(client.flights, which)
+        if flight.phase < 4:
+            self.world.revoke(client, flight)
+
+    @precondition(lambda self: self.connected())
+    @rule(
+        who=picks,
+        variant=st.sampled_from(VARIANTS),
+        prompt=st.integers(0, 2),
+        start=st.sampled_from([0, 0, 0, 1, 2]),
+        count=st.integers(1, 6),
+        shard=st.integers(0, 2),
+        keep=st.booleans(),
+    )
+    def read(self, who, variant, prompt, start, count, shard, keep) -> None:
+        client = pick(self.connected(), who)
+        lease = self.world.acquire(client, variant, prompt, start, count, shard % (variant.num_shards + 1))
+        if lease:
+            assert self.world.acquire(client, variant, prompt, start, count, variant.num_shards - 1, lease) == lease
+            if not keep:
+                self.world.release(lease)
+
+    @precondition(lambda self: self.world.leases)
+    @rule(which=picks)
+    def release(self, which) -> None:
+        self.world.release(pick(list(self.world.leases), which))
+
+    @precondition(lambda self: self.connected())
+    @rule(who=picks, variant=st.sampled_from(VARIANTS), prompt=st.integers(0, 2), count=st.integers(1, 6))
+    def lookup(self, who, variant, prompt, count) -> None:
+        client, keys = pick(self.connected(), who), variant.keys(prompt, count)
+        found = self.world.directory.lookup(client.id, keys, self.world.now)
+        tiers = self.world.directory.tiers(client.id, keys, self.world.now)
+        assert [*tiers, -1].index(-1) == found
+
+    @precondition(lambda self: self.connected() and self.world.directory._core.chunks.visible)
+    @rule(who=picks, which=picks, shard=picks, keep=st.booleans())
+    def read_present(self, who, which, shard, keep) -> None:
+        """The whole prompt of some chunk that is there, or what follows its first missing one."""
+        visible = self.world.directory._core.chunks.visible
+        places = [
+            (v, prompt, i) for v in VARIANTS for prompt in range(3) for i, key in enumerate(v.keys(prompt, 6)) if key in visible
+        ]
+        variant, prompt, index = pick(places, which)
+        start = index
+        while start and variant.keys(prompt, start)[-1] in visible:
+            start -= 1
+        client = pick(self.connected(), who)
+        lease = self.world.acquire(client, variant, prompt, start, index + 2 - start, shard % variant.num_shards)
+        assert lease
+        if not keep:
+            self.world.release(lease)
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 2.5, 9.0]))
+    def wait(self, seconds) -> None:
+        self.world.advance(seconds)
+
+    @precondition(lambda self: self.lenders())
+    @rule(who=picks, grow=st.booleans(), nbytes=st.sampled_from([0, 1, SLAB_BYTES, SLAB_BYTES + 1, 100 * SLAB_BYTES]))
+    def resize(self, who, grow, nbytes) -> None:
+        lender = pick(self.lenders(), who)
+        if not grow:
+            self.world.shrink(lender, nbytes)
+        elif len(lender.slabs) < 4:
+            self.world.grow(lender)
+
+    @precondition(lambda self: self.connected())
+    @rule(who=picks, variant=st.sampled_from(VARIANTS), prompt=st.integers(0, 2), start=st.integers(0, 4), wipe=st.booleans())
+    def remove(self, who, variant, prompt, start, wipe) -> None:
+        self.world.remove(pick(self.connected(), who), variant, prompt, start)
+        if wipe:
+            self.wipe_all()
+
+    @precondition(lambda self: self.connected())
+    @rule(who=picks, variant=st.sampled_from([*VARIANTS, None]), wipe=st.booleans())
+    def clear(self, who, variant, wipe) -> None:
+        self.world.clear(pick(self.connected(), who), variant)
+        if wipe:
+            self.wipe_all()
+
+    @precondition(lambda self: any(lender.wipes for lender in self.lenders()))
+    @rule()
+    def wipe_all(self) -> None:
+        for lender in self.lenders():
+            self.world.wipe(lender)
+
+    @rule(
+        event=st.sampled_from(
+            ["silent", "disconnect", "connect", "connect", "mount", "goodbye", "kill", "new", "gone", "gone"]
+        ),
+        who=picks,
+        which=picks,
+    )
+    def somebody(self, event, who, which) -> None:
+        """Something happens to one of the processes."""
+        world = self.world
+        anyone, someone, lender = pick(world.living, who), pick(self.connected(), who), pick(self.lenders(), who)
+        if event == "silent" and someone:
+            someone.silent = True
+        elif event == "disconnect" and someone:
+            world.disconnect(someone)
+        elif event == "connect" and anyone:
+            # Also over a session that the manager believes to be alive.
+            world.connect(anyone)
+        elif event == "mount" and lender:
+            world.mount(lender)
+        elif event == "goodbye" and someone and len(world.living) > 2:
+            world.goodbye(someone)
+        elif event == "kill" and len(world.living) > 2:
+            world.kill(anyone)
+        elif event == "new" and len(world.living) < 6:
+            world.connect(world.new_client() if which % 3 == 0 else world.new_lender(("cuda", "host")[which % 2], 2))
+        elif event == "gone" and lender and world.gone:
+            world.importer_gone(lender, pick(world.gone, which).client)
+
+    @rule(order=st.randoms(use_true_random=False), everybody=st.booleans())
+    def restart(self, order, everybody) -> None:
+        """The manager. If everybody comes back, nothing is lost."""
+        before = set(self.world.directory._core.chunks.visible)
+        wiping = any(lender.wipes for lender in self.lenders())
+        self.world.restart_manager()
+        clients = self.world.living
+        order.shuffle(clients)
+        for client in clients if everybody else clients[1:]:
+            self.world.connect(client)
+        lost = before - set(self.world.directory._core.chunks.visible)
+        assert wiping or not lost or not everybody
+
+    @invariant()
+    def holds(self) -> None:
+        if hasattr(self, "world"):
+            self.world.directory.check_integrity()
+            self.world.verify_all()
+
+    def teardown(self) -> None:
+        """All memory comes back once all writers are gone."""
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        for client in list(world.living):
+            if not client.uuid:
+                world.kill(client)
+        for lender in world.living:
+            world.connect(lender)
+        for lender in world.living:
+            for client in lender.lost | {flight.client for flight in world.gone}:
+                if client not in [other.id for other in world.living]:
+                    world.importer_gone(lender, client)
+        world.advance(9.0)
+        for lender in world.living:
+            world.wipe(lender)
+        world.directory.check_integrity()
+        gauges = world.directory.stats(world.now).gauges
+        assert gauges["slots_processing"] == gauges["slots_quarantined"] == gauges["chunks_pending"] == gauges["leases"] == 0
+
+
+DirectoryMachine.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+)
+TestDirectoryMachine = DirectoryMachine.TestCase

@@ -1,0 +1,612 @@
+"""The scheduler's side of the connector under vLLM's own scheduler: no engine, no model, a manager made of a set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from vllm_harness import needs_vllm
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+pytestmark = needs_vllm
+
+BLOCK, CHUNK = 16, 32
+
+
+class Manager:
+    """`ManagerApi`, as far as the scheduler's side uses it. Everything in `keys` is present."""
+
+    def __init__(self) -> None:
+        self.keys: set[bytes] = set()
+        self.epoch = 2
+        self.leases: set[int] = set()
+        self.calls = 0
+        self.down = False
+        self.removed: list[bytes] = []
+        self.cleared: list[bytes] = []
+
+    def acquire(self, keys: Sequence[bytes], shard: int = 0, *, lease: int = 0) -> Any:
+        from vcache.errors import DeadlineExceededError
+        from vcache.manager.messages import AcquireReply
+
+        self.calls += 1
+        if self.down:
+            raise DeadlineExceededError("too late")
+        count = next((i for i, key in enumerate(keys) if key not in self.keys), len(keys))
+        if not count:
+            return AcquireReply(0, 0.0, [])
+        self.leases.add(self.calls)
+        return AcquireReply(self.calls, 30.0, [None] * count)  # type: ignore[list-item]
+
+    def release(self, lease: int) -> None:
+        self.leases.discard(lease)
+
+    def clear(self, namespace: bytes = b"") -> int:
+        self.cleared.append(namespace)
+        return 0
+
+    def remove(self, keys: Sequence[bytes]) -> int:
+        self.removed += keys
+        return len(keys)
+
+    def close(self) -> None:
+        self.leases.clear()
+
+
+class World:
+    """A scheduler with the connector, and the worker's answers in the test's hands."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, blocks: int = 64, **extra: Any) -> None:
+        import torch
+        from vllm.config import (
+            CacheConfig,
+            DeviceConfig,
+            KVTransferConfig,
+            ModelConfig,
+            SchedulerConfig,
+            VllmConfig,
+        )
+        from vllm.utils.hashing import sha256
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        from vcache.integrations.vllm import connector
+
+        self.manager = Manager()
+        monkeypatch.setattr(connector, "connect", lambda *args, **kwargs: self.manager)
+        role = extra.pop("kv_role", "kv_both")
+        policy = extra.pop("kv_load_failure_policy", "recompute")
+        cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=extra.pop("prefix_caching", True))
+        cache.kv_cache_layout = "LBHNC"
+        config = VllmConfig(
+            model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="float32", seed=0),
+            cache_config=cache,
+            device_config=DeviceConfig("cpu"),
+            scheduler_config=SchedulerConfig(
+                max_num_seqs=8,
+                max_num_batched_tokens=extra.pop("batched", 512),
+                max_model_len=1024,
+                enable_chunked_prefill=True,
+                is_encoder_decoder=False,
+            ),
+            kv_transfer_config=KVTransferConfig(
+                kv_connector="VCacheConnector",
+                kv_connector_module_path="vcache.integrations.vllm.connector",
+                kv_role=role,
+                kv_load_failure_policy=policy,
+                kv_connector_extra_config={"address": "unix:///nowhere", "cache.chunk_size": CHUNK, "sync_load_budget": 0}
+                | extra,
+            ),
+        )
+        group = KVCacheGroupSpec(
+            ["layer.0"], FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+        )
+        cache.num_gpu_blocks = blocks
+        self.scheduler = Scheduler(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[group]),
+            log_stats=True,
+            block_size=BLOCK,
+            structured_output_manager=StructuredOutputManager(config),
+        )
+        init_none_hash(sha256)
+        self.hasher = get_request_block_hasher(BLOCK, sha256)
+        self.connector = self.scheduler.connector
+        self.side = self.connector._scheduler
+        self.pool = self.scheduler.kv_cache_manager.block_pool
+
+    def add(self, name: str, tokens: Sequence[int], new: int = 4) -> Any:
+        from vllm import SamplingParams
+        from vllm.v1.request import Request
+
+        parameters = SamplingParams(max_tokens=new, ignore_eos=True)
+        parameters.update_from_generation_config({}, 2)
+        request = Request(
+            request_id=name,
+            prompt_token_ids=list(tokens),
+            sampling_params=parameters,
+            pooling_params=None,
+            block_hasher=self.hasher,
+        )
+        self.scheduler.add_request(request)
+        return request
+
+    def digests(self, request: Any) -> list[bytes]:
+        names = self.side._names
+        return [
+            names.digest(request.block_hashes, (i + 1) * CHUNK)
+            for i in range(names.whole(request.block_hashes, request.num_tokens))
+        ]
+
+    def publish(self, request: Any, chunks: int) -> None:
+        self.manager.keys |= set(self.digests(request)[:chunks])
+
+    def step(self, **answer: Any) -> Any:
+        """Schedule, let the model run, report; the connector's metadata of the step."""
+        from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
+
+        output = self.scheduler.schedule()
+        names = list(output.num_scheduled_tokens)
+        sampled = []
+        for name in names:
+            request = self.scheduler.requests[name]
+            done = request.num_computed_tokens >= request.num_tokens
+            sampled.append([7] if done else [])
+        self.scheduler.update_from_output(
+            output,
+            ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: i for i, name in enumerate(names)},
+                sampled_token_ids=sampled,
+                logprobs=None,
+                prompt_logprobs_dict={},
+                pooler_output=None,
+                kv_connector_output=KVConnectorOutput(**answer),
+            ),
+        )
+        self.last = output
+        return output.kv_connector_metadata
+
+    def used(self) -> int:
+        return int(len(self.pool.blocks) - 1 - self.pool.get_num_free_blocks())
+
+
+def loaded(job: Any, chunks: int | None = None, **more: Any) -> dict[str, Any]:
+    """A worker's report of a load: all of it, or only the first chunks."""
+    from vcache.integrations.vllm.metadata import LoadOutcome, VCacheWorkerMetadata
+
+    good = len(job.digests) if chunks is None else chunks
+    bad = set() if chunks is None else set(job.blocks[(sum(job.tokens[:good]) - (job.skip if good else 0)) // BLOCK :])
+    return {
+        "finished_recving": {job.request},
+        "invalid_block_ids": bad,
+        "kv_connector_worker_meta": VCacheWorkerMetadata(loads={job.job: LoadOutcome(1, good)}, **more),
+    }
+
+
+def saved(*jobs: Any, complete: bool = True, dropped: bool = False, workers: int = 1) -> dict[str, Any]:
+    from vcache.integrations.vllm.metadata import SaveOutcome, VCacheWorkerMetadata
+
+    outcome = SaveOutcome(workers, complete, dropped)
+    return {"kv_connector_worker_meta": VCacheWorkerMetadata(saves={job.job: outcome for job in jobs})}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "vocab_size": 1000,
+        "max_position_embeddings": 4096,
+        "hidden_act": "silu",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def world(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    yield lambda **extra: World(model, monkeypatch, **extra)
+
+
+PROMPT = list(range(1, 101))  # 6 whole blocks, 3 whole chunks
+
+
+class TestLoads:
+    def test_a_hit_is_loaded_then_computed_to_the_end(self, world: Any) -> None:
+        w = world()
+        request = w.add("r", PROMPT)
+        w.publish(request, 2)
+        job = w.step().loads[0]
+        assert (job.request, job.first, job.skip, job.tokens) == ("r", 0, 0, [CHUNK, CHUNK])
+        assert job.digests == w.digests(request)[:2]
+        assert len(job.blocks) == 4
+        assert not job.blocking
+        assert w.manager.leases
+        w.step(**loaded(job))
+        assert not w.manager.leases, "the lease ends with the load"
+        assert not w.side._loading
+        assert w.step().loads == []
+        assert w.last.num_scheduled_tokens["r"] == 100 - 2 * CHUNK
+
+    def test_only_the_missing_part_is_loaded(self, world: Any) -> None:
+        w = world()
+        first = w.add("a", PROMPT[:50])  # 3 whole blocks: one and a half chunks
+        w.step()
+        w.step()
+        request = w.add("b", PROMPT)
+        w.publish(request, 3)
+        job = next(iter(w.step().loads))
+        assert job.first == 1, "the engine has the first chunk itself"
+        assert job.skip == 16
+        assert job.tokens == [CHUNK, CHUNK]
+        assert len(job.blocks) == 3
+        assert first.request_id == "a"
+
+    def test_asking_again_changes_nothing_and_asks_nobody(self, world: Any) -> None:
+        w = world()
+        request = w.add("r", PROMPT)
+        w.publish(request, 2)
+        answers = {w.connector.get_num_new_matched_tokens(request, 0) for _ in range(5)}
+        assert answers == {(2 * CHUNK, True)}
+        assert w.manager.calls == 1
+        assert len(w.manager.leases) == 1
+        w.manager.epoch += 2  # the manager restarted: its leases are gone
+        assert w.connector.get_num_new_matched_tokens(request, 0) == (2 * CHUNK, True)
+        assert w.manager.calls == 2
+
+    def test_a_miss_is_believed_for_a_moment_only(self, world: Any) -> None:
+        w = world()
+        now = [0.0]
+        w.side._clock = lambda: now[0]
+        request = w.add("r", PROMPT)
+        assert [w.connector.get_num_new_matched_tokens(request, 0) for _ in range(3)] == [(0, False)] * 3
+        assert w.manager.calls == 1
+        w.publish(request, 3)
+        now[0] = 1.0
+        assert w.connector.get_num_new_matched_tokens(request, 0) == (3 * CHUNK, True)
+
+    def test_a_waiting_request_renews_its_lease_in_time(self, world: Any) -> None:
+        w = world()
+        now = [0.0]
+        w.side._clock = lambda: now[0]
+        request = w.add("r", PROMPT)
+        w.publish(request, 1)
+        for now[0] in (0.0, 14.0, 16.0):
+            w.connector.get_num_new_matched_tokens(request, 0)
+        assert w.manager.calls == 2
+        assert len(w.manager.leases) == 1, "the old one was given back"
+
+    def test_no_manager_is_a_miss(self, world: Any) -> None:
+        w = world()
+        w.publish(w.add("r", PROMPT), 3)
+        w.manager.down = True
+        assert w.step().loads == []
+        assert w.last.num_scheduled_tokens["r"] == 100
+
+    def test_a_failed_chunk_is_computed_and_not_tried_again(self, world: Any) -> None:
+        w = world()
+        request = w.add("r", PROMPT)
+        w.publish(request, 3)
+        job = w.step().loads[0]
+        w.step(**loaded(job, chunks=1))
+        w.step()
+        assert w.last.num_scheduled_tokens["r"] == 100 - CHUNK
+        assert not w.manager.leases
+        other = w.add("other", [*PROMPT, 5])
+        w.step()
+        assert w.connector.get_num_new_matched_tokens(other, 0)[0] <= CHUNK, "the bad chunk ends the prefix for others too"
+
+    def test_nothing_loaded_at_all_does_not_loop(self, world: Any) -> None:
+        w = world()
+        request = w.add("r", PROMPT)
+        w.publish(request, 3)
+        w.step(**loaded(w.step().loads[0], chunks=0))
+        assert w.step().loads == []
+        assert w.last.num_scheduled_tokens["r"] == 100
+
+    def test_a_full_hit_leaves_one_token(self, world: Any) -> None:
+        w = world(sync_load_budget=1 << 20)
+        request = w.add("r", PROMPT[:64])
+        w.publish(request, 2)
+        job = w.step().loads[0]
+        assert not job.blocking, "a load within the step would leave nothing to compute"
+        w.step(**loaded(job))
+        w.step()
+        assert w.last.num_scheduled_tokens["r"] == 1
+
+    def test_small_loads_run_within_the_step(self, world: Any) -> None:
+        w = world(sync_load_budget=1 << 20)
+        request = w.add("r", PROMPT)
+        w.publish(request, 2)
+        job = w.step().loads[0]
+        assert job.blocking
+        assert w.last.num_scheduled_tokens["r"] == 100 - 2 * CHUNK
+
+    def test_an_abort_while_waiting_gives_the_lease_back(self, world: Any) -> None:
+        from vllm.v1.request import RequestStatus
+
+        w = world()
+        request = w.add("r", PROMPT)
+        w.publish(request, 2)
+        w.connector.get_num_new_matched_tokens(request, 0)
+        w.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+        assert not w.manager.leases
+
+    def test_an_abort_while_loading_frees_the_blocks_when_the_load_ends(self, world: Any) -> None:
+        from vllm.v1.request import RequestStatus
+
+        w = world()
+        request = w.add("r", PROMPT)
+        w.publish(request, 2)
+        job = w.step().loads[0]
+        w.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+        assert w.used() == 4
+        w.step(**loaded(job))
+        assert w.used() == 0
+        assert not w.manager.leases
+
+    def test_a_parent_that_takes_another_childs_hit(self, world: Any) -> None:
+        """`MultiConnector`: no tokens are wanted from here, although blocks were allocated."""
+        w = world()
+        request = w.add("r", PROMPT)
+        w.publish(request, 2)
+        w.connector.get_num_new_matched_tokens(request, 0)
+        w.side.allocated(request, [1, 2, 3, 4], 0)
+        assert not w.manager.leases
+        assert w.side._loads == []
+
+    def test_two_workers_both_have_to_report(self, world: Any) -> None:
+        w = world()
+        w.side._policy = w.side._policy._replace(workers=2)
+        request = w.add("r", PROMPT)
+        w.publish(request, 2)
+        job = w.step().loads[0]
+        w.step(**(loaded(job) | {"finished_recving": set()}))
+        assert w.manager.leases
+        w.step(**loaded(job))
+        assert not w.manager.leases
+
+    def test_roles(self, world: Any) -> None:
+        producer, consumer = world(kv_role="kv_producer"), world(kv_role="kv_consumer")
+        for w in (producer, consumer):
+            w.publish(w.add("r", PROMPT), 1)
+            w.metadata = w.step()
+        assert producer.metadata.loads == []
+        assert len(producer.metadata.saves) == 1
+        assert len(consumer.metadata.loads) == 1
+        consumer.step(**loaded(consumer.metadata.loads[0]))
+        assert consumer.step().saves == []
+
+
+class TestSaves:
+    def test_chunks_are_saved_as_the_steps_complete_them(self, world: Any) -> None:
+        w = world(batched=48)
+        request = w.add("r", PROMPT)
+        jobs = [job for _ in range(3) for job in w.step().saves]
+        assert [job.first for job in jobs] == [0, 1], "the chunks of 48 and of 96 tokens"
+        assert [len(job.digests) for job in jobs] == [1, 2]
+        assert [digest for job in jobs for digest in job.digests] == w.digests(request)
+        assert [job.parent for job in jobs] == [b"", w.digests(request)[0]]
+        assert [job.blocks for job in jobs] == [w.side._requests["r"].blocks[:2], w.side._requests["r"].blocks[2:6]]
+
+    def test_blocks_stay_until_the_save_is_over(self, world: Any) -> None:
+        from vllm.v1.request import RequestStatus
+
+        w = world()
+        w.add("r", PROMPT)
+        (job,) = w.step().saves
+        assert [w.pool.blocks[block].ref_cnt for block in job.blocks] == [2] * 6
+        assert not w.connector.has_pending_block_frees()
+        w.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+        assert [w.pool.blocks[block].ref_cnt for block in job.blocks] == [1] * 6
+        assert w.connector.has_pending_push_work()
+        assert w.connector.has_pending_block_frees()
+        w.step(**saved(job))
+        assert w.used() == 0
+        assert not w.scheduler.has_requests()
+
+    def test_what_is_in_the_pool_is_not_offered_again(self, world: Any) -> None:
+        """Other requests find these chunks in the engine's own prefix cache, and save nothing but their own part."""
+        w = world()
+        now = [0.0]
+        w.side._clock = lambda: now[0]
+        w.add("a", PROMPT)
+        (job,) = w.step().saves
+        w.step(**saved(job))
+        w.add("b", [*PROMPT[:96], *range(600, 640)])
+        assert [job.first for job in w.step().saves] == [3]
+        now[0] = 3600.0
+        w.add("c", PROMPT)
+        assert [job.first for job in w.step().saves] == [0], "it may have been evicted since"
+
+    def test_what_was_not_stored_is_offered_again(self, world: Any) -> None:
+        w = world(prefix_caching=False)
+        w.add("a", PROMPT)
+        (job,) = w.step().saves
+        w.step(**saved(job, complete=False))
+        w.add("b", PROMPT)
+        assert len(w.step().saves) == 1
+
+    def test_generated_tokens_only_when_asked_for(self, world: Any) -> None:
+        def ends(**extra: Any) -> list[int]:
+            w = world(**extra)
+            w.add("r", PROMPT, new=40)
+            jobs = [job for _ in range(41) for job in w.step().saves]
+            return [(job.first + len(job.digests)) * CHUNK for job in jobs]
+
+        assert ends() == [96]
+        assert ends(save_decoded=True) == [96, 128]
+
+    def test_a_tail_only_when_asked_for_and_it_is_found(self, world: Any) -> None:
+        w = world(save_tail=True)
+        w.add("r", PROMPT[:90])
+        (job,) = w.step().saves
+        assert job.tokens == [CHUNK, CHUNK, 16]
+        w.manager.keys |= set(job.digests)
+        w.step(**saved(job))
+        fresh = world(save_tail=True)
+        fresh.manager.keys = w.manager.keys
+        fresh.add("same", PROMPT[:90])
+        assert fresh.step().loads[0].tokens == [CHUNK, CHUNK, 16]
+
+    def test_preemption_keeps_the_blocks_and_computes_the_rest_again(self, world: Any) -> None:
+        w = world()
+        request = w.add("r", PROMPT)
+        (job,) = w.step().saves
+        w.scheduler.running.remove(request)
+        w.scheduler._preempt_request(request, 0.0)
+        assert [w.pool.blocks[block].ref_cnt for block in job.blocks] == [1] * 6
+        again = w.step()
+        assert again.saves == [], "the engine's own prefix cache has them, and the save goes on"
+        w.step(**saved(job))
+
+    def test_saves_wait_when_too_many_blocks_are_held(self, world: Any) -> None:
+        w = world(blocks=40)
+        w.add("a", range(500, 596), new=10)
+        (first,) = w.step().saves  # 6 blocks of 40
+        w.add("b", range(600, 696), new=10)
+        assert w.step().saves == []  # 12 would be more than a quarter
+        (second,) = w.step(**saved(first)).saves or w.step().saves
+        assert second.request == "b"
+
+    def test_a_save_dropped_after_a_failed_load_is_offered_again(self, world: Any) -> None:
+        from vcache.integrations.vllm.metadata import VCacheWorkerMetadata
+
+        w = world(sync_load_budget=1 << 20, prefix_caching=False)
+        request = w.add("r", PROMPT)
+        w.publish(request, 1)
+        first = w.step()
+        (load,), (save,) = first.loads, first.saves
+        assert save.first == 1
+        report = loaded(load, chunks=0, failed_step=first.step)
+        merged = report["kv_connector_worker_meta"].aggregate(saved(save, dropped=True)["kv_connector_worker_meta"])
+        assert isinstance(merged, VCacheWorkerMetadata)
+        w.side.report(merged)
+        w.side._requests["r"].request.num_computed_tokens = 0
+        metadata = w.side.build(
+            type(
+                "Output",
+                (),
+                {"scheduled_new_reqs": [], "scheduled_cached_reqs": cached("r", 0), "num_scheduled_tokens": {"r": 100}},
+            )
+        )
+        assert metadata.failures_known == first.step
+        assert [job.first for job in metadata.saves] == [0], "all of it was computed again"
+
+    def test_reset_clears_the_namespace_and_what_was_under_way(self, world: Any) -> None:
+        w = world()
+        request = w.add("r", PROMPT)
+        (job,) = w.step().saves
+        assert w.connector.reset_cache() is True
+        assert w.manager.cleared == [w.side._names.namespace]
+        w.step(**saved(job))
+        assert w.manager.removed == w.digests(request)
+        keeping = world(reset="keep")
+        assert keeping.connector.reset_cache() is True
+        assert keeping.manager.cleared == []
+
+    def test_two_workers_both_have_to_be_done(self, world: Any) -> None:
+        w = world()
+        w.side._policy = w.side._policy._replace(workers=2)
+        w.add("r", PROMPT)
+        (job,) = w.step().saves
+        w.step(**saved(job))
+        assert w.connector.has_pending_push_work()
+        w.step(**saved(job, complete=False))
+        assert not w.connector.has_pending_push_work()
+        assert not w.side._known, "one worker could not store its shard"
+
+
+def cached(name: str, computed: int) -> Any:
+    """`SchedulerOutput.scheduled_cached_reqs` of one request that goes on."""
+    return type(
+        "Cached", (), {"req_ids": [name], "new_block_ids": [None], "resumed_req_ids": set(), "num_computed_tokens": [computed]}
+    )
+
+
+class TestSetUp:
+    def test_the_failure_policy_is_warned_about(self, world: Any, caplog_vllm: pytest.LogCaptureFixture) -> None:
+        world(kv_load_failure_policy="fail")
+        assert '"kv_load_failure_policy":"recompute"' in caplog_vllm.text
+
+    def test_random_hashes_are_refused(self, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        from types import SimpleNamespace
+
+        from vcache.integrations.vllm.group import DeclinedError, shared_group
+
+        w = world()
+        config = w.scheduler.vllm_config
+        cache = SimpleNamespace(**vars(config.cache_config) | {"prefix_caching_hash_algo": "xxhash"})
+        fake = SimpleNamespace(cache_config=cache, parallel_config=config.parallel_config)
+        monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+        with pytest.raises(DeclinedError, match="PYTHONHASHSEED"):
+            shared_group(fake, w.scheduler.kv_cache_config)
+        monkeypatch.setenv("PYTHONHASHSEED", "1")
+        assert shared_group(fake, w.scheduler.kv_cache_config).block_size == BLOCK
+
+    def test_older_vllm_gets_a_fixed_seed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import os
+        from types import SimpleNamespace
+
+        from vllm.v1.core import kv_cache_utils
+
+        from vcache.integrations.vllm.group import deterministic_hashes
+
+        monkeypatch.setenv("PYTHONHASHSEED", "gone after the test")
+        monkeypatch.delenv("PYTHONHASHSEED")
+        deterministic_hashes(SimpleNamespace(prefix_caching_hash_algo="sha256"))
+        assert "PYTHONHASHSEED" not in os.environ, "this version has one of its own"
+        monkeypatch.delattr(kv_cache_utils, "DEFAULT_NONE_HASH_SEED")
+        deterministic_hashes(SimpleNamespace(prefix_caching_hash_algo="xxhash"))
+        assert "PYTHONHASHSEED" not in os.environ, "weak hashes are not for sharing"
+        deterministic_hashes(SimpleNamespace(prefix_caching_hash_algo="sha256"))
+        assert os.environ["PYTHONHASHSEED"] == "0"
+
+    def test_the_entry_point_registers_the_name(self) -> None:
+        from importlib.metadata import entry_points
+
+        from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+        (point,) = entry_points(group="vllm.general_plugins", name="vcache")
+        register = point.load()
+        register()
+        register()
+        assert KVConnectorFactory._registry["VCacheConnector"]().__name__ == "VCacheConnector"
+
+    def test_events_name_blocks_as_vllm_does(self, world: Any) -> None:
+        w = world()
+        w.side._events._enabled = True
+        request = w.add("r", PROMPT)
+        (job,) = w.step().saves
+        w.scheduler.connector.update_connector_output(type("O", (), saved(job)))
+        (event,) = w.connector.take_events()
+        assert len(event.block_hashes) == 6
+        assert event.token_ids == PROMPT[:96]
+        assert event.parent_block_hash is None
+        assert event.medium == "VCACHE"
+        assert list(w.connector.take_events()) == []
+        assert request.request_id == "r"
+
+
+@pytest.fixture
+def caplog_vllm(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """vLLM's logger does not propagate to the root, where pytest listens."""
+    import logging
+
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    return caplog
