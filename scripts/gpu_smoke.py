@@ -146,6 +146,8 @@ def two_processes(**environment: str) -> dict[str, Any]:
     child.send({"device": backing.device, "nbytes": slab.nbytes, "offset": 256}, (slab.fd,))
     answer, _ = child.receive()
     if "error" in answer:
+        slab.retire()
+        backing.release(slab)
         return answer | {"child": child.end()}
     sees_write = backing.read(slab, 4 * MIB, MIB) == pattern(MIB, 2)
     slab.retire()

@@ -74,7 +74,7 @@ def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if part == "smoke":
         command = [sys.executable, str(ROOT / "scripts" / "gpu_smoke.py"), str(out / "smoke.json")]
     elif part == "tests":
-        command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu"), "-m", "gpu", "-q", "--no-header"]
+        command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu"), "-m", "gpu", "-v", "--no-header"]
         command += ["-p", "no:cacheprovider", "--durations=12", "-rA" if arguments.cpu else "-rfE"]
         command += ["--deselect", "tests/gpu/test_gpu_smoke.py"]
     else:

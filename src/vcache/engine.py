@@ -179,10 +179,11 @@ class VCacheEngine:
         work = lambda: self._retrieve(tokens, mask, target, slot_mapping)  # noqa: E731
         return TransferHandle(self._executor.submit(follower.run, work))
 
-    def bind(self, kvcaches: KVCaches) -> Any:
+    def bind(self, kvcaches: KVCaches, *, layout: str | None = None, block_size: int | None = None) -> Any:
         """Recognise the layout of a paged cache once; pass the result as `kvcaches` to save that work in every call.
 
-        Raises `LayoutError` or `SpecError`. The tensors must stay where they are.
+        `layout` names one that shapes alone cannot tell (see `PagedCache.bind`); `block_size` rules out other readings. Raises
+        `LayoutError` or `SpecError`. The tensors must stay where they are. On CUDA the first call compiles kernels.
         """
         if isinstance(kvcaches, _Target):
             return kvcaches
@@ -191,9 +192,9 @@ class VCacheEngine:
 
         with self._lock:
             for known in self._targets:
-                if known.cache.holds(kvcaches):
+                if known.cache.holds(kvcaches) and layout in (None, known.cache.layout):
                     return known
-            cache = PagedCache.bind(kvcaches, self.spec)
+            cache = PagedCache.bind(kvcaches, self.spec, layout=layout, block_size=block_size)
             target = _Target(cache, mover_for(cache, self.config.transfer))
             # The newest first, and only a few: callers that pass new tensors in every call must not leak.
             self._targets = [target, *self._targets[:MAX_TARGETS]]

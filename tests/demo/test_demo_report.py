@@ -62,6 +62,6 @@ def test_the_table_has_every_number() -> None:
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(results(logits_digest="cd"), (16, 32), ("first?", "second?")))
     text = console.export_text()
-    for part in ("5,800", "5,632", "10.00 s", "500 ms", "20.0 x", "2.60 GB/s", "124 MiB in 50 ms", "yes", "NO", "not asked"):
+    for part in ("5,800", "5,632", "10.00 s", "500 ms", "20.0 x", "2.60 GB/s", "124 MiB in 50 ms", "yes", "NO", "none"):
         assert part in text, part
     assert "second?  VCache: periwinkle" in text

@@ -189,7 +189,10 @@ class World:
         self.banned = {key: sure for key, sure in self.banned.items() if sure}
         self.start_manager()
         self.leases.clear()
+        # Nobody begins to write for a manager that is gone.
+        self.gone = [flight for flight in self.gone if flight.phase]
         for client in self.living:
+            client.flights = [flight for flight in client.flights if flight.phase]
             client.connected = False
             client.wipes.clear()
 

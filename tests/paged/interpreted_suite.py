@@ -3,7 +3,9 @@ TRITON_INTERPRET=1 is set before Triton is imported."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -19,6 +21,7 @@ from vcache.errors import ArgumentError, DeviceUnavailableError
 from vcache.paged import kernels
 from vcache.paged.cpu_mover import CpuMover
 from vcache.paged.gpu_mover import GpuMover
+from vcache.paged.gpu_staging import TablePool
 from vcache.paged.layout import PagedCache
 
 SETTINGS = settings(derandomize=True, deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
@@ -74,6 +77,8 @@ def test_payloads_at_odd_addresses(shift: int, mover: GpuMover) -> None:
 
     slots = Shifted.make(spec, 10, 2)
     slots.slots = 1
+    cache = PagedCache.bind(make_tensors(spec, *ORDERS[0], 4, 4), spec)
+    assert mover._shape(cache, slots.slab.device_address + slots.pinned(0).payload_offset)[0].unit_bytes == shift
     round_trip(Case(spec, ORDERS[0], ORDERS[6], 4, 4, (9,), 1, 0, 0, "random", 3), mover, slots)
 
 
@@ -131,6 +136,35 @@ def test_tables_are_reused_and_results_kept(mover: GpuMover) -> None:
     pool = bench.mover._lanes[True].tables
     assert len(pool._busy) + len(pool._free) == 1
     assert [transfer.verified() for transfer in transfers] == [[True]] * 4
+
+
+class Waiter:
+    def __init__(self) -> None:
+        self.settled = 0
+
+    def settle(self) -> None:
+        self.settled += 1
+
+
+@dataclass
+class Event:
+    over: bool
+
+    def query(self) -> bool:
+        return self.over
+
+
+def test_a_table_is_reused_after_its_event_and_settles_its_owner_first() -> None:
+    pool, waiter, event = TablePool(torch.device("cpu")), Waiter(), Event(False)
+    table = pool.take(64, 100)
+    table.event, table.owner = event, weakref.ref(waiter)
+    pool.put(table)
+    assert pool.take(1, 100) is not table
+    assert waiter.settled == 0
+    event.over = True
+    assert pool.take(1, 10**6) is not table  # too small, and dropped for the larger one
+    assert waiter.settled == 1
+    assert pool._free == []
 
 
 def test_preparing_touches_neither_cache_nor_headers(mover: GpuMover) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from itertools import product
 
@@ -13,8 +14,10 @@ from paged_world import DTYPES, MLA_ORDERS, NAMESPACE, ORDERS, WRITER, Case, mak
 from protocol_suite import SUITE, Bench
 
 from vcache.config import TransferConfig
-from vcache.errors import SegmentError
+from vcache.errors import DeviceUnavailableError, SegmentError
+from vcache.paged import select
 from vcache.paged.cpu_mover import CpuMover
+from vcache.paged.layout import PagedCache
 from vcache.paged.select import mover_for
 from vcache.segment.mapping import MappedSlab
 
@@ -97,5 +100,11 @@ def test_vram_is_out_of_reach_of_the_cpu() -> None:
         bench.load(ticket._replace(slot=ticket.slot._replace(slab=vram)))
 
 
-def test_selection() -> None:
-    assert isinstance(mover_for(Bench(None).cache, TransferConfig()), CpuMover)
+def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(None)
+    assert isinstance(mover_for(bench.cache, TransferConfig()), CpuMover)
+    with pytest.raises(DeviceUnavailableError, match="meta"):
+        mover_for(PagedCache.bind([tensor.to("meta") for tensor in bench.tensors], bench.spec), TransferConfig())
+    monkeypatch.setattr(select, "find_spec", lambda _: None)
+    with pytest.raises(DeviceUnavailableError, match="Triton"):
+        mover_for(dataclasses.replace(bench.cache, device=torch.device("cuda")), TransferConfig())

@@ -20,6 +20,15 @@ from vcache.segment.mapping import PinnedSlot, SegmentMap
 from vcache.segment.slots import SegmentInfo, SlotLocation
 
 
+def fork(seconds: float) -> int:
+    """Leave a forked child behind that outlives this process."""
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(seconds)
+        os._exit(0)
+    return pid
+
+
 class ImporterChild:
     def __init__(self) -> None:
         self.map: SegmentMap
@@ -75,12 +84,7 @@ class ImporterChild:
         return mapped_slabs()
 
     def fork(self, seconds: float) -> int:
-        """Leave a forked child behind that outlives this process."""
-        pid = os.fork()
-        if pid == 0:
-            time.sleep(seconds)
-            os._exit(0)
-        return pid
+        return fork(seconds)
 
 
 class LenderChild:
@@ -103,6 +107,9 @@ class LenderChild:
         memory = self.lender.slab(slab)
         assert memory is not None
         ctypes.memset(memory.address, 1, memory.nbytes)
+
+    def fork(self, seconds: float) -> int:
+        return fork(seconds)
 
     def read(self, slab: int, offset: int, nbytes: int) -> str:
         memory = self.lender.slab(slab)

@@ -12,7 +12,7 @@ import pytest
 from segment_support import CLIENT, FakeManager, MiB, eventually, segment_config
 
 from vcache.errors import DeadlineExceededError, ManagerRefusedError, SegmentError
-from vcache.manager.messages import ResizeRequested, SegmentGone, WipeSlots
+from vcache.manager.messages import ResizeRequested, SegmentGone, WipeSlots, WriterLost
 from vcache.segment.backing import OwnedSlab
 from vcache.segment.host import HostBacking
 from vcache.segment.lender import Lender
@@ -160,11 +160,13 @@ def test_pushes_about_other_segments_are_ignored(manager: FakeManager, make: Mak
     for push in (
         WipeSlots(token=1, segment=b"x" * 16, slots=[(0, 64)]),
         ResizeRequested(segment=b"x" * 16, nbytes=0),
+        WriterLost(segment=b"x" * 16, client=IMPORTER),
         SegmentGone(number=1, uuid=lender.uuid),
     ):
         manager.push(push)
     manager.push(WipeSlots(token=2, segment=lender.uuid, slots=[]))
     eventually(lambda: manager.wiped_tokens == [2])
+    assert manager.gone == []
     assert lender.payload_bytes == 2 * MiB
 
 
@@ -235,6 +237,22 @@ def test_unfinished_writes_of_writers_that_are_not_connected_are_over(
     manager.start()
     eventually(lambda: manager.gone == [(lender.uuid, b"long-dead-client")])
     assert manager.calls == ["mount", "importer_gone"]
+
+
+def test_lost_writer_is_over_unless_it_is_connected(
+    manager: FakeManager, make: MakeLender, importers: Callable[[SegmentInfo], SegmentMap]
+) -> None:
+    manager.start()
+    lender = make()
+    assert lender.wait_mounted(5)
+    segments = importers(lender.info)
+    for client in (IMPORTER, CLIENT, b"never-came-here!"):
+        manager.push(WriterLost(segment=lender.uuid, client=client))
+    eventually(lambda: manager.gone == [(lender.uuid, b"never-came-here!")])
+    manager.push(WriterLost(segment=lender.uuid, client=b"never-came-here!"))
+    eventually(lambda: len(manager.gone) == 2)
+    segments.close()
+    eventually(lambda: manager.gone[2:] == [(lender.uuid, IMPORTER)])
 
 
 def test_refused_report_is_not_repeated(

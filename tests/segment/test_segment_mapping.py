@@ -276,6 +276,23 @@ def test_forget_unmaps_and_the_segment_may_come_back(lent: Lent) -> None:
     assert lent.gone == []
 
 
+def test_slab_mapped_anew_is_not_reported_as_unmapped_by_its_old_mapping(lent: Lent) -> None:
+    lent.map.update(lent.info)
+    old = lent.map.pin(at(0))
+    assert old is not None
+    lent.map.forget(1)
+    eventually(lambda: old.slab.retired)
+    lent.map.update(lent.info)
+    new = lent.map.pin(at(0))
+    assert new is not None
+    lent.map.unpin(old)
+    eventually(lambda: lent.importing.unmaps == 1)
+    assert lent.map.prepare(1) == 3
+    assert lent.broker.request_unmap([0], 0.2) == {IMPORTER: frozenset([0])}
+    lent.map.unpin(new)
+    assert lent.broker.request_unmap([0], 5) == {}
+
+
 def test_new_epoch_keeps_mappings_for_the_segments_return(lent: Lent) -> None:
     lent.map.update(lent.info)
     lent.map.prepare(1)

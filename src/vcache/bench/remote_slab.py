@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..segment.backing import MappedSlab, SlabBacking
 
 _START_TIMEOUT = 60.0
+_STOP_TIMEOUT = 20.0
 _ANSWER_BYTES = 4096
 
 
@@ -83,7 +84,11 @@ class RemoteSlabs:
             self.backing.unmap(slab)
         self.slabs.clear()
         self._socket.close()
-        self._process.wait(_START_TIMEOUT)
+        try:
+            self._process.wait(_STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         self.backing.close()
 
     def __enter__(self) -> RemoteSlabs:

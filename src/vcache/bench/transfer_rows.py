@@ -11,6 +11,7 @@ from .plot import Curve, size_text
 from .report import Column
 
 _MIB = 2**20
+_FLAT = 0.9
 COLUMNS = (
     Column("path", "path"),
     Column("operation", "operation"),
@@ -97,6 +98,18 @@ def judge(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield from check("retrieve from VRAM, 1 GiB and more, whole blocks", "vram", "retrieve", 0.85, 1024 * _MIB, big, "blocks")
     yield from check("retrieve from VRAM, 1 GiB and more, random mapping", "vram", "retrieve", 0.85, 1024 * _MIB, big, "random")
     yield from check("retrieve from VRAM, 256 MiB", "vram", "retrieve", 0.75, 256 * _MIB, 256 * _MIB)
+    large = [
+        row
+        for row in rows
+        if (row["path"], row["operation"], row.get("mapping")) == ("vram", "retrieve", "blocks")
+        and row["nbytes"] >= 1024 * _MIB
+        and row["page_bytes"] == USUAL_PAGE
+    ]
+    if len(large) > 1:
+        lowest, highest = min(row["gbps"] for row in large), max(row["gbps"] for row in large)
+        verdict = "met" if lowest >= _FLAT * highest else "MISSED"
+        sizes = ", ".join(row["size"] for row in large)
+        yield f"{verdict}: flat from 1 GiB on ({sizes}): {lowest:,.0f} to {highest:,.0f} GB/s (goal: within {1 - _FLAT:.0%})"
     yield from check("retrieve, rows of 256 bytes", "vram 256 B rows", "retrieve", 0.5, 1024 * _MIB, big)
     yield from check("retrieve from pinned host memory", "dram", "retrieve", 0.9, 64 * _MIB, big)
     yield from check("store to pinned host memory", "dram", "store", 0.9, 64 * _MIB, big)

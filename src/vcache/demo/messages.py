@@ -68,7 +68,7 @@ class Ask(_Message, frozen=True):
     cached: bool
     """Look up and retrieve first; without it VCache is not touched."""
     store: bool = False
-    max_tokens: int = 32
+    max_tokens: int = 24
 
 
 class Answer(_Message, frozen=True):

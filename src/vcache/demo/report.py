@@ -46,20 +46,20 @@ def render(results: Results, block_sizes: tuple[int, int], questions: tuple[str,
     """The table, what stands behind its numbers, and the answers. Fits 80 columns."""
     control = results.control
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold")
-    table.add_column("run")
+    table.add_column("run", no_wrap=True)
     for heading in ("prompt\ntokens", "hit\ntokens", "first\ntoken", "speed\nup", "retrieve", "tokens\nequal", "logits\nequal"):
         table.add_column(heading, justify="right")
     rows = (
-        ("worker 1, stores", results.first, False),
-        ("worker 2, no cache", control, False),
-        ("worker 2, VCache", results.shared, True),
-        ("  after kill -9", results.restarted, True),
+        ("worker 1: stores", results.first, False),
+        ("worker 2: no cache", control, False),
+        ("worker 2: VCache", results.shared, True),
+        ("after the kill -9", results.restarted, True),
     )
     for name, run, cached in rows:
         speed_up = f"{control.first_token / run.first_token:.1f} x"
         equal = (_yes(run.ids == control.ids), _yes(run.logits_digest == control.logits_digest))
         compared = (speed_up, _speed(run), *equal) if cached else ("", "", "", "")
-        hit = "not asked" if run is control else f"{run.hit_tokens:,}"
+        hit = "none" if run is control else f"{run.hit_tokens:,}"
         table.add_row(name, f"{run.prompt_tokens:,}", hit, _seconds(run.first_token), *compared)
     shared = results.shared
     notes = (

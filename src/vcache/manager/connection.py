@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import socket
@@ -16,6 +17,8 @@ from ..errors import DeadlineExceededError, ManagerRefusedError, ManagerUnavaila
 from . import protocol
 from .address import Address
 from .messages import Push, SessionInfo
+
+logger = logging.getLogger("vcache.manager")
 
 _READ_BYTES = 2**16
 _UCRED = struct.Struct("3i")
@@ -40,6 +43,8 @@ def open_socket(address: Address, timeout: float) -> socket.socket:
         sock = socket.create_connection((address.host, address.port), timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return sock
+    except UnicodeError as error:
+        raise ManagerUnavailableError(f"manager {address}: {error}") from None
     except OSError as error:
         # A full backlog of a stopped manager shows as BlockingIOError (unix) or as a timeout.
         full = isinstance(error, BlockingIOError | TimeoutError)
@@ -154,8 +159,10 @@ class Connection:
             self.shut(error.strerror or str(error))
         except ProtocolError as error:
             self.shut(f"unintelligible answer ({error})")
+        except Exception:
+            logger.exception("reading from the manager failed; the connection is reopened")
+            self.shut("a fault in this client")
         finally:
-            self.shut("the reading thread ended")
             with self._send_lock:
                 self._socket.close()
         return self._reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from ..errors import AddressInUseError
+from ..errors import AddressInUseError, ConfigError
 from .messages import StatsReply
 
 logger = logging.getLogger("vcache.manager")
@@ -63,7 +64,7 @@ class Exporter:
     """The HTTP endpoint, on a daemon thread of its own."""
 
     def __init__(self, host: str, port: int, stats: Callable[[], StatsReply]) -> None:
-        """Raises `AddressInUseError` when the port cannot be had."""
+        """Raises `AddressInUseError` when somebody has the port, `ConfigError` when it cannot be had."""
         registry = CollectorRegistry()
         registry.register(StatsCollector(stats))
         try:
@@ -71,7 +72,8 @@ class Exporter:
             self._thread: threading.Thread
             self._server, self._thread = start_http_server(port, host, registry)
         except OSError as error:
-            raise AddressInUseError(f"manager.metrics_port: {host}:{port}: {error.strerror or error}") from None
+            kind = AddressInUseError if error.errno == errno.EADDRINUSE else ConfigError
+            raise kind(f"manager.metrics_port: {host}:{port}: {error.strerror or error}") from None
         self.port: int = self._server.server_port
         logger.info("metrics at http://%s:%d/metrics", host, self.port)
 

@@ -76,9 +76,8 @@ def _listen_unix(address: Address) -> ListeningSocket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         _remove_stale(address)
-        os.fchmod(
-            sock.fileno(), 0o600
-        )  # Linux gives the file the mode of the unbound socket: no moment when it is open to all.
+        # Linux gives the file the mode of the unbound socket: there is no moment when it is open to all.
+        os.fchmod(sock.fileno(), 0o600)
         sock.bind(address.path)
         sock.listen(_BACKLOG)
         sock.setblocking(False)

@@ -236,6 +236,8 @@ class FrameBuffer:
             data, start = self._data, self._start
             have = len(data) - start
             if have < _LENGTH_BYTES:
+                if not have:
+                    self._data, self._start = b"", 0
                 return
             if have < HEADER_BYTES:
                 length, request, code = int.from_bytes(data[start : start + _LENGTH_BYTES], "little"), 0, 0

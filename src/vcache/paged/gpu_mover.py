@@ -44,7 +44,7 @@ _NOBODY = bytes(16)
 
 
 class _Lane:
-    """One direction's stream and tables."""
+    """A stream and its tables."""
 
     def __init__(self, device: torch.device, *, priority: int, blocking: bool) -> None:
         """`blocking`: the host sleeps while it waits. It then wakes some 0.3 ms late; otherwise it spins."""
@@ -69,7 +69,7 @@ class _Lane:
 
 class GpuMover(Mover):
     """Reads and writes slots in place through `MappedSlab.device_address`: own VRAM, peer VRAM and pinned host memory, in any
-    mix. Thread-safe. One per cache; holds two streams and a few small buffers."""
+    mix. Thread-safe. One per cache; holds three streams and a few small buffers."""
 
     def __init__(self, device: torch.device, *, grid: int = 0) -> None:
         """`grid`: programs of the moving kernel's launch; 0 = chosen by where the slots lie.
@@ -90,6 +90,7 @@ class GpuMover(Mover):
             True: _Lane(device, priority=0, blocking=True),
             False: _Lane(device, priority=-1, blocking=False),
         }
+        self._setup = _Lane(device, priority=0, blocking=False)
         self._lock = threading.Lock()
         self._shapes: WeakKeyDictionary[PagedCache, dict[int, tuple[Tiling, torch.Tensor]]] = WeakKeyDictionary()
 
@@ -166,7 +167,8 @@ class GpuMover(Mover):
                 [r.address, *(s // shape.unit_bytes for s in (r.block_stride, r.token_stride, r.piece_stride, r.half_stride))]
                 for r in cache.regions
             ]
-            known[unit] = shape, torch.tensor(rows, dtype=torch.int64).to(self.device)
+            with self._setup.current():  # the host waits for this copy: not on a stream that has other work
+                known[unit] = shape, torch.tensor(rows, dtype=torch.int64).to(self.device)
         return known[unit]
 
     def _programs(self, devices: set[str]) -> int:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..segment.mapping import PinnedSlot
+from ..segment.mapping import MappedSlab, PinnedSlot
 from ..segment.slots import SlotHeader
 
 if TYPE_CHECKING:
@@ -49,6 +49,10 @@ class Transfer(ABC):
 
 class Mover(ABC):
     """Moves bytes; knows nothing of tokens, managers or leases. Thread-safe. Raises nothing for a stale slot."""
+
+    @abstractmethod
+    def reaches(self, slab: MappedSlab) -> bool:
+        """Whether this mover can read and write that slab."""
 
     @abstractmethod
     def store(

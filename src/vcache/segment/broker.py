@@ -64,6 +64,8 @@ class Broker:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._slabs: dict[int, _Slab] = {}
+        self._ended: set[bytes] = set()
+        """Clients whose writes were declared over: they must never write here again."""
         self._connections: dict[int, _Connection] = {}
         self._closing = False
         self._accept_after = 0.0
@@ -112,6 +114,15 @@ class Broker:
         """Client ids of the processes that are connected now."""
         with self._lock:
             return {connection.client for connection in self._connections.values() if connection.client}
+
+    def bar(self, client: bytes) -> bool:
+        """True when this process maps nothing of the segment and, from now on, never will: its writes are over. False while it
+        is connected."""
+        with self._lock:
+            if any(connection.client == client for connection in self._connections.values()):
+                return False
+            self._ended.add(client)
+            return True
 
     def close(self) -> None:
         """Stop serving, hang up, remove the socket. No importer is reported as gone any more. Idempotent."""
@@ -230,6 +241,8 @@ class Broker:
             if message.segment != self._segment:
                 raise ProtocolError("another segment is lent here now")
             with self._lock:
+                if message.client in self._ended:
+                    raise ProtocolError("this client had ended or was given up; only a new process may import again")
                 connection.client = message.client
                 connection.outgoing.append(protocol.Welcome(protocol.BROKER_VERSION))
         elif not connection.client:
@@ -298,6 +311,8 @@ class Broker:
         with self._changed:
             del self._connections[fd]
             known = any(other.client == connection.client for other in self._connections.values())
+            if connection.client and not known:
+                self._ended.add(connection.client)
             self._changed.notify_all()
         connection.sock.close()
         if connection.client and not known:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..config import SegmentConfig
 from ..errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, SegmentError
-from ..manager.messages import ManagerApi, Push, ResizeRequested, SessionInfo, WipeSlots
+from ..manager.messages import ManagerApi, Push, ResizeRequested, SessionInfo, WipeSlots, WriterLost
 from .backing import OwnedSlab, SlabBacking
 from .broker import Broker
 from .broker_protocol import prepare_broker_dir
@@ -202,6 +202,12 @@ class Lender:
             with self._changed:
                 self._target = push.nbytes
             self._resizes.put(True)
+        elif isinstance(push, WriterLost) and push.segment == self.uuid and self._ended(push.client):
+            self._importer_gone(push.client)
+
+    def _ended(self, writer: bytes) -> bool:
+        """Whether that client's writes are over: nobody maps a slab without a connection to the broker."""
+        return writer != self._manager.client_id and self._broker.bar(writer)
 
     def _importer_gone(self, client: bytes) -> None:
         with self._changed:
@@ -265,16 +271,14 @@ class Lender:
         session = self._session
         info = self.info
         inventory = self._lent.inventory([slab.index for slab in info.slabs])
-        connected = self._broker.importers()
+        ended = {writer for writer in unfinished_writers(inventory) if self._ended(writer)}
         self._manager.mount(info, inventory)
         with self._changed:
             if session is None or self._session is not session:
                 return
             self._mounted = True
             self._announced = {slab.index for slab in info.slabs}
-            # Nobody maps a slab without a connection, and the connections were looked at after the headers: a writer that is
-            # not connected has ended, and so has its write.
-            self._gone |= unfinished_writers(inventory) - connected - {self._manager.client_id}
+            self._gone |= ended
             self._changed.notify_all()
         logger.info("segment %s: mounted, %d slabs, %d bytes", self._name, len(info.slabs), info.nbytes)
 
