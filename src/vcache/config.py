@@ -125,6 +125,9 @@ class StorageConfig(_Section, frozen=True, kw_only=True):
     queue: ByteSize = ByteSize(1 * 2**30)
     """Bytes that may wait for the background writer; beyond it writes are dropped and counted."""
     deadline: float = 5.0
+    """Seconds after which reading from the tier gives up: a miss. A look-up gets a fifth of it."""
+    promote: bool = False
+    """Whether chunks read from storage are put into the pool as well."""
     options: dict[str, str] = {}
     """Passed to the tier's implementation."""
 

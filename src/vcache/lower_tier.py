@@ -43,11 +43,14 @@ class LowerTier:
         queue_bytes: int,
         *,
         write: bool,
+        promote: bool = False,
     ) -> None:
+        """`write`: keep what `save_later` and `save_now` are given. `promote`: put what was loaded into the pool too."""
         self._storage = storage
         self._pool = pool
         self._metrics = metrics
         self._staging = staging
+        self._promote = promote
         self._writer = BackgroundWriter(storage, pool, staging, metrics, queue_bytes) if write else None
 
     def prefix(self, digests: Sequence[bytes]) -> int:
@@ -58,8 +61,12 @@ class LowerTier:
             self._failed("prefix", error)
             return 0
 
-    def load(self, chunks: Sequence[Chunk], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover) -> int:
-        """Bring the longest prefix of `chunks` that storage holds into the paged cache; number of verified chunks. Blocks."""
+    def load(
+        self, chunks: Sequence[Chunk], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover, parent: bytes = b""
+    ) -> int:
+        """Bring the longest prefix of `chunks` that storage holds into the paged cache; number of verified chunks. Blocks.
+
+        `parent`: digest of the chunk before the first, empty when not known; it only helps eviction after a promotion."""
         found = self.prefix([chunk.digest for chunk in chunks])
         loaded = 0
         while loaded < found:
@@ -67,6 +74,8 @@ class LowerTier:
             if not count:
                 break
             loaded += count
+        if self._promote and loaded:
+            self._put_above(chunks[:loaded], parent, cache, slot_mapping, mover)
         return loaded
 
     def save_later(self, chunks: Sequence[Chunk]) -> None:
@@ -98,6 +107,16 @@ class LowerTier:
             self._writer.close(timeout)
         self._staging.close()
         self._storage.close()
+
+    def _put_above(
+        self, chunks: Sequence[Chunk], parent: bytes, cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover
+    ) -> None:
+        """Chunks that are whole in the paged cache go into the pool from there, where there is room for them."""
+        if chunks[0].skip:  # its head was left alone
+            parent, chunks = chunks[0].digest, chunks[1:]
+        if chunks:
+            report = self._pool.put(chunks, parent, cache, slot_mapping, mover).result()
+            self._metrics.count("storage_promoted", len(report.stored))
 
     def _load_some(self, chunks: Sequence[Chunk], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover) -> int:
         began = time.perf_counter()
@@ -139,6 +158,7 @@ class LowerTier:
     def _valid_header(self, chunk: Chunk, buffer: StagingBuffer, size: int) -> SlotHeader | None:
         """The value's own header, if it is complete and names exactly this chunk (rule I1); None is a miss."""
         if size < HEADER_BYTES:
+            self._metrics.count("storage_unreadable")
             return None
         header = SlotHeader.unpack(buffer.view[:HEADER_BYTES])
         expected = self._pool.header(chunk, header.generation) if header is not None else None

@@ -40,6 +40,9 @@ COUNTERS = {
     "storage_written": "Chunks written to the storage tier.",
     "storage_dropped": "Background writes to the storage tier dropped because its queue was full or at shutdown.",
     "storage_errors": "Calls to the storage tier that failed.",
+    "storage_rejected": "Chunks that the storage tier did not take: it is full.",
+    "storage_unreadable": "Chunks that the storage tier said it has, and then did not deliver (dead owner, just evicted).",
+    "storage_promoted": "Chunks read from the storage tier and put into the pool.",
 }
 """Counters that are always present (at 0 at first). Others may be counted too; they appear once counted."""
 

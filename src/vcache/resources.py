@@ -73,7 +73,15 @@ class Resources:
             storage,
             self._pinning(),
         )
-        return LowerTier(storage, pool, metrics, staging, config.storage.queue, write=config.storage.write == "through")
+        return LowerTier(
+            storage,
+            pool,
+            metrics,
+            staging,
+            config.storage.queue,
+            write=config.storage.write == "through",
+            promote=config.storage.promote,
+        )
 
     def lent_bytes(self) -> int:
         """Payload bytes this engine lends now."""

@@ -41,6 +41,7 @@ def test_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("lookup", 8),
     ]
     assert all(row["keys_per_second"] > 0 and row["p99_us"] >= row["p50_us"] > 0 for row in report["rows"])
+    assert {"keys_per_cpu_second"} <= report["rows"][0].keys()
     assert any(note.startswith("target ") for note in report["notes"])
     assert any("Mooncake is not installed" in note and "pip install" in note for note in report["notes"])
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from rich.console import Console
 
-from vcache.demo import document, main, model, scenario
-from vcache.demo.messages import Answer, Ask, Connect, Connected, Load, Loaded, Prepare, Prepared
-from vcache.demo.processes import Service, WorkerProcess
-from vcache.demo.report import problems
+from vcache.demo import document, model, scenario
+from vcache.demo.messages import Answer, Ask, Load, Prepare, Prepared
+from vcache.demo.report import Results, problems
 from vcache.demo.stage import Stage
 
 pytestmark = [
@@ -57,21 +57,97 @@ def test_two_processes_share_a_document_and_the_hit_survives_a_killed_manager(tm
     assert processes_of(tmp_path) == []
 
 
+class FaultyPool:
+    """Stands for `VCacheEngine`: keeps the rows of one prompt, and hands them out with a fault."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.rows: list[Any] = []
+        self.fault: Callable[[list[Any]], None] = lambda rows: None
+
+    def store(self, tokens: list[int], *, kvcaches: list[Any], slot_mapping: Any) -> None:
+        self.tokens = tokens
+        self.rows = [tensor.flatten(1, 2)[:, slot_mapping] for tensor in kvcaches]
+
+    def flush(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def lookup(self, tokens: list[int]) -> int:
+        same = next((i for i, (ours, theirs) in enumerate(zip(self.tokens, tokens, strict=False)) if ours != theirs), 0)
+        return same // 256 * 256
+
+    def retrieve(self, tokens: list[int], *, kvcaches: list[Any], slot_mapping: Any) -> Any:
+        import torch
+
+        found = self.lookup(tokens)
+        rows = [tensor.clone() for tensor in self.rows]
+        self.fault(rows)
+        for tensor, row in zip(kvcaches, rows, strict=found > 0):
+            tensor.flatten(1, 2)[:, slot_mapping[:found]] = row[:, :found]
+        return torch.arange(len(tokens)) < found
+
+
+def no_fault(rows: list[Any]) -> None:
+    """The positive control of the negative ones."""
+
+
+def one_byte(rows: list[Any]) -> None:
+    """The exponent of one element of one layer's value of one token."""
+    import torch
+
+    element = rows[15][1, 600, 0].view(torch.uint8)
+    element[rows[15].element_size() - 1] ^= 0x40
+
+
+def first_chunk_everywhere(rows: list[Any]) -> None:
+    """Good bytes under wrong keys: what a wrong hit would deliver."""
+    for row in rows:
+        for start in range(256, row.shape[1], 256):
+            row[:, start : start + 256] = row[:, : min(256, row.shape[1] - start)]
+
+
 @pytest.fixture
-def worker(tmp_path: Path) -> Iterator[WorkerProcess]:
-    with WorkerProcess("worker 1", tmp_path) as process:
-        yield process
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other by spinning make this many times slower on a machine that is busy otherwise."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
-def test_wrong_bytes_in_the_pool_are_seen_as_wrong_answers(tmp_path: Path, worker: WorkerProcess) -> None:
-    """The negative control: the same process stores KV of one document and is handed it for another.
+@pytest.mark.usefixtures("one_thread")
+def test_wrong_bytes_show_as_wrong_answers() -> None:
+    """The negative control of every "equal" that the demo prints, with the model and the questions that it uses."""
+    from vcache.demo.worker import Worker
 
-    The second model revision stands for nothing but a lie to the namespace: both documents are stored under the keys of the
-    tokens that they have, so only a fault in keys or payloads could deliver the wrong one; here the fault is made by hand.
-    """
-    prepared = scenario._ask(worker, Prepare(device="cpu", cache_dir=str(model.cache_folder())), Prepared)
-    assert prepared.devices == ["cpu", "cpu"]
+    worker, pool = Worker(lambda reply: None), FaultyPool()
+    prepared = worker.handle(Prepare(device="cpu", cache_dir=str(model.cache_folder())))
+    assert isinstance(prepared, Prepared)
+    names = ("model_dir", "revision", "dtype")
+    worker.handle(Load(**{name: getattr(prepared, name) for name in names}, device="cpu", tokens=1000, block_size=16))
+    worker._engine = cast(Any, pool)
 
+    def ask(question: document.Question, *, cached: bool = True, store: bool = False) -> Answer:
+        answer = worker.handle(Ask(question=question.text, cached=cached, store=store, max_tokens=10))
+        assert isinstance(answer, Answer)
+        return answer
 
-def test_run_prints_the_table_and_returns_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`main.run` around a story that was played before: exit code and text for good and bad results."""
+    def play(fault: Callable[[list[Any]], None]) -> Results:
+        pool.fault = fault
+        shared = ask(document.SECOND_QUESTION)
+        return Results(first, control, shared, shared)
+
+    first = ask(document.FIRST_QUESTION, store=True)
+    control = ask(document.SECOND_QUESTION, cached=False)
+    good = play(no_fault)
+    assert problems(good) == []
+    assert good.shared.logits_digest == control.logits_digest
+    assert play(one_byte).shared.logits_digest != control.logits_digest
+    assert any("the answer differs" in line for line in problems(play(first_chunk_everywhere)))
+    pool.tokens = []
+    assert any("only 0 of" in line for line in problems(play(no_fault)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -101,6 +102,7 @@ def test_one_wrong_byte_shows(model: Any) -> None:
 
 def test_a_token_that_was_not_retrieved_cannot_pass(model: Any) -> None:
     source = memory(model)
+    assert all(bool(tensor.isnan().all()) for tensor in source.tensors)
     whole = run(model, source)
     target = memory(model, seed=4)
     copy_rows(source, target, 63)
@@ -125,3 +127,26 @@ def test_the_block_order_is_shuffled_and_slots_are_distinct(model: Any) -> None:
 )
 def test_steps_are_cut_at_the_same_places(start: int, end: int, expected: list[tuple[int, int]]) -> None:
     assert steps(start, end, 16) == expected
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_real_engine_between_two_paged_memories(model: Any, device: str) -> None:
+    """The demo in small: what one paged memory holds goes through the pool into another one with other blocks."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    from vcache import VCacheEngine
+    from vcache.config import ByteSize, CacheConfig, SegmentConfig, VCacheConfig
+
+    dtype = str(model.dtype).removeprefix("torch.")
+    spec = KVCacheSpec(model="tiny", dtype=dtype, num_layers=3, num_kv_heads=2, head_size=16)
+    network = copy.deepcopy(model).to(device)
+    source, target = (PagedMemory(spec, len(PROMPT) + 12, size, device=device, seed=size) for size in (8, 5))
+    whole = run(network, source)
+    segment = SegmentConfig(kind="host" if device == "cpu" else "cuda", size=ByteSize(4 << 20), slab_size=ByteSize(4 << 20))
+    with VCacheEngine(VCacheConfig(segment=segment, cache=CacheConfig(chunk_size=STEP)), spec) as engine:
+        engine.store(PROMPT, kvcaches=source.tensors, slot_mapping=source.slot_mapping[: len(PROMPT)])
+        other = PROMPT[:70]
+        assert engine.lookup(other) == 64
+        loaded = engine.retrieve(other, kvcaches=target.tensors, slot_mapping=target.slot_mapping[:70])
+        assert loaded.tolist() == [True] * 64 + [False] * 6
+    assert run(network, target, 64)[::2] == whole[::2]

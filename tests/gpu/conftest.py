@@ -59,3 +59,13 @@ def pool(place: Place) -> Iterator[Pool]:
     """A manager of this module's own, with a short quarantine."""
     with manager_process() as manager:
         yield Pool(manager.address, place)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Write down failures at once: a run that is cut off must not lose their texts."""
+    file = os.environ.get("VCACHE_GPU_RESULTS")
+    if file and report.failed:
+        with Path(file).open("a") as results:
+            results.write(
+                json.dumps({"test": report.nodeid, "failed": report.when, "text": report.longreprtext[-4000:]}) + "\n"
+            )

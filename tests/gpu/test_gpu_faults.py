@@ -14,6 +14,7 @@ import pytest
 from gpu_pool import MIB, SPEC, Place, Pool, wait_until
 
 from vcache.errors import VCacheError
+from vcache.manager.messages import ManagerApi
 
 pytestmark = [pytest.mark.gpu, pytest.mark.processes, pytest.mark.slow]
 
@@ -29,6 +30,15 @@ def big(place: Place) -> Any:
 def prompt_length(place: Place) -> int:
     """Tokens: 256 MiB of KV (on CPU 2 MiB)."""
     return 2048 if place.on_gpu else 512
+
+
+FIRST = 100_000
+"""Prompt with which `store_forever` begins; all of its prompts carry this one's KV."""
+
+
+def unfinished(api: ManagerApi) -> int:
+    """Slots that wait for their writer's end."""
+    return sum(each.slots_processing + each.slots_quarantined for each in api.stats().segments)
 
 
 def test_concurrent_pairs_while_the_pool_evicts(pool: Pool, record: Record) -> None:
@@ -61,8 +71,9 @@ def test_lender_killed_while_others_read_and_write(pool: Pool, place: Place, rec
                 writer.ask("store", prompt=prompt, tokens=tokens)
             reader.ask("retrieve", prompt=0, tokens=tokens)
             reader.tell("read_for", prompts=[0, 1, 2], tokens=tokens, seconds=3.0)
-            writer.tell("store_forever", first=100, tokens=tokens)
-            time.sleep(1.0)  # the length of the load, not a synchronisation
+            time.sleep(0.5)  # the length of the reader's load alone: the writer will soon evict what it reads
+            writer.tell("store_forever", first=FIRST, tokens=tokens)
+            time.sleep(0.5)  # the length of the load of both
             loaded = free_memory()
             os.kill(lender.pid, signal.SIGKILL)
             killed = time.perf_counter()
@@ -84,7 +95,7 @@ def test_lender_killed_while_others_read_and_write(pool: Pool, place: Place, rec
     assert found["longest"] < 5, "a retrieve hung"
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.31, 0.83])
+@pytest.mark.parametrize("delay", [0.05, 0.17, 0.31, 0.83])
 def test_writer_killed_in_the_middle(pool: Pool, place: Place, record: Record, free_memory: FreeMemory, delay: float) -> None:
     spec = big(place)
     tokens = prompt_length(place)
@@ -95,33 +106,43 @@ def test_writer_killed_in_the_middle(pool: Pool, place: Place, record: Record, f
         before = free_memory()
         with pool.worker(spec, blocks=256, name="victim") as victim:
             victim.ask("store", prompt=1, tokens=tokens)
-            victim.tell("store_forever", first=100, tokens=tokens)
-            time.sleep(delay)  # where in its work it is hit, not a synchronisation
-            victim.kill()
+            with pool.api() as api:
+                start = api.stats().counters
+                victim.tell("store_forever", first=FIRST, tokens=tokens)
+                wait_until(lambda: api.stats().counters["stored"] > start["stored"], 20, "the victim is storing")
+                time.sleep(delay)  # where in its work it is hit, not a synchronisation
+                victim.kill()
+                end = api.stats().counters
         if place.on_gpu:
             wait_until(lambda: free_memory() > before - 128 * MIB, 20, "the writer's own memory is free again")
         # Whatever the victim left: either right, or a miss.
-        seen = [reader.ask("retrieve", prompt=prompt, tokens=tokens, seed=prompt) for prompt in [1, *range(100, 130)]]
+        last = FIRST + (end["puts"] - start["puts"]) // (tokens // 256)
+        seen = [reader.ask("retrieve", prompt=1, tokens=tokens)]
+        for prompt in range(max(FIRST, last - 12), last + 4):
+            seen.append(reader.ask("retrieve", prompt=prompt, tokens=tokens, seed=prompt, content=FIRST))
+        with pool.api() as api:
+            interrupted = api.stats().counters["quarantines"] - start["quarantines"]
+        counters = {name: count for name, count in reader.ask("stats")["counters"].items() if count}
         # Its slots come back: everything can be stored and found by somebody else.
         with pool.worker(spec, blocks=256, name="heir") as heir:
             for prompt in range(200, 206):
                 heir.ask("store", prompt=prompt, tokens=tokens)
 
-            def all_slots_usable() -> bool:
-                with pool.api() as api:
-                    stats = api.stats()
-                return sum(each.slots_processing + each.slots_quarantined for each in stats.segments) == 0
-
-            released = wait_until(all_slots_usable, 15, "the dead writer's slots are released")
+            with pool.api() as api:
+                released = wait_until(lambda: unfinished(api) == 0, 15, "the dead writer's slots are released")
             heir.ask("store", prompt=300, tokens=tokens)
             found = reader.ask("retrieve", prompt=300, tokens=tokens)
     record(
         delay=delay,
+        prompts_stored=last - FIRST,
+        interrupted_slots=interrupted,
+        reader=counters,
         loaded_of_victim=sum(each["loaded"] for each in seen),
         slots_released_after_s=round(released, 3),
         free_MiB={"before": before >> 20, "after": free_memory() >> 20},
     )
     assert sum(each["wrong"] for each in seen) == 0
+    assert sum(each["loaded"] for each in seen) > 0
     assert max(each["seconds"] for each in seen) < 5, "a retrieve hung"
     assert (found["loaded"], found["wrong"]) == (tokens, 0)
 

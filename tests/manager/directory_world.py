@@ -23,7 +23,11 @@ from vcache.segment.slots import (
 
 SLAB_BYTES = slab_bytes_for(256, 4)
 TOKENS = 4
-CONFIG = dict(lease_ttl=8.0, ticket_ttl=8.0, quarantine=2.0, session_timeout=10.0)
+MAX_CHUNKS = 9
+CONFIG = {"lease_ttl": 8.0, "ticket_ttl": 8.0, "quarantine": 2.0, "session_timeout": 10.0}
+
+Places = dict[tuple[bytes, int, int], list[tuple[int, int]]]
+"""(segment, slab, slot) -> its bytes in the slab, as spans."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ class Client:
     slabs: dict[int, bytearray] = field(default_factory=dict)
     next_slab: int = 0
     wipes: list[WipeSlots] = field(default_factory=list)
-    lost: set[bytes] = field(default_factory=set)
+    lost: dict[bytes, None] = field(default_factory=dict)
 
 
 class World:
@@ -110,7 +114,8 @@ class World:
         self.epoch = 1000
         self.clients: list[Client] = []
         self.serial = 0
-        self.leases: dict[int, tuple[bytes, float, dict[tuple[bytes, int], list[tuple[int, int]]]]] = {}
+        self.leases: dict[int, tuple[bytes, float, dict[bytes, Places]]] = {}
+        """Number -> client, expiry, places that it protects, by chunk."""
         self.tops: dict[tuple[bytes, int], int] = {}
         self.banned: dict[bytes, bool] = {}
         self.gone: list[Flight] = []
@@ -189,10 +194,10 @@ class World:
         self.banned = {key: sure for key, sure in self.banned.items() if sure}
         self.start_manager()
         self.leases.clear()
-        # Nobody begins to write for a manager that is gone.
-        self.gone = [flight for flight in self.gone if flight.phase]
+        # Nobody begins to write for a manager that is gone; what is written stays a complete chunk.
+        self.gone = [flight for flight in self.gone if 0 < flight.phase < 4]
         for client in self.living:
-            client.flights = [flight for flight in client.flights if flight.phase]
+            client.flights = [flight for flight in client.flights if 0 < flight.phase < 4]
             client.connected = False
             client.wipes.clear()
 
@@ -209,7 +214,7 @@ class World:
                     client.wipes.append(push)
                 elif isinstance(push, WriterLost):
                     assert push.segment == client.uuid
-                    client.lost.add(push.client)
+                    client.lost[push.client] = None
                 elif isinstance(push, SegmentMounted | SegmentGone):
                     assert target is None or isinstance(push, SegmentMounted)
 
@@ -217,6 +222,9 @@ class World:
         """As the client sees it; it may go on writing what it has begun."""
         client.connected = False
         client.wipes.clear()
+        if client.uuid:
+            # What it was told to zero may stand until it is back, and a manager that restarts meanwhile knows nothing of it.
+            self.banned = dict.fromkeys(self.banned, False)
         self.void_leases(lambda lease: lease[0] == client.id)
         self.void_memory(client.uuid)
 
@@ -224,10 +232,11 @@ class World:
         self.leases = {number: lease for number, lease in self.leases.items() if not condition(lease)}
 
     def void_memory(self, uuid: bytes, slab: int | None = None) -> None:
-        """Leases do not protect what its lender takes away."""
-        for _, _, places in self.leases.values():
-            for place in [place for place in places if place[0] == uuid and slab in (None, place[1])]:
-                del places[place]
+        """Leases do not protect what its lender takes away, nor the other shards of such a chunk."""
+        for _, _, chunks in self.leases.values():
+            for key, places in list(chunks.items()):
+                if any(place[0] == uuid and slab in (None, place[1]) for place in places):
+                    del chunks[key]
 
     def connect(self, client: Client) -> None:
         """Hello: wait for our transfers first. Lenders mount at once."""
@@ -346,8 +355,8 @@ class World:
         for other in self.flights:
             if (other.uuid, other.slab) == (flight.uuid, flight.slab):
                 assert not overlap(other.spans, flight.spans), "I3: granted while another client may write there"
-        for _, _, places in self.leases.values():
-            for (uuid, slab, _), spans in places.items():
+        for _, _, chunks in self.leases.values():
+            for (uuid, slab, _), spans in [place for places in chunks.values() for place in places.items()]:
                 if (uuid, slab) == (flight.uuid, flight.slab):
                     assert not overlap(spans, flight.spans), "I3: granted while leased"
         # I4
@@ -417,16 +426,16 @@ class World:
             assert len(reply.locations) == (present if shard < variant.num_shards else 0)
             assert (reply.lease != 0) == bool(reply.locations)
             assert reply.lease not in self.leases
-        places: dict[tuple[bytes, int], list[tuple[int, int]]] = {}
+        chunks: dict[bytes, Places] = {}
         for key, location in zip(keys, reply.locations, strict=False):
             self.verify(variant.namespace, key, shard, location)
             for place in visible[key].places():
                 uuid = next(info.uuid for info in self.directory.segments() if info.number == place.segment)
                 geometry = slab_geometry(SLAB_BYTES, place.slot_bytes)
-                places[uuid, place.slab, place.slot] = spans_of(geometry, place.slot)
+                chunks.setdefault(key, {})[uuid, place.slab, place.slot] = spans_of(geometry, place.slot)
         if reply.lease and not lease:
             assert reply.expires_in == CONFIG["lease_ttl"]
-            self.leases[reply.lease] = (client.id, self.now + reply.expires_in, places)
+            self.leases[reply.lease] = (client.id, self.now + reply.expires_in, chunks)
         return reply.lease
 
     def release(self, number: int) -> None:
@@ -461,8 +470,8 @@ class World:
 
     # Removing and resizing
 
-    def ban(self, keys: list[bytes], tokens: list[int]) -> None:
-        """Removed keys must not come back, unless a write of them was under way. (Sure over a restart only if all were there.)"""
+    def ban(self, keys: list[bytes]) -> None:
+        """Removed keys must not come back, unless a write of them was under way. Sure over a restart only if all were there."""
         writing = {flight.header.key for flight in self.flights}
         sure = all(client.connected for client in self.living if client.uuid)
         for key in keys:
@@ -470,22 +479,22 @@ class World:
                 self.banned[key] = sure
 
     def remove(self, client: Client, variant: Variant, prompt: int, start: int) -> None:
-        keys = variant.keys(prompt, 6)[start:]
+        keys = variant.keys(prompt, MAX_CHUNKS)[start:]
         visible = self.directory._core.chunks.visible
         leased = {key for key in keys if key in visible and visible[key].pins}
-        reply = self.directory.remove(client.id, keys, self.now)
+        self.directory.remove(client.id, keys, self.now)
         assert not any(key in visible for key in keys if key not in leased)
-        self.ban([key for key in keys if key not in leased], reply.tokens)
+        self.ban([key for key in keys if key not in leased])
         self.settle()
 
     def clear(self, client: Client, variant: Variant | None) -> None:
-        reply = self.directory.clear(client.id, variant.namespace if variant else b"", self.now)
+        self.directory.clear(client.id, variant.namespace if variant else b"", self.now)
         chosen = [variant] if variant else VARIANTS
-        keys = [key for each in chosen for prompt in range(4) for key in each.keys(prompt, 6)]
+        keys = [key for each in chosen for prompt in range(4) for key in each.keys(prompt, MAX_CHUNKS)]
         assert not any(key in self.directory._core.chunks.visible for key in keys)
-        for record in [lease[2] for lease in self.leases.values()]:
-            record.clear()
-        self.ban(keys, reply.tokens)
+        for _, _, chunks in self.leases.values():
+            chunks.clear()
+        self.ban(keys)
         self.settle()
 
     def wipe(self, lender: Client) -> None:

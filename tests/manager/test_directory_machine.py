@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from directory_world import SLAB_BYTES, VARIANTS, World
+from directory_world import MAX_CHUNKS, SLAB_BYTES, VARIANTS, World
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -118,9 +118,11 @@ class DirectoryMachine(RuleBasedStateMachine):
     def read_present(self, who, which, shard, keep) -> None:
         """The whole prompt of some chunk that is there, or what follows its first missing one."""
         visible = self.world.directory._core.chunks.visible
-        places = [
-            (v, prompt, i) for v in VARIANTS for prompt in range(3) for i, key in enumerate(v.keys(prompt, 6)) if key in visible
-        ]
+        places = []
+        for candidate in VARIANTS:
+            for number in range(3):
+                keys = candidate.keys(number, MAX_CHUNKS)
+                places += [(candidate, number, index) for index, key in enumerate(keys) if key in visible]
         variant, prompt, index = pick(places, which)
         start = index
         while start and variant.keys(prompt, start)[-1] in visible:
@@ -196,14 +198,14 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(order=st.randoms(use_true_random=False), everybody=st.booleans())
     def restart(self, order, everybody) -> None:
         """The manager. If everybody comes back, nothing is lost."""
-        before = set(self.world.directory._core.chunks.visible)
+        before = list(self.world.directory._core.chunks.visible)
         wiping = any(lender.wipes for lender in self.lenders())
         self.world.restart_manager()
         clients = self.world.living
         order.shuffle(clients)
         for client in clients if everybody else clients[1:]:
             self.world.connect(client)
-        lost = before - set(self.world.directory._core.chunks.visible)
+        lost = [key for key in before if key not in self.world.directory._core.chunks.visible]
         assert wiping or not lost or not everybody
 
     @invariant()
@@ -223,7 +225,7 @@ class DirectoryMachine(RuleBasedStateMachine):
         for lender in world.living:
             world.connect(lender)
         for lender in world.living:
-            for client in lender.lost | {flight.client for flight in world.gone}:
+            for client in [*lender.lost, *(flight.client for flight in world.gone)]:
                 if client not in [other.id for other in world.living]:
                     world.importer_gone(lender, client)
         world.advance(9.0)
@@ -235,6 +237,6 @@ class DirectoryMachine(RuleBasedStateMachine):
 
 
 DirectoryMachine.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=300, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
 )
 TestDirectoryMachine = DirectoryMachine.TestCase

@@ -167,6 +167,20 @@ def test_slab_of_another_size_than_announced_is_refused(lent: Lent) -> None:
     assert lent.broker.request_unmap([0], 2) == {}
 
 
+def test_location_may_overtake_the_announcement_of_its_segment(lent: Lent) -> None:
+    timer = threading.Timer(0.05, lent.map.update, [lent.info])
+    timer.start()
+    slot = lent.map.pin(at(0))
+    timer.join()
+    assert slot is not None
+    lent.map.unpin(slot)
+    lent.map.forget_all()
+    began = time.monotonic()
+    for _ in range(20):
+        assert lent.map.pin(at(0)) is None
+    assert time.monotonic() - began < 1
+
+
 # -- once, and with others --------------------------------------------------------------------------------------------
 
 

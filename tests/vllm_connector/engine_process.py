@@ -102,8 +102,8 @@ class Engine:
         """Overwrite all that this process lends, headers too; number of bytes."""
         lender = self.worker()._store._resources.lender
         total = 0
-        for slab in lender.info().slabs:
-            memory = lender.slab(slab.index).mapped.buffer
+        for slab in lender.info.slabs:
+            memory = lender.slab(slab.index).buffer
             memory[:] = bytes([0x3D]) * len(memory)
             total += len(memory)
         return total

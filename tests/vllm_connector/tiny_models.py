@@ -89,6 +89,39 @@ def write_model(folder: Path, kind: str = "llama") -> Path:
     return folder
 
 
+def write_llama_weights(folder: Path, std: float = 0.08) -> None:
+    """The weights of the tiny Llama as a file, for engines whose workers are processes of their own."""
+    import torch
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * std
+
+    hidden, inner, vocabulary = LLAMA["hidden_size"], LLAMA["intermediate_size"], LLAMA["vocab_size"]
+    queries, keys = LLAMA["num_attention_heads"] * LLAMA["head_dim"], LLAMA["num_key_value_heads"] * LLAMA["head_dim"]
+    weights = {
+        "model.embed_tokens.weight": draw(vocabulary, hidden) * 10,
+        "model.norm.weight": torch.ones(hidden),
+        "lm_head.weight": draw(vocabulary, hidden),
+    }
+    for layer in range(LLAMA["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        weights |= {
+            f"{prefix}.self_attn.q_proj.weight": draw(queries, hidden),
+            f"{prefix}.self_attn.k_proj.weight": draw(keys, hidden),
+            f"{prefix}.self_attn.v_proj.weight": draw(keys, hidden),
+            f"{prefix}.self_attn.o_proj.weight": draw(hidden, queries),
+            f"{prefix}.mlp.gate_proj.weight": draw(inner, hidden),
+            f"{prefix}.mlp.up_proj.weight": draw(inner, hidden),
+            f"{prefix}.mlp.down_proj.weight": draw(hidden, inner),
+            f"{prefix}.input_layernorm.weight": torch.ones(hidden),
+            f"{prefix}.post_attention_layernorm.weight": torch.ones(hidden),
+        }
+    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
 def draw_strong_weights(std: float = 0.08) -> None:
     """Make `load_format="dummy"` draw N(0, std), the same in every process; vLLM's own +-1e-3 hides wrong KV."""
     import torch

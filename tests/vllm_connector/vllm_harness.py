@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -15,12 +16,14 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-needs_vllm = pytest.mark.skipif(
-    find_spec("vllm") is None,
-    reason="vLLM is not installed in this interpreter; python scripts/setup_vllm.py makes one that has it",
-)
 START = 120.0
 CHUNK = 64
+
+
+def require_vllm() -> None:
+    """Skip the module that calls this when its tests cannot run."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed in this interpreter; make test-vllm", allow_module_level=True)
 
 
 def connector(address: str, role: str = "kv_both", **extra: Any) -> dict[str, Any]:
@@ -38,6 +41,19 @@ def connector(address: str, role: str = "kv_both", **extra: Any) -> dict[str, An
         }
         | extra,
     }
+
+
+def managers(address: str) -> list[int]:
+    """Processes that serve an address."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            command = (folder / "cmdline").read_bytes().split(b"\0") if folder.name.isdigit() else []
+        except OSError:
+            continue
+        if b"serve" in command and address.encode() in command:
+            found.append(int(folder.name))
+    return found
 
 
 class EngineProcess:
@@ -63,6 +79,7 @@ class EngineProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=os.environ | settings | env,
+                start_new_session=True,
             )
 
     def call(self, do: str, timeout: float = 60.0, **arguments: Any) -> Any:
@@ -93,7 +110,9 @@ class EngineProcess:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
 
     def kill(self) -> None:
-        self.process.kill()
+        """End it and the workers it started."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(30)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:

@@ -65,9 +65,16 @@ class EngineWorker:
         seconds = _timed(work)
         return {"seconds": seconds, "tokens": int(found.sum()), "equal": self._equal(slots, self._slots(mapping, 11))}
 
-    def copy(self) -> dict[str, Any]:
-        """The plain copy: the same bytes from one contiguous buffer to another."""
-        return {"seconds": _timed(lambda: self._cache.copy_(self._reference))}
+    def copy(self, threads: int) -> dict[str, Any]:
+        """The plain copy: the same bytes from one contiguous buffer to another. `threads`: 0 = as many as torch likes."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or before)
+        try:
+            return {"seconds": _timed(lambda: self._cache.copy_(self._reference))}
+        finally:
+            torch.set_num_threads(before)
 
     def close(self) -> None:
         self._engine.close()

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .processes import Cores, pinned, stop
+from .processes import Cores, cpu_seconds, pinned, stop
 from .report import percentile
 
 _START_TIMEOUT = 20.0
@@ -48,7 +48,7 @@ def measure_mooncake(keys: list[bytes], keys_per_request: int, seconds: float, c
                 return MooncakeResult(
                     [], [f"mooncake_master did not start ({' '.join(words.read().split()[-20:])}); {_HOW_TO}"]
                 )
-            return _drive(rpc, len(keys), keys_per_request, seconds, cores)
+            return _drive(rpc, server.pid, len(keys), keys_per_request, seconds, cores)
         finally:
             stop(server)
 
@@ -58,10 +58,10 @@ def find_master() -> str | None:
     return shutil.which("mooncake_master", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))))
 
 
-def _drive(rpc: int, chunks: int, keys_per_request: int, seconds: float, cores: Cores) -> MooncakeResult:
+def _drive(rpc: int, server: int, chunks: int, keys_per_request: int, seconds: float, cores: Cores) -> MooncakeResult:
     """The client is a process of its own: its library starts threads and prints what it likes."""
     with pinned(cores.client):
-        arguments = [str(rpc), str(chunks), str(keys_per_request), str(seconds)]
+        arguments = [str(rpc), str(server), str(chunks), str(keys_per_request), str(seconds)]
         env = {**os.environ, "MC_LOG_LEVEL": "ERROR", "MC_TCP_BIND_ADDRESS": "127.0.0.1"}
         try:
             client = subprocess.run(
@@ -101,7 +101,7 @@ def _free_port() -> int:
 # -- the client process ------------------------------------------------------------------------------------------------
 
 
-def _client(rpc: int, chunks: int, keys_per_request: int, seconds: float) -> dict[str, Any]:
+def _client(rpc: int, server: int, chunks: int, keys_per_request: int, seconds: float) -> dict[str, Any]:
     import random
 
     from mooncake.store import MooncakeDistributedStore
@@ -116,12 +116,14 @@ def _client(rpc: int, chunks: int, keys_per_request: int, seconds: float) -> dic
     chosen = random.Random(2)
     requests = [chosen.sample(names, keys_per_request) for _ in range(256)]
     present = sum(1 for code in store.batch_is_exist(names) if code == 1)
-    rows = [_measure(store.batch_is_exist, requests, threads, seconds) for threads in _THREADS]
+    rows = [_measure(store.batch_is_exist, requests, threads, seconds, server) for threads in _THREADS]
     notes = [] if present == chunks else [f"Mooncake held {present:,} of {chunks:,} keys; absent keys are cheaper to answer"]
     return {"rows": rows, "notes": notes}
 
 
-def _measure(call: Callable[[list[str]], object], requests: list[list[str]], threads: int, seconds: float) -> dict[str, Any]:
+def _measure(
+    call: Callable[[list[str]], object], requests: list[list[str]], threads: int, seconds: float, server: int
+) -> dict[str, Any]:
     latencies: list[list[float]] = [[] for _ in range(threads)]
     start = threading.Barrier(threads + 1)
 
@@ -137,22 +139,30 @@ def _measure(call: Callable[[list[str]], object], requests: list[list[str]], thr
     workers = [threading.Thread(target=work, args=(own, 31 * i)) for i, own in enumerate(latencies)]
     for worker in workers:
         worker.start()
+    cpu = cpu_seconds(server)
     start.wait()
     began = time.perf_counter()
     for worker in workers:
         worker.join()
     elapsed = time.perf_counter() - began
+    cpu = cpu_seconds(server) - cpu
     every = [latency for own in latencies for latency in own]
     return {
         "server": "mooncake_master",
         "request": "batch_is_exist",
         "depth": threads,
         "keys_per_second": len(every) * len(requests[0]) / elapsed,
+        "keys_per_cpu_second": len(every) * len(requests[0]) / cpu if cpu else None,
         "p50_us": 1e6 * percentile(every, 0.5),
         "p99_us": 1e6 * percentile(every, 0.99),
     }
 
 
+def main(arguments: list[str]) -> None:
+    rpc, server, chunks, keys_per_request = map(int, arguments[:4])
+    print(json.dumps(_client(rpc, server, chunks, keys_per_request, float(arguments[4]))), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(_client(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))), flush=True)
+    main(sys.argv[1:])
     os._exit(0)  # the store's threads may hold up a normal exit for seconds

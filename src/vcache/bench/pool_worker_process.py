@@ -67,17 +67,20 @@ class Worker:
         self.engine.store(prompt_tokens(prompt, tokens), kvcaches=self.tensors, slot_mapping=slots)
         return {"seconds": time.perf_counter() - start}
 
-    def retrieve(self, prompt: int, tokens: int, mapping: str = "blocks", seed: int = 0, skip: int = 0) -> dict[str, Any]:
+    def retrieve(
+        self, prompt: int, tokens: int, mapping: str = "blocks", seed: int = 0, skip: int = 0, content: int = -1
+    ) -> dict[str, Any]:
         """Retrieve into rows that held something else. `loaded`: tokens reported; `wrong`: of these, how many hold other bytes
-        than the prompt's."""
+        than the prompt's (or those of prompt `content`)."""
+        content = prompt if content < 0 else content
         slots = self._mapping(tokens, mapping, seed)
-        kv_pattern.write(self.tensors, self.layout, self.spec, slots, prompt + _OTHER)
+        kv_pattern.write(self.tensors, self.layout, self.spec, slots, content + _OTHER)
         self._settle()
         mask = [i >= skip for i in range(tokens)] if skip else None
         start = time.perf_counter()
         flags = self.engine.retrieve(prompt_tokens(prompt, tokens), mask, kvcaches=self.tensors, slot_mapping=slots)
         seconds = time.perf_counter() - start
-        good = kv_pattern.matches(self.tensors, self.layout, self.spec, slots, prompt)
+        good = kv_pattern.matches(self.tensors, self.layout, self.spec, slots, content)
         return {"seconds": seconds, "loaded": int(flags.sum()), "wrong": int((flags & ~good).sum())}
 
     def retrieve_beside(self, prompt: int, tokens: int, mapping: str, seed: int, skip: int = 0) -> dict[str, Any]:
@@ -184,10 +187,14 @@ class Worker:
         return total
 
     def store_forever(self, first: int, tokens: int) -> dict[str, Any]:
-        """Store prompt after prompt until the process is killed."""
+        """Store prompt after prompt until the process is killed, all with the KV of prompt `first`, so that nearly all of the
+        time goes into storing."""
+        slots = self._mapping(tokens, "blocks", 0)
+        kv_pattern.write(self.tensors, self.layout, self.spec, slots, first)
+        self._settle()
         prompt = first
         while True:
-            self.store(prompt, tokens)
+            self.engine.store(prompt_tokens(prompt, tokens), kvcaches=self.tensors, slot_mapping=slots)
             prompt += 1
 
     def lookup(self, prompt: int, tokens: int) -> dict[str, Any]:

@@ -51,6 +51,10 @@ def serve(
     eviction: Annotated[
         Literal["lru", "sieve"] | None, typer.Option(help="Which chunks go first when the pool is full.")
     ] = None,
+    with_mooncake: Annotated[
+        bool,
+        typer.Option("--with-mooncake", help="Also run a mooncake_master, at storage.options.master (127.0.0.1:50051)."),
+    ] = False,
 ) -> None:
     """Run the manager, one for each host.
 
@@ -60,7 +64,7 @@ def serve(
     from .serve import serve_until_stopped
 
     manager = {"address": address, "metrics_port": metrics_port, "eviction": eviction}
-    serve_until_stopped(load_config(config, manager=manager))
+    serve_until_stopped(load_config(config, manager=manager), with_mooncake=with_mooncake)
 
 
 @app.command()
@@ -72,25 +76,48 @@ def lend(
         typer.Option(help="Memory to lend: VRAM of a GPU, host memory, or (auto) VRAM where there is a usable GPU."),
     ] = None,
     size: Annotated[
-        ByteSize | None, typer.Option(parser=parse_size, metavar="SIZE", help="How much, such as 2GiB. Default: segment.size.")
+        ByteSize | None,
+        typer.Option("--size", parser=parse_size, metavar="SIZE", help="How much, such as 2GiB. Default: segment.size."),
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="N|GPU-UUID", help="Which GPU, by number or UUID. Default: the first.")
     ] = None,
     slab_size: Annotated[
         ByteSize | None,
-        typer.Option(parser=parse_size, metavar="SIZE", help="Unit of growth and return. Default: segment.slab_size."),
+        typer.Option(
+            "--slab-size", parser=parse_size, metavar="SIZE", help="Unit of growth and return. Default: segment.slab_size."
+        ),
     ] = None,
     address: Address = None,
     prefault: Annotated[
         bool, typer.Option("--prefault", help="Touch all host memory now: slower start, faster first writes.")
     ] = False,
     name: Annotated[str | None, typer.Option(metavar="TEXT", help="Shown in `vcache status`. Default: lend-PID.")] = None,
+    tier: Annotated[
+        Literal["pool", "storage"],
+        typer.Option(help="Lend to the pool of this host, or to the Mooncake store at storage.options.master."),
+    ] = "pool",
 ) -> None:
     """Lend memory to the pool until Ctrl-C or SIGTERM.
 
-    A process of its own that holds the chunks: engines come and go, and so may the manager, without losing one.
+    A process of its own that holds the chunks: engines come and go, and so may the manager, without losing one. With
+    --tier storage it lends this host's memory to Mooncake instead; that needs no manager and no GPU.
     """
+    if tier == "storage":
+        from .lend_storage import lend_storage_until_stopped
+
+        pool_only = {
+            "--kind": kind,
+            "--device": device,
+            "--slab-size": slab_size,
+            "--prefault": prefault or None,
+            "--name": name,
+        }
+        wrong = [option for option, value in pool_only.items() if value is not None]
+        if wrong:
+            raise typer.BadParameter(f"{', '.join(wrong)}: only without --tier storage")
+        lend_storage_until_stopped(load_config(config, manager={"address": address}, segment={"size": size}))
+        return
     from .lend import lend_until_stopped
 
     segment = {"kind": kind, "size": size, "slab_size": slab_size}
@@ -118,7 +145,8 @@ def status(
 def resize(
     segment: Annotated[str, typer.Argument(metavar="SEGMENT", help="UUID of the segment, or the first digits of it.")],
     size: Annotated[
-        ByteSize, typer.Option(parser=parse_size, metavar="SIZE", help="New size, such as 1GiB. Rounded to whole slabs.")
+        ByteSize,
+        typer.Option("--size", parser=parse_size, metavar="SIZE", help="New size, such as 1GiB. Rounded to whole slabs."),
     ],
     config: ConfigFile = None,
     address: Address = None,

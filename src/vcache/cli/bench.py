@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _FILE_WIDTH = 140
 _ONE_GIB = ByteSize(2**30)
+_QUARTER_GIB = ByteSize(2**28)
 
 bench = typer.Typer(
     help="Measure VCache beside what it must be compared with.",
@@ -59,6 +60,27 @@ def memory(
 
     with _progress() as progress:
         report = bench_memory(chunks, progress)
+    _finish(report, json, csv)
+
+
+@bench.command()
+@guarded
+def storage(
+    size: Annotated[
+        ByteSize, typer.Option(parser=parse_size, metavar="SIZE", help="Bytes moved in each round.")
+    ] = _QUARTER_GIB,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
+    json: JsonFile = None,
+    csv: CsvFile = None,
+) -> None:
+    """Storage tier: put and get, beside raw Mooncake.
+
+    Starts a mooncake_master and a lender of its own; batched calls with the same buffers, in turns. Needs Mooncake.
+    """
+    from ..bench.storage import bench_storage
+
+    with _progress() as progress:
+        report = bench_storage(size, rounds, progress)
     _finish(report, json, csv)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
-import shutil
 import socket
 import struct
 import sys
@@ -15,13 +14,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..config import ByteSize, VCacheConfig, sections
-from ..errors import ManagerUnavailableError, SegmentError, VCacheError
+from ..errors import ConfigError, ManagerUnavailableError, SegmentError, StorageError, VCacheError
 from ..manager.address import parse_address
-from .checks import Check, Checker, adopt
+from .checks import Check, Checker, Status, adopt
 from .options import default_address, socket_folder
 
 _OTHER_VARIABLES = {"VCACHE_CONFIG", "VCACHE_TOKEN", "VCACHE_LOG_LEVEL"}
 _MIB = 2**20
+_STORE_TIMEOUT = 15.0
 
 
 def python(_: VCacheConfig) -> Iterator[Check]:
@@ -235,10 +235,36 @@ def mooncake(config: VCacheConfig) -> Iterator[Check]:
             name, "fail" if wanted else "warn", f"{detail}, but libibverbs.so.1 is missing", why, "apt install libibverbs1"
         )
         return
-    master = shutil.which(
-        "mooncake_master", path=os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
-    )
+    from ..storage.mooncake_options import find_master
+
+    master = find_master()
     yield Check(name, "ok", f"{detail}, libibverbs, mooncake_master {'at ' + master if master else 'not on the path'}")
+    yield from _mooncake_store(config, wanted)
+
+
+def _mooncake_store(config: VCacheConfig, wanted: bool) -> Iterator[Check]:
+    """The master, and a put and a get. Asks nobody unless the configuration says so: `storage.kind`, or a master is named."""
+    from ..storage.mooncake_options import MooncakeOptions, reachable
+    from ..storage.mooncake_trial import try_store
+
+    if not wanted and "master" not in config.storage.options:
+        return
+    name = "Mooncake store"
+    bad: Status = "fail" if wanted else "warn"
+    why = "chunks of the storage tier are misses"
+    try:
+        options = MooncakeOptions.parse(config.storage.options)
+        if not reachable(options.address):
+            advice = "start it: vcache serve --with-mooncake (or mooncake_master), and check storage.options.master"
+            yield Check(name, bad, f"no master answers at {options.master}", why, advice)
+            return
+        try_store(options, _STORE_TIMEOUT, transfer=True)
+    except ConfigError as error:
+        yield Check(name, "fail", str(error), why, "correct storage.options")
+    except StorageError as error:
+        yield Check(name, bad, str(error), why, "lend memory to it: vcache lend --tier storage --size SIZE")
+    else:
+        yield Check(name, "ok", f"master at {options.master}: a put and a get work")
 
 
 def _versions(names: Sequence[str]) -> dict[str, str]:

@@ -47,7 +47,15 @@ def render(results: Results, block_sizes: tuple[int, int], questions: tuple[str,
     control = results.control
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("run", no_wrap=True)
-    for heading in ("prompt\ntokens", "hit\ntokens", "first\ntoken", "speed\nup", "retrieve", "tokens\nequal", "logits\nequal"):
+    for heading in (
+        "prompt\ntokens",
+        "hit\ntokens",
+        "first\ntoken",
+        "speed\nup",
+        "retrieve\nGB/s",
+        "tokens\nequal",
+        "logits\nequal",
+    ):
         table.add_column(heading, justify="right")
     rows = (
         ("worker 1: stores", results.first, False),
@@ -87,7 +95,7 @@ def _seconds(value: float) -> str:
 
 
 def _speed(run: Answer) -> str:
-    return f"{run.retrieved_bytes / run.retrieve / 1e9:.2f} GB/s"
+    return f"{run.retrieved_bytes / run.retrieve / 1e9:.2f}"
 
 
 def _yes(equal: bool) -> Text:

@@ -13,18 +13,15 @@ from .messages import Progress as Moved
 
 
 class Step:
-    """A step under way; `note` adds to the line that is printed when it is done."""
+    """A step under way; `note` adds a line below the one that is printed when it is done."""
 
     def __init__(self, bar: Progress, text: str) -> None:
         self._bar = bar
-        self._text = text
         self._task = bar.add_task(text, total=None)
         self.notes: list[str] = []
 
     def moved(self, progress: Moved) -> None:
-        self._bar.update(
-            self._task, description=f"{self._text}: {progress.what}", completed=progress.done, total=progress.total
-        )
+        self._bar.update(self._task, description=progress.what, completed=progress.done, total=progress.total)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -44,5 +41,6 @@ class Stage:
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
             step = Step(bar, text)
             yield step
-        note = f"  [dim]{', '.join(step.notes)}[/dim]" if step.notes else ""
-        self.console.print(f"[green]done[/green] {time.monotonic() - began:5.1f} s  {text}{note}", highlight=False)
+        self.console.print(f"[green]done[/green] {time.monotonic() - began:5.1f} s  {text}", highlight=False)
+        for note in step.notes:
+            self.console.print(f"              [dim]{note}[/dim]", highlight=False)

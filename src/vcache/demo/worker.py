@@ -108,7 +108,7 @@ class Worker:
 
         # The KV must outlive this process, so it lends nothing itself: all of it lies in the lender's memory.
         config = VCacheConfig(manager=ManagerConfig(address=request.address), segment=SegmentConfig(lend=False))
-        self._engine = VCacheEngine(config, self._loaded().spec, name=f"demo-worker-{os.getpid()}")
+        self._engine = VCacheEngine(config, self._loaded().spec, device=self._device, name=f"demo-worker-{os.getpid()}")
         return Connected()
 
     def _ask(self, request: Ask) -> Answer:
@@ -158,7 +158,7 @@ class Worker:
             step=STEP,
             max_tokens=max_tokens,
             end_token=loaded.tokenizer.eos_token_id,
-            on_step=lambda done: self._send(Progress(what="computing the prompt", done=done, total=total)),
+            on_step=lambda done: self._send(Progress(what="computing the prompt's KV", done=done, total=total)),
         )
 
     def _prompt(self, question: str) -> list[int]:

@@ -9,7 +9,7 @@ from functools import lru_cache
 from ..errors import IntegrityError
 from ..segment.slots import SegmentInfo, SlabGeometry, SlabInfo, SlotLocation, slab_geometry
 from .messages import Placement
-from .records import FREE, USED, Owner, Record, state_of
+from .records import FREE, USED, Owner, Record, Wipe, state_of
 
 MAX_SLOTS = 1 << 20
 """A slab that would hold more is not used for that slot size: its tables would cost more than it is worth."""
@@ -80,6 +80,12 @@ class Slab:
         self.stale.pop(slot, None)
         self.buried.clear()
 
+    def is_doomed(self) -> bool:
+        """Whether headers of removed chunks may be in its memory, to be zeroed now or later. O(slots)."""
+        if None in self.stale.values() or None in self.buried.values():
+            return True
+        return any(isinstance(owner, Wipe) for owner in self.owners)
+
     def layout(self, geometry: SlabGeometry, format_generation: int) -> None:
         """Forget all slots and start with free ones of this geometry."""
         self.geometry = geometry
@@ -91,9 +97,10 @@ class Slab:
         """Rebuild the free list and the counts from the owners."""
         owners = self.owners
         self.free = array("I", (slot for slot in range(len(owners) - 1, -1, -1) if owners[slot] is None))
-        self.counts = [0, 0, 0, 0]
+        self.counts = [len(self.free), 0, 0, 0]
         for owner in owners:
-            self.counts[state_of(owner)] += 1
+            if owner is not None:
+                self.counts[state_of(owner)] += 1
 
     def location(self, slot: int, tokens: int, generation: int) -> SlotLocation:
         assert self.segment is not None

@@ -14,7 +14,7 @@ from .chunks import ChunkTable
 from .eviction import make_policy
 from .leases import LeaseTable
 from .messages import Push, Role, WipeSlots
-from .records import Record, Space, Wipe, state_of
+from .records import FREE, Record, Space, Wipe, state_of
 from .writes import WriteTable
 
 WIPE_BATCH = 1024
@@ -96,8 +96,10 @@ class Core:
         self.writes = WriteTable()
         self.counters = Counters()
         self.outbox: list[Instruction] = []
-        self.wiping: dict[int, set[Wipe]] = {}
-        """Outstanding wipes, by token."""
+        self.wiping: dict[int, dict[Wipe, None]] = {}
+        """Outstanding wipes, by token; in order, because the same events must always have the same effects."""
+        self._deferred: dict[int, list[Slab]] = {}
+        """Removals whose headers cannot be zeroed yet because somebody writes in these slabs, by token."""
         self._last_token = 0
         self.clock = 1
         """Coarse time of use: eighths of a second."""
@@ -157,10 +159,13 @@ class Core:
             assert slab.segment is not None
             by_segment.setdefault(slab.segment.number, []).append((slab, slot))
         tokens: list[int] = []
+        claimed: dict[int, Slab] = {}
         for places in by_segment.values():
             for start in range(0, len(places), WIPE_BATCH):
                 batch = places[start : start + WIPE_BATCH]
-                tokens.append(self._wipe(batch, batch))
+                tokens.append(self._hold_for_wipe(batch, batch, claimed))
+        for slab in claimed.values():
+            self.allocator.recount(slab)
         return tokens
 
     def wipe_slab(self, slab: Slab, headers: list[int]) -> list[int]:
@@ -168,27 +173,25 @@ class Core:
         may be payload now."""
         if not headers:
             return []
-        return [self._wipe([(slab, slot) for slot in range(slab.slots)], [(slab, slot) for slot in headers])]
+        holds = [(slab, slot) for slot in range(slab.slots)]
+        token = self._hold_for_wipe(holds, [(slab, slot) for slot in headers], {})
+        self.allocator.recount(slab)
+        return [token]
 
-    def _wipe(self, holds: list[tuple[Slab, int]], headers: list[tuple[Slab, int]]) -> int:
-        """Both in slabs of one segment."""
+    def _hold_for_wipe(self, holds: list[tuple[Slab, int]], headers: list[tuple[Slab, int]], claimed: dict[int, Slab]) -> int:
+        """Both in slabs of one segment. Adds slabs whose free slots were taken to `claimed`: they must be recounted."""
         self._last_token = token = self._last_token + 1
-        holders = self.wiping[token] = set()
-        claimed: dict[int, Slab] = {}
+        holders = self.wiping[token] = {}
         segment = holds[0][0].segment
         assert segment is not None
         for slab, slot in holds:
-            owner = slab.owners[slot]
-            wipe = Wipe(slab, slot, token)
-            holders.add(wipe)
-            before = state_of(owner)
-            slab.owners[slot] = wipe
-            if owner is None:
-                claimed[slab.index] = slab
+            before = state_of(slab.owners[slot])
+            wipe = slab.owners[slot] = Wipe(slab, slot, token)
+            holders[wipe] = None
+            if before == FREE:
+                claimed[id(slab)] = slab
             else:
                 self.allocator.change(slab, slot, before)
-        for slab in claimed.values():
-            self.allocator.recount(slab)
         for slab, slot in headers:
             slab.stale.pop(slot, None)
             slab.buried.pop(slot, None)
@@ -196,6 +199,29 @@ class Core:
         offsets = [(slab.index, HEADER_BYTES * (1 + slot)) for slab, slot in headers]
         self.push(segment.info.owner, WipeSlots(token=token, segment=segment.info.uuid, slots=offsets))
         return token
+
+    def defer_wipe(self, slabs: list[Slab]) -> list[int]:
+        """Headers of removed chunks in these slabs (traces of None) must be zeroed, or voided by the writes that are under way
+        there; a token to wait for that."""
+        if not slabs:
+            return []
+        self._last_token = token = self._last_token + 1
+        self._deferred[token] = slabs
+        return [token]
+
+    def outstanding(self, token: int) -> bool:
+        """Whether headers of removed chunks are still in the memory of a mounted segment. O(slots) for deferred wipes."""
+        slabs = self._deferred.get(token)
+        if slabs is None:
+            return token in self.wiping
+        if any(slab.segment is not None and slab.is_doomed() for slab in slabs):
+            return True
+        del self._deferred[token]
+        return False
+
+    def count_outstanding(self) -> int:
+        """Tokens that are outstanding."""
+        return len(self.wiping) + sum(self.outstanding(token) for token in list(self._deferred))
 
     def end_wipe(self, wipe: Wipe) -> None:
         """One slot is clean, or its memory is gone."""
@@ -207,7 +233,7 @@ class Core:
         """Nobody needs to wait for this slot any more."""
         holders = self.wiping.get(wipe.token)
         if holders is not None:
-            holders.discard(wipe)
+            holders.pop(wipe, None)
             if not holders:
                 del self.wiping[wipe.token]
 

@@ -154,13 +154,14 @@ class LruPolicy(EvictionPolicy):
         if queue is None:
             return None
         record, steps, seen, count = queue.end.newer, 0, 0, queue.size
-        while record is not None and record is not queue.end and seen < 2 * count and steps < MAX_STEPS:
+        while record is not None and record is not queue.end and seen < 4 * count and steps < MAX_STEPS:
             following = record.newer
             tail, depth = tail_of(record)
             if evictable(tail, allowed):
                 if tail.used <= record.used or tail.queue is not queue:
                     return tail
                 self._lift(record, tail)
+                following = queue.end.newer
             elif tail.pins or tail.children or not tail.packed:
                 # In use, or something below it is: as good as used now. Keeps later searches short.
                 queue.remove(record)

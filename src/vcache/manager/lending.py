@@ -138,7 +138,7 @@ class Lending:
 
     def wiped(self, client: bytes, token: int) -> None:
         """See `ManagerApi.wiped`. Unknown tokens and those of other lenders are ignored."""
-        holders = self._core.wiping.get(token, set())
+        holders = self._core.wiping.get(token, {})
         for wipe in list(holders):
             segment = wipe.slab.segment
             if segment is not None and segment.info.owner == client:

@@ -127,12 +127,13 @@ class _Placer:
         )
 
     def _hot_slots(self, slab: Slab, used: int) -> int | None:
-        """Slots used since `used`; None when one of them must stay."""
-        hot = 0
+        """Slots used since `used`; None when one of them must stay. Emptying a slab of another slot size may part a prompt's
+        tail from its head; of our own it would be the prompt that we are asked to extend."""
+        hot, own = 0, slab.geometry is not None and slab.geometry.stride == self.stride
         for owner in slab.owners:
             self._budget -= 1
             if isinstance(owner, Record):
-                if owner.pins:
+                if owner.pins or (own and owner.children):
                     return None
                 hot += owner.used >= used
             elif owner is not None:
@@ -318,15 +319,15 @@ class PutDesk:
             if not pending.parts:
                 self._core.chunks.abandon(pending)
 
-    def writer_lost(self, client: bytes) -> set[Segment]:
+    def writer_lost(self, client: bytes) -> list[Segment]:
         """A session ended without goodbye: its writes wait in quarantine. Segments in which any wait."""
-        waiting: set[Segment] = set()
+        waiting: dict[Segment, None] = {}
         for write in self._core.writes.of(client):
             if write.state == PROCESSING:
                 self.lapse(write)
             if write.slab.segment is not None:
-                waiting.add(write.slab.segment)
-        return waiting
+                waiting[write.slab.segment] = None
+        return list(waiting)
 
     def writer_idle(self, client: bytes) -> None:
         """The client says that it has no writes in flight (hello or goodbye)."""

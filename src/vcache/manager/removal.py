@@ -29,10 +29,10 @@ class Removal:
     def remove(self, keys: Iterable[bytes]) -> tuple[int, list[int]]:
         """Forget unleased chunks: their number, and the tokens of the wipes to wait for. O(slabs)."""
         visible = self._core.chunks.visible
-        names = {key for key in keys if key not in visible or not visible[key].pins}
+        names = {key: None for key in keys if key not in visible or not visible[key].pins}
         for key in names:
             self._note(key)
-        return self._erase([visible[key] for key in names if key in visible], names, b"")
+        return self._erase([visible[key] for key in names if key in visible], set(names), b"")
 
     def clear(self, namespace: bytes) -> tuple[int, list[int]]:
         """Forget all chunks (of one namespace), leased ones too: their number, and the tokens of the wipes to wait for."""
@@ -57,6 +57,7 @@ class Removal:
         core = self._core
         slots: list[tuple[Slab, int]] = []
         tokens: list[int] = []
+        deferred: list[Slab] = []
         for record in victims:
             slots += [(core.allocator.slab_at(place), place.slot) for place in record.places()]
             core.chunks.hide(record)
@@ -72,8 +73,10 @@ class Removal:
                     slots.append((slab, slot))
                 else:
                     slab.stale[slot] = None
+            if None in slab.stale.values() or None in slab.buried.values():
+                deferred.append(slab)
         core.counters.removed += len(victims)
-        return len(victims), tokens + core.wipe(slots)
+        return len(victims), tokens + core.wipe(slots) + core.defer_wipe(deferred)
 
 
 def _matches(traces: dict[int, Traces], keys: set[bytes] | None, namespace: bytes) -> list[int]:

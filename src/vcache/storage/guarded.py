@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import StorageDeadlineError, StorageError
 from ..keys import CacheKey
@@ -17,33 +18,45 @@ from .base import StorageTier
 
 T = TypeVar("T")
 
+LOOKUP_SHARE = 0.2
+"""Part of the deadline that a look-up may take: it moves no bytes, and stands before every request."""
+WRITE_FACTOR = 10
+"""Writes, which nobody waits for, may take this many times the deadline."""
+_PROBE_KEY = CacheKey(bytes(16), bytes(16))
+_MAX_COOLDOWN = 4.0
+
 
 class GuardedStorage(StorageTier):
-    """Runs another tier's calls in threads of its own. A call that outlasts the deadline is left behind and raises; after
-    some failures calls raise at once, until a probe succeeds. Reads (`prefix`, `get`) and writes (`put`, `remove`) have
-    threads of their own, so that a slow write does not delay a look-up."""
+    """Runs another tier's calls in threads of its own. A call that outlasts its deadline is left behind and raises; after
+    some failures calls raise at once. Then look-ups for a key that nobody has, in the background, find out when the tier is
+    well again: no caller waits for a probe. Reads (`prefix`, `get`) and writes (`put`, `remove`) have threads of their own, so
+    that a slow write does not delay a look-up. The threads do not hold up the end of the process."""
 
     def __init__(self, tier: StorageTier, deadline: float, *, breaker: CircuitBreaker | None = None, threads: int = 2) -> None:
-        """`deadline`: seconds that a read may take; writes, which nobody waits for, may take ten times as long."""
+        """`deadline`: seconds that a `get` may take. `threads`: reads at a time."""
         self._tier = tier
         self._deadline = deadline
-        self.breaker = breaker or CircuitBreaker(time.monotonic, threshold=2, cooldown=1.0, jitter=random.random)
-        self._reads = ThreadPoolExecutor(threads, thread_name_prefix="vcache-storage-read")
-        self._writes = ThreadPoolExecutor(1, thread_name_prefix="vcache-storage-write")
+        self.breaker = breaker or CircuitBreaker(
+            time.monotonic, threshold=2, cooldown=0.5, max_cooldown=_MAX_COOLDOWN, jitter=random.random
+        )
+        self._reads = _Lane("read", threads)
+        self._writes = _Lane("write", 1)
+        self._probes = _Lane("probe", 1)
+        self._probe: Future[int] | None = None
         self._lock = threading.Lock()
         self._closed = False
 
     def prefix(self, keys: Sequence[CacheKey], shard: int) -> int:
-        return self._call(self._reads, "look-up", self._deadline, lambda: self._tier.prefix(keys, shard))
+        return self._call(self._reads, "look-up", LOOKUP_SHARE * self._deadline, lambda: self._tier.prefix(keys, shard))
 
     def get(self, keys: Sequence[CacheKey], shard: int, buffers: Sequence[memoryview]) -> list[int]:
         return self._call(self._reads, "get", self._deadline, lambda: self._tier.get(keys, shard, buffers))
 
     def put(self, keys: Sequence[CacheKey], shard: int, values: Sequence[memoryview]) -> list[bool]:
-        return self._call(self._writes, "put", 10 * self._deadline, lambda: self._tier.put(keys, shard, values))
+        return self._call(self._writes, "put", WRITE_FACTOR * self._deadline, lambda: self._tier.put(keys, shard, values))
 
     def remove(self, keys: Sequence[CacheKey], shard: int) -> None:
-        self._call(self._writes, "remove", 10 * self._deadline, lambda: self._tier.remove(keys, shard))
+        self._call(self._writes, "remove", WRITE_FACTOR * self._deadline, lambda: self._tier.remove(keys, shard))
 
     def register(self, buffer: memoryview) -> None:
         self._tier.register(buffer)
@@ -57,19 +70,19 @@ class GuardedStorage(StorageTier):
             if self._closed:
                 return
             self._closed = True
-        self._reads.shutdown(wait=False, cancel_futures=True)
-        self._writes.shutdown(wait=False, cancel_futures=True)
+        for lane in (self._reads, self._writes, self._probes):
+            lane.close()
         closer = threading.Thread(target=self._tier.close, name="vcache-storage-close", daemon=True)
         closer.start()
         closer.join(self._deadline)
 
-    def _call(self, executor: ThreadPoolExecutor, what: str, deadline: float, work: Callable[[], T]) -> T:
-        if not self.breaker.allow():
+    def _call(self, lane: _Lane, what: str, deadline: float, work: Callable[[], T]) -> T:
+        if self._closed:
+            raise StorageError(f"storage {what}: already closed")
+        if self.breaker.state != "closed":
+            self._probe_when_due()
             raise StorageError(f"storage {what}: bypassed after repeated failures, next try in {self.breaker.retry_in():.1f} s")
-        try:
-            future: Future[T] = executor.submit(work)
-        except RuntimeError:
-            raise StorageError(f"storage {what}: already closed") from None
+        future = lane.submit(work)
         try:
             result = future.result(deadline)
         except FutureTimeout:
@@ -84,3 +97,48 @@ class GuardedStorage(StorageTier):
             raise
         self.breaker.success()
         return result
+
+    def _probe_when_due(self) -> None:
+        with self._lock:
+            if self._closed or (self._probe is not None and not self._probe.done()) or not self.breaker.allow():
+                return
+            self._probe = self._probes.submit(lambda: self._tier.prefix([_PROBE_KEY], 0))
+        self._probe.add_done_callback(self._probed)
+
+    def _probed(self, probe: Future[int]) -> None:
+        if probe.cancelled() or probe.exception() is not None:
+            self.breaker.failure()
+        else:
+            self.breaker.success()
+
+
+class _Lane:
+    """Daemon threads that work off a queue. (Those of `ThreadPoolExecutor` are waited for at the end of the process.)"""
+
+    def __init__(self, name: str, threads: int) -> None:
+        self._threads = threads
+        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        for number in range(threads):
+            threading.Thread(target=self._run, name=f"vcache-storage-{name}-{number}", daemon=True).start()
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        self._work.put((future, work))
+        return future
+
+    def close(self) -> None:
+        """Threads end after what they are doing and what is queued."""
+        for _ in range(self._threads):
+            self._work.put(None)
+
+    def _run(self) -> None:
+        while (item := self._work.get()) is not None:
+            future, work = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = work()
+            except BaseException as error:  # noqa: BLE001 - it belongs to the caller
+                future.set_exception(error)
+            else:
+                future.set_result(result)

@@ -1,79 +1,77 @@
 """The storage tier on a Mooncake store: DRAM and SSD of other hosts and DPUs, found through a `mooncake_master`.
 
-Needs `vcache[mooncake]` and, with its wheels, the system library `libibverbs1`. Written against 0.3.13 and 0.3.14. Calls block
-for as long as Mooncake takes (4.3 s each while the master is dead): wrap it in `GuardedStorage`.
+Needs `vcache[mooncake]` and, with its wheels, the system library `libibverbs1`. The process that uses it lends nothing to the
+store: that is what `vcache lend --tier storage` does, in a process of its own.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
+import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from ..config import ByteSize, StorageConfig
-from ..errors import ConfigError, StorageError
+from ..config import StorageConfig
+from ..errors import StorageError, VCacheError
 from ..keys import CacheKey
 from .base import StorageTier
+from .mooncake_options import MooncakeOptions, load_store, reachable, replicate_config
+from .mooncake_trial import try_store
+
+logger = logging.getLogger("vcache.storage")
 
 NOT_FOUND = -704
 ALREADY_EXISTS = -705
 NO_SPACE = -200
-_OPTIONS = {
-    "master": "127.0.0.1:50051",
-    "metadata": "P2PHANDSHAKE",
-    "protocol": "tcp",
-    "devices": "",
-    "hostname": "127.0.0.1",
-    "segment": "0",
-    "buffer": "64MiB",
-    "prefix": "vcache",
-}
-"""`storage.options` and their defaults. `segment`: bytes of this process's memory lent to Mooncake; `buffer`: its own transfer
-buffer. `P2PHANDSHAKE` needs no metadata service and, unlike the HTTP one, lets a killed process come back at once."""
+MASTER_GONE = -900
+"""This code and those below it: the master did not answer."""
+
+_WATCH_INTERVAL = 0.5
+"""Seconds between two looks at the master's port."""
+_TRIAL_TIMEOUT = 15.0
+_MAX_PAUSE = 30.0
 
 
 class MooncakeStorage(StorageTier):
-    """Thread-safe. Values go through registered buffers without a copy where `register` was called for them."""
+    """Thread-safe. Registered buffers are used without a copy.
 
-    def __init__(self, options: dict[str, str]) -> None:
-        """Join the store. Blocks up to a few seconds. Raises `ConfigError` for unknown options or a missing wheel, and
-        `StorageError` when Mooncake refuses."""
-        unknown = sorted(set(options) - set(_OPTIONS))
-        if unknown:
-            raise ConfigError(f"storage.options: unknown {', '.join(unknown)}; known: {', '.join(_OPTIONS)}")
-        settings = {**_OPTIONS, **options}
-        # Mooncake logs to stderr by itself; only what matters.
-        os.environ.setdefault("MC_LOG_LEVEL", "WARNING")
-        try:
-            from mooncake.store import MooncakeDistributedStore
-        except ImportError as error:
-            raise ConfigError(
-                f"storage.kind: mooncake cannot be loaded ({error}); pip install 'vcache[mooncake]' and install libibverbs1"
-            ) from None
-        self._prefix = settings["prefix"]
-        self._store: Any = MooncakeDistributedStore()
-        self._lock = threading.Lock()
-        self._registered: set[int] = set()
-        try:
-            sizes = [int(ByteSize.parse(settings[name])) for name in ("segment", "buffer")]
-        except ValueError as error:
-            raise ConfigError(f"storage.options: {error}") from None
-        code = self._store.setup(
-            settings["hostname"], settings["metadata"], *sizes, settings["protocol"], settings["devices"], settings["master"]
-        )
-        if code:
-            raise StorageError(
-                f"mooncake: cannot join the store of master {settings['master']} (error {code}); is mooncake_master running?"
-            )
+    A thread of its own watches the master's port and joins the store as soon as it can, so that calls fail at once while the
+    master is away (Mooncake itself would block for 4.3 s in each). A master that accepts and then hangs still blocks calls for
+    up to 30 s: wrap it in `GuardedStorage`. A restarted master is found again by Mooncake itself, within a second.
+    """
+
+    def __init__(self, options: dict[str, str], *, patience: float = 5.0) -> None:
+        """Blocks up to `patience` seconds while a master that is there lets us join; an absent one is a warning, and no wait.
+        Raises `ConfigError` for wrong options or a missing wheel."""
+        self._options = MooncakeOptions.parse(options)
+        self._new_store = load_store()
+        self._replicate = replicate_config(self._options.replicas)
+        self._buffers: dict[int, int] = {}
+        self._store: Any = None
+        self._master_up = False
+        self._problem = "not connected yet"
+        self._calls = 0
+        self._changed = threading.Condition()
+        self._looked = threading.Event()
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="vcache-mooncake-watch", daemon=True)
+        self._watcher.start()
+        self._looked.wait(patience)
 
     @classmethod
     def open(cls, config: StorageConfig) -> MooncakeStorage:
-        return cls(config.options)
+        return cls(config.options, patience=config.deadline)
+
+    @property
+    def connected(self) -> bool:
+        """Whether calls go to the master now."""
+        return self._master_up and self._store is not None
 
     def prefix(self, keys: Sequence[CacheKey], shard: int) -> int:
-        present = self._store.batch_is_exist([self._name(key, shard) for key in keys])
+        with self._call() as store:
+            present = store.batch_is_exist([self._name(key, shard) for key in keys])
         for index, code in enumerate(present):
             if code == 0:
                 return index
@@ -83,7 +81,9 @@ class MooncakeStorage(StorageTier):
 
     def put(self, keys: Sequence[CacheKey], shard: int, values: Sequence[memoryview]) -> list[bool]:
         names = [self._name(key, shard) for key in keys]
-        codes = self._store.batch_put_from(names, [_address(value) for value in values], [value.nbytes for value in values])
+        sizes = [value.nbytes for value in values]
+        with self._call() as store:
+            codes = store.batch_put_from(names, [_address(value) for value in values], sizes, self._replicate)
         for code in codes:
             if code not in (0, ALREADY_EXISTS, NO_SPACE):
                 raise StorageError(f"mooncake: put failed (error {code})")
@@ -91,52 +91,113 @@ class MooncakeStorage(StorageTier):
 
     def get(self, keys: Sequence[CacheKey], shard: int, buffers: Sequence[memoryview]) -> list[int]:
         names = [self._name(key, shard) for key in keys]
-        codes = self._store.batch_get_into(names, [_address(b) for b in buffers], [b.nbytes for b in buffers])
-        # Anything negative is a miss for the caller; losing the master is told apart, for the breaker.
-        if codes and all(code <= -900 for code in codes):
+        with self._call() as store:
+            codes = store.batch_get_into(names, [_address(b) for b in buffers], [b.nbytes for b in buffers])
+        # Any other error (a dead owner, an expired lease) concerns these values only: a miss.
+        if codes and all(code <= MASTER_GONE for code in codes):
             raise StorageError(f"mooncake: get failed (error {codes[0]})")
         return [code if code >= 0 else -1 for code in codes]
 
     def remove(self, keys: Sequence[CacheKey], shard: int) -> None:
-        for key in keys:
-            code = self._store.remove(self._name(key, shard), True)
+        with self._call() as store:
+            codes = [store.remove(self._name(key, shard), True) for key in keys]
+        for code in codes:
             if code not in (0, NOT_FOUND):
                 raise StorageError(f"mooncake: remove failed (error {code})")
 
     def register(self, buffer: memoryview) -> None:
         address = _address(buffer)
-        with self._lock:
-            if address in self._registered:
+        with self._changed:
+            if address in self._buffers:
                 return
-            code = self._store.register_buffer(address, buffer.nbytes)
-            if code:
-                raise StorageError(f"mooncake: cannot register a buffer of {buffer.nbytes} bytes (error {code})")
-            self._registered.add(address)
+            if self._store is not None:
+                _register(self._store, address, buffer.nbytes)
+            self._buffers[address] = buffer.nbytes
 
     def unregister(self, buffer: memoryview) -> None:
         address = _address(buffer)
-        with self._lock:
-            if address in self._registered:
-                self._registered.remove(address)
+        with self._changed:
+            if self._buffers.pop(address, None) is not None and self._store is not None:
                 self._store.unregister_buffer(address)
 
     def close(self) -> None:
-        with self._lock:
-            store, self._store = self._store, _Closed()
-            self._registered.clear()
+        """Waits for calls under way, which Mooncake may hold for 30 s: `GuardedStorage` bounds it. Leaving the store takes a
+        second, during which Mooncake holds the interpreter lock."""
+        self._stopping.set()
+        with self._changed:
+            store, self._store = self._store, None
+            self._problem = "closed"
+            self._buffers.clear()
+            self._changed.wait_for(lambda: not self._calls)
+        if store is not None:
+            store.close()
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _call(self) -> Iterator[Any]:
+        """The store, kept open for the duration of the block."""
+        with self._changed:
+            store = self._store
+            if store is None or not self._master_up:
+                raise StorageError(f"mooncake: master {self._options.master}: {self._problem}")
+            self._calls += 1
+        try:
+            yield store
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+
+    def _watch(self) -> None:
+        pause = _WATCH_INTERVAL
+        while not self._stopping.is_set():
+            try:
+                up = reachable(self._options.address)
+                if up and self._store is None:
+                    self._join()
+                self._note(up, "cannot be reached")
+                pause = _WATCH_INTERVAL
+            except (VCacheError, OSError) as error:
+                self._note(False, str(error))
+                pause = min(2 * pause, _MAX_PAUSE)
+            self._looked.set()
+            self._stopping.wait(pause)
+
+    def _note(self, up: bool, problem: str) -> None:
+        with self._changed:
+            news = up != self._master_up or not self._looked.is_set()
+            self._master_up = up
+            self._problem = problem
+        if news and up:
+            logger.info("storage tier: joined the Mooncake store of master %s", self._options.master)
+        elif news:
+            logger.warning(
+                "storage tier: Mooncake master %s: %s; its chunks are misses until it is back", self._options.master, problem
+            )
+
+    def _join(self) -> None:
+        try_store(self._options, _TRIAL_TIMEOUT)
+        store = self._new_store()
+        code = self._options.setup(store)
+        if code:
+            raise StorageError(f"mooncake: cannot join the store of master {self._options.master} (error {code})")
+        with self._changed:
+            if not self._stopping.is_set():
+                for address, nbytes in self._buffers.items():
+                    _register(store, address, nbytes)
+                self._store = store
+                return
         store.close()
 
     def _name(self, key: CacheKey, shard: int) -> str:
-        return f"{self._prefix}/{key.namespace.hex()}/{key.digest.hex()}/{shard}"
+        return f"{self._options.prefix}/{key.namespace.hex()}/{key.digest.hex()}/{shard}"
 
 
-class _Closed:
-    """Stands for the store after `close`."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "close":
-            return lambda: 0
-        raise StorageError("mooncake: already closed")
+def _register(store: Any, address: int, nbytes: int) -> None:
+    code = store.register_buffer(address, nbytes)
+    if code:
+        raise StorageError(f"mooncake: cannot register a buffer of {nbytes} bytes (error {code})")
 
 
 def _address(buffer: memoryview) -> int:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.vcache")
 """Below vLLM's logger, so that its handlers and levels apply."""
 
+CONSUMER_WAIT_MS = 200.0
+
 
 class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     """Shares the KV cache of this instance with others through VCache.
@@ -76,12 +78,16 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         parallel = self._vllm_config.parallel_config
         workers = int(parallel.tensor_parallel_size) * int(parallel.pipeline_parallel_size)
         budget = safe_sync_budget(self._vllm_config, workers, options.sync_load_budget)
+        wait = options.wait_for_prefill_ms
+        if wait is None:
+            wait = CONSUMER_WAIT_MS if role.kv_role == "kv_consumer" else 0
         policy = Policy(
             loads=role.is_kv_consumer,
             saves=role.is_kv_producer,
             save_decoded=options.save_decoded,
             save_tail=options.save_tail,
             min_load_tokens=options.min_load_tokens,
+            wait=wait / 1e3,
             sync_load_budget=budget,
             workers=workers,
             clear_on_reset=options.reset == "clear",
@@ -212,7 +218,8 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self._worker is None:
             return None, None
-        finished = self._worker.finished()
+        metadata = self._connector_metadata
+        finished = self._worker.finished(idle=metadata is not None and metadata.idle)
         self._bad_blocks |= finished.bad_blocks
         return None, finished.loaded or None
 

@@ -50,6 +50,8 @@ class VCacheMetadata(KVConnectorMetadata):  # type: ignore[misc]
     failures_known: int
     """Last step with a failed blocking load that the scheduler has heard of. What a worker computed after a failure, and
     before this caught up, is wrong: it must not be saved."""
+    idle: bool = False
+    """Nothing is computed in this step: workers may wait a moment for loads."""
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
 

@@ -28,9 +28,9 @@ class BlockPins:
     def __bool__(self) -> bool:
         return bool(self._held)
 
-    def room(self, count: int) -> bool:
-        """Whether `count` more blocks may be held."""
-        return not self.bound or self._count + count <= MAX_SHARE * len(self._pool.blocks)
+    def room(self) -> int:
+        """How many more blocks may be held."""
+        return int(MAX_SHARE * len(self._pool.blocks)) - self._count if self.bound else 2**31
 
     def hold(self, job: int, blocks: Sequence[int]) -> None:
         """Keep these blocks from being reused until `release(job)`. They must be in use, or cached."""

@@ -24,6 +24,8 @@ logger = logging.getLogger("vllm.vcache")
 MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
 MISS_SECONDS = 0.05
 """A miss is believed for this long when vLLM asks again for the same waiting request."""
+WAIT_STEP = 2e-3
+"""Seconds between look-ups for a request that waits for its prompt to be saved elsewhere."""
 KNOWN_SECONDS = 60.0
 KNOWN_CHUNKS = 100_000
 """Chunks seen in the pool are not offered to it again for this long; so many are remembered."""
@@ -39,6 +41,8 @@ class Policy(NamedTuple):
     save_decoded: bool
     save_tail: bool
     min_load_tokens: int
+    wait: float
+    """Seconds that a request waits for the chunks of its prompt to appear."""
     sync_load_budget: int
     """Bytes on one worker."""
     workers: int
@@ -62,7 +66,7 @@ class _Found(NamedTuple):
 class _Request:
     """What is known of one unfinished request."""
 
-    __slots__ = ("blocks", "delayed", "found", "load_failed", "request", "saved")
+    __slots__ = ("blocks", "delayed", "found", "load_failed", "request", "saved", "wait_until")
 
     def __init__(self, request: Any) -> None:
         self.request = request
@@ -72,6 +76,8 @@ class _Request:
         """Tokens that are saved, or under way, or need not be."""
         self.delayed = False
         """Chunks wait to be saved, because too many blocks are held for other saves."""
+        self.wait_until = -1.0
+        """Until when it waits for chunks; negative before the first look-up."""
         self.load_failed = False
         """Do not try again for this request: it could fail again, forever."""
 
@@ -149,8 +155,9 @@ class SchedulerSide:
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
-    def match(self, request: Any, computed: int) -> tuple[int, bool]:
-        """Tokens that can be loaded beyond `computed`, and whether to load them beside the steps. (0, False) for a miss.
+    def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
+        """Tokens that can be loaded beyond `computed`, and whether to load them beside the steps. (0, False) for a miss; None
+        tokens: ask again, they may come in a moment.
 
         Leases what it finds, until the request is scheduled, finishes, or does not ask for a while. Blocks for one round trip
         to the manager, or not at all when the answer is known.
@@ -168,10 +175,21 @@ class SchedulerSide:
         if found is None or found.computed != computed or not self._still_good(found, ends):
             self._drop_found(state)
             found = state.found = self._look_up(request, computed, ends)
+        if len(found.ends) < len(ends) and self._waits(state):
+            state.found = found._replace(valid_until=min(found.valid_until, self._clock() + WAIT_STEP))
+            return None, False
         tokens = (found.ends[-1] if found.ends else 0) - computed
         if tokens < self._policy.min_load_tokens:
             return 0, False
         return tokens, not self._within_step(found, request)
+
+    def _waits(self, state: _Request) -> bool:
+        """Whether a request whose chunks are not all there should ask again."""
+        if not self._policy.wait or state.request.num_preemptions:
+            return False
+        if state.wait_until < 0:
+            state.wait_until = self._clock() + self._policy.wait
+        return self._clock() < state.wait_until
 
     def allocated(self, request: Any, blocks: Sequence[int], tokens: int) -> None:
         """The request got `blocks` (all it has). Load `tokens` tokens into them; 0 means that nothing is wanted from here."""
@@ -275,7 +293,7 @@ class SchedulerSide:
     def build(self, output: Any) -> VCacheMetadata:
         """The work that goes with one step. `output`: vLLM's `SchedulerOutput`, not changed."""
         self._step += 1
-        metadata = VCacheMetadata(self._step, self._failed_step, loads=self._loads)
+        metadata = VCacheMetadata(self._step, self._failed_step, not output.num_scheduled_tokens, self._loads)
         self._loads = []
         tables = getattr(output, "kv_connector_block_state", None)
         for new in output.scheduled_new_reqs:
@@ -335,10 +353,13 @@ class SchedulerSide:
             return
         first = (ends[0] - 1) // size
         begin, block = first * size, self._group.block_size
-        blocks = state.blocks[begin // block : ends[-1] // block]
-        state.delayed = len(blocks) * block < ends[-1] - begin or not self.pins.room(len(blocks))
-        if state.delayed:
+        room = begin + self.pins.room() * block
+        fitting = sum(end <= room for end in ends)
+        state.delayed = fitting < len(ends)
+        if not fitting:
             return
+        ends, digests = ends[:fitting], digests[:fitting]
+        blocks = state.blocks[begin // block : ends[-1] // block]
         state.saved = ends[-1]
         job = self._next_job()
         parent = self._names.digest(hashes, begin) if begin else b""

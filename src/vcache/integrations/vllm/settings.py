@@ -31,6 +31,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     one can be recomputed safely (one worker, V1 runner, no async scheduling), else 0."""
     min_load_tokens: int = 32
     """Do not load fewer tokens than this: computing them is quicker."""
+    wait_for_prefill_ms: float | None = None
+    """How long a request waits for chunks of its prompt that are not there yet. Default: 200 for `kv_consumer`, which gets a
+    request when another instance has just computed its prompt; else 0."""
     save_decoded: bool = False
     """Also save what was generated, not only prompts."""
     save_tail: bool = False
@@ -48,6 +51,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
                 raise ConfigError(f"{SOURCE}: {name}: must be at least {low}, got {getattr(self, name)}")
         if not 0 < self.lookup_deadline_ms < 1e6:
             raise ConfigError(f"{SOURCE}: lookup_deadline_ms: must be above 0, got {self.lookup_deadline_ms}")
+        if not 0 <= (self.wait_for_prefill_ms or 0) < 1e6:
+            raise ConfigError(f"{SOURCE}: wait_for_prefill_ms: must be at least 0, got {self.wait_for_prefill_ms}")
 
 
 class Settings(NamedTuple):

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.vcache")
 
 DROPPED = SaveOutcome(1, False, True)
+IDLE_WAIT = 1e-3
+"""Seconds that an engine with nothing to compute waits for a load before it looks again. It must not spin: the threads that
+load need the interpreter."""
 EXPECTED = (VCacheError, OSError, RuntimeError)
 """What a broken set-up or transfer may raise; torch reports CUDA errors as RuntimeError."""
 
@@ -64,6 +67,9 @@ class WorkerSide:
         self._lock = threading.Lock()
         """Guards what follows: written by the threads, emptied by the runner's."""
         self._report = VCacheWorkerMetadata()
+        self._load_ended = threading.Condition(self._lock)
+        self._loading = 0
+        """Loads beside the steps that are not reported yet."""
         self._loaded: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._stats = VCacheStats()
@@ -95,6 +101,8 @@ class WorkerSide:
                     self._report.failed_step = metadata.step
         if beside:
             run = self._follower()
+            with self._lock:
+                self._loading += len(beside)
             for job in beside:
                 self._submit(self._loaders, partial(self._load_beside, job), run)
 
@@ -117,10 +125,13 @@ class WorkerSide:
                 futures.append(future)
         wait(futures)
 
-    def finished(self) -> Finished:
-        """What ended since the last call. Does not block."""
+    def finished(self, *, idle: bool = False) -> Finished:
+        """What ended since the last call. Does not block; in an idle step, up to `IDLE_WAIT` for the first load that ends."""
         with self._lock:
+            if idle and self._loading:
+                self._load_ended.wait_for(lambda: self._loaded, IDLE_WAIT)
             result = Finished(self._loaded, self._bad_blocks)
+            self._loading -= len(self._loaded)
             self._loaded, self._bad_blocks = set(), set()
         return result
 
@@ -149,6 +160,7 @@ class WorkerSide:
         finally:
             with self._lock:
                 self._loaded.add(job.request)
+                self._load_ended.notify_all()
 
     def _load(self, job: LoadJob) -> int:
         began = time.perf_counter()

@@ -1,0 +1,638 @@
+"""Mounting with inventories that nobody vouches for, growing, shrinking, removing for good."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+from directory_world import CONFIG, SLAB_BYTES, VARIANTS, World, digest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vcache.config import ManagerConfig
+from vcache.errors import ManagerRefusedError, ProtocolError
+from vcache.manager.directory import Directory
+from vcache.manager.messages import PutRequest, ResizeRequested, SegmentMounted, Ticket
+from vcache.segment.slots import (
+    HEADER_BYTES,
+    SegmentInfo,
+    SlabHeader,
+    SlabInfo,
+    SlabInventory,
+    SlotHeader,
+    slab_bytes_for,
+    slab_geometry,
+)
+
+ONE, TWO, BIG = VARIANTS
+ME = b"m" * 16
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """Two engines (0, 1) and one lender (2) with two slabs of four small slots."""
+    world = World("lru", engines=2, lenders=1, slabs=2)
+    yield world
+    world.directory.check_integrity()
+    world.verify_all()
+
+
+def gauges(world: World) -> dict[str, int]:
+    return world.directory.stats(world.now).gauges
+
+
+def store(world: World, variant, prompt: int, count: int, start: int = 0, shard: int = 0, writer: int = 0, **options) -> None:
+    world.put(world.clients[writer], variant, prompt, start, count, shard, **options)
+    assert all(world.finish(world.clients[writer], list(world.clients[writer].flights)))
+
+
+def hits(world: World, variant, prompt: int, count: int) -> int:
+    return world.directory.lookup(world.clients[1].id, variant.keys(prompt, count), world.now)
+
+
+def lone(slabs: int = 1, nbytes: int = SLAB_BYTES, uuid: bytes = b"u" * 16, **change) -> tuple[Directory, SegmentInfo]:
+    directory = Directory(ManagerConfig(), epoch=1000)
+    directory.open_session(ME, "m", "lender", 0.0)
+    fields = {"kind": "host", "host": "h", "device": "host", "broker": "", "owner": ME} | change
+    return directory, SegmentInfo(uuid=uuid, slabs=tuple(SlabInfo(i, nbytes) for i in range(slabs)), **fields)
+
+
+def header(key: bytes = b"k" * 16, generation: int = 20, **change) -> SlotHeader:
+    fields = {"shard": 0, "num_shards": 1, "namespace": b"n" * 16, "payload_bytes": 8, "tokens": 4, "chunk_index": 0} | change
+    return SlotHeader(generation=generation, key=key, **fields)
+
+
+def slab_of(
+    *headers: SlotHeader | bytes, slab: int = 0, slots: int = 4, slot_bytes: int = 256, formatted: int = 10
+) -> SlabInventory:
+    raw = b"".join(h if isinstance(h, bytes) else h.pack() for h in headers)
+    return SlabInventory(slab, SlabHeader(formatted, slot_bytes, slots).pack(), raw.ljust(slots * HEADER_BYTES, b"\0"))
+
+
+# Inventories
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        header(generation=10),  # not above the format generation
+        header(tokens=0),
+        header(tokens=2**16),
+        header(payload_bytes=0),
+        header(payload_bytes=257),
+        header(payload_bytes=7),  # not whole tokens
+        header(shard=1),
+        header(num_shards=0),
+        b"\xff" * HEADER_BYTES,
+        header().pack()[1:] + b"\0",
+    ],
+)
+def test_strange_headers_are_ignored_one_by_one(bad):
+    directory, info = lone()
+    directory.mount(ME, info, [slab_of(bad, header(key=b"g" * 16))], 0.0)
+    directory.check_integrity()
+    assert directory.tiers(ME, [b"k" * 16, b"g" * 16], 0.0) == [-1, 1]
+    stats = directory.stats(0.0)
+    assert (stats.counters["inventory_ignored"], stats.gauges["slots_free"]) == (1, 3)
+
+
+def test_an_impossible_generation_is_zeroed_before_the_slot_is_used():
+    """It would keep every writer away, who must not overwrite a higher generation."""
+    directory, info = lone()
+    directory.mount(ME, info, [slab_of(header(generation=2**64 - 2))], 0.0)
+    wipes = [push for _, push in directory.take_instructions() if not isinstance(push, SegmentMounted)]
+    assert [wipe.slots for wipe in wipes] == [[(0, HEADER_BYTES)]]
+    assert directory.stats(0.0).gauges["slots_quarantined"] == 1
+    directory.wiped(ME, wipes[0].token, 0.0)
+    assert directory.stats(0.0).gauges["slots_quarantined"] == 0
+    directory.check_integrity()
+
+
+@pytest.mark.parametrize(
+    "slab_header",
+    [
+        SlabHeader(10, 256, 5),  # more slots than fit
+        SlabHeader(10, 300, 4),
+        SlabHeader(2**63, 256, 4),
+        SlabHeader(10, 2**40, 4),
+    ],
+)
+def test_a_strange_slab_header_makes_the_slab_unformatted(slab_header):
+    directory, info = lone()
+    directory.mount(ME, info, [SlabInventory(0, slab_header.pack(), header().pack() * 4)], 0.0)
+    stats = directory.stats(0.0)
+    assert (stats.gauges["chunks"], stats.segments[0].slabs_unformatted) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "inventory",
+    [
+        [slab_of(slab=7)],
+        [slab_of(), slab_of()],
+        [SlabInventory(0, b"short", b"")],
+        [SlabInventory(0, SlabHeader(10, 256, 4).pack(), header().pack())],
+        [SlabInventory(0, SlabHeader(10, 256, 4).pack(), header().pack() * 5)],
+        [SlabInventory(0, SlabHeader(10, 256, 4).pack(), header().pack() * 4 + b"x")],
+    ],
+)
+def test_an_inventory_that_does_not_fit_is_refused_and_changes_nothing(inventory):
+    directory, info = lone()
+    with pytest.raises(ProtocolError, match="inventory"):
+        directory.mount(ME, info, inventory, 0.0)
+    assert directory.segments() == []
+    assert directory.take_instructions() == []
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_garbage_never_breaks_anything(data):
+    directory, info = lone(slabs=2)
+    inventory = []
+    for index in range(2):
+        slots = data.draw(st.integers(0, 5))
+        pieces = []
+        for _ in range(slots):
+            raw = bytearray(header(key=data.draw(st.sampled_from([b"a" * 16, b"b" * 16])), generation=21).pack())
+            for _ in range(data.draw(st.integers(0, 4))):
+                raw[data.draw(st.integers(0, 63))] = data.draw(st.integers(0, 255))
+            pieces.append(bytes(raw))
+        head = bytearray(SlabHeader(10, 256, slots or 1).pack())
+        for _ in range(data.draw(st.integers(0, 2))):
+            head[data.draw(st.integers(0, 63))] = data.draw(st.integers(0, 255))
+        inventory.append(SlabInventory(index, bytes(head), b"".join(pieces)))
+    for _ in range(2):
+        try:
+            directory.mount(ME, info, inventory, 0.0)
+        except ProtocolError:
+            assert directory.segments() == []
+        directory.check_integrity()
+
+
+def test_of_two_copies_the_higher_generation_wins(world):
+    directory, info = lone(slabs=2)
+    inventory = [slab_of(header(generation=20), header(generation=24)), slab_of(header(generation=22), slab=1)]
+    for order in (inventory, inventory[::-1]):
+        directory.mount(ME, info, order, 0.0)
+        directory.check_integrity()
+        reply = directory.acquire(ME, [b"k" * 16], 0, 0, 0.0)
+        assert [(place.slab, place.slot, place.generation) for place in reply.locations] == [(0, 1, 24)]
+        assert directory.stats(0.0).gauges["slots_used"] == 1
+        directory.release(ME, reply.lease, 0.0)
+    # The losers' headers are still there: a removal zeroes them too.
+    directory.take_instructions()
+    directory.remove(ME, [b"k" * 16], 0.0)
+    assert sum(len(push.slots) for _, push in directory.take_instructions()) == 3
+
+
+def test_a_copy_found_in_an_inventory_does_not_disturb_who_is_writing_the_chunk():
+    directory, info = lone()
+    other = b"o" * 16
+    directory.open_session(other, "o", "lender", 0.0)
+    directory.mount(ME, info, [], 0.0)
+    request = PutRequest(keys=[b"k" * 16], namespace=b"n" * 16, parent=b"", first_index=0, tokens=[4], slot_bytes=256)
+    (grant,) = directory.put_start(ME, request, 0.0)
+    _, second = lone(uuid=b"v" * 16, owner=other)
+    directory.mount(other, second, [slab_of(header(generation=10**6))], 0.0)
+    directory.check_integrity()
+    assert directory.put_end(ME, [Ticket(b"k" * 16, 0, grant.location.generation)], 0.0) == [True]
+    reply = directory.acquire(ME, [b"k" * 16], 0, 0, 0.0)
+    assert reply.locations == [grant.location]
+    directory.check_integrity()
+
+
+def test_shards_meet_whatever_the_order_of_their_lenders():
+    directory, info = lone()
+    other = b"o" * 16
+    directory.open_session(other, "o", "lender", 0.0)
+    _, second = lone(uuid=b"v" * 16, owner=other)
+    directory.mount(ME, info, [slab_of(header(num_shards=2, shard=1))], 0.0)
+    assert directory.lookup(ME, [b"k" * 16], 0.0) == 0
+    directory.mount(other, second, [slab_of(header(num_shards=2, shard=0))], 0.0)
+    assert directory.lookup(ME, [b"k" * 16], 0.0) == 1
+    directory.check_integrity()
+
+
+def test_a_shard_whose_fellows_never_come_is_given_up():
+    directory, info = lone()
+    directory.mount(ME, info, [slab_of(header(num_shards=2, shard=1))], 0.0)
+    for now in (ManagerConfig().ticket_ttl - 1, ManagerConfig().ticket_ttl):
+        assert directory.stats(0.0).gauges["slots_used"] == 1
+        directory.heartbeat(ME, now)
+        directory.tick(now)
+    assert directory.stats(0.0).gauges["slots_used"] == 0
+    directory.check_integrity()
+
+
+def test_a_leased_chunk_does_not_move_to_a_better_copy():
+    directory, info = lone()
+    other = b"o" * 16
+    directory.open_session(other, "o", "lender", 0.0)
+    directory.mount(ME, info, [slab_of(header(generation=20))], 0.0)
+    lease = directory.acquire(ME, [b"k" * 16], 0, 0, 0.0)
+    _, second = lone(uuid=b"v" * 16, owner=other)
+    directory.mount(other, second, [slab_of(header(generation=30))], 0.0)
+    assert directory.acquire(ME, [b"k" * 16], 0, lease.lease, 0.0).locations == lease.locations
+    directory.check_integrity()
+
+
+def test_mounting_again_changes_nothing(world):
+    store(world, ONE, 0, 5)
+    lender = world.clients[2]
+    number = world.directory.segments()[0].number
+    lease = world.acquire(world.clients[1], ONE, 0, 0, 5)
+    for _ in range(2):
+        world.mount(lender)
+    assert [info.number for info in world.directory.segments()] == [number]
+    assert hits(world, ONE, 0, 6) == 5
+    # The lease goes on.
+    assert world.acquire(world.clients[1], ONE, 0, 0, 5, lease=lease) == lease
+    assert [grant.status for grant in world.put(world.clients[0], ONE, 2, 0, 8)] == ["granted"] * 3 + ["no_space"] * 5
+
+
+def test_mount_refusals(world):
+    directory, info = lone()
+    with pytest.raises(ManagerRefusedError, match="owner"):
+        directory.mount(ME, lone(owner=b"x" * 16)[1], [], 0.0)
+    with pytest.raises(ProtocolError, match="uuid"):
+        directory.mount(ME, lone(uuid=b"x")[1], [], 0.0)
+    with pytest.raises(ProtocolError, match="out of range"):
+        directory.mount(ME, lone(nbytes=0)[1], [], 0.0)
+    twice = msgspec.structs.replace(info, slabs=info.slabs * 2)
+    with pytest.raises(ProtocolError, match="twice"):
+        directory.mount(ME, twice, [], 0.0)
+    directory.mount(ME, info, [], 0.0)
+    directory.open_session(b"o" * 16, "o", "lender", 0.0)
+    with pytest.raises(ManagerRefusedError, match="another client"):
+        directory.mount(b"o" * 16, lone(owner=b"o" * 16)[1], [], 0.0)
+    for call in (
+        lambda: directory.unmount(b"o" * 16, info.uuid, 0.0),
+        lambda: directory.add_slabs(b"o" * 16, info.uuid, [(5, SLAB_BYTES)], 0.0),
+        lambda: directory.drop_slabs(b"o" * 16, info.uuid, 1, 0.0),
+        lambda: directory.importer_gone(b"o" * 16, info.uuid, ME, 0.0),
+    ):
+        with pytest.raises(ManagerRefusedError, match="another client"):
+            call()
+    with pytest.raises(ManagerRefusedError, match="no segment"):
+        directory.drop_slabs(ME, b"?" * 16, 1, 0.0)
+    directory.importer_gone(ME, b"?" * 16, ME, 0.0)
+    directory.check_integrity()
+
+
+def test_unmount_makes_misses_and_is_idempotent(world):
+    store(world, ONE, 0, 5)
+    lender = world.clients[2]
+    number = world.directory.segments()[0].number
+    for _ in range(2):
+        world.directory.unmount(lender.id, lender.uuid, world.now)
+    assert hits(world, ONE, 0, 5) == 0
+    ((target, push),) = world.directory.take_instructions()
+    assert (target, push.number, push.uuid) == (None, number, lender.uuid)
+
+
+def test_a_chunk_in_two_segments_goes_with_either():
+    world = World("lru", engines=2, lenders=2, slabs=1)
+    store(world, TWO, 0, 1, shard=0, avoid=[1])
+    store(world, TWO, 0, 1, shard=1, avoid=[2])
+    assert hits(world, TWO, 0, 1) == 1
+    world.kill(world.clients[3])
+    assert gauges(world)["slots_used"] == gauges(world)["chunks"] == 0
+    world.directory.check_integrity()
+
+
+# Growing and shrinking
+
+
+def test_added_slabs_are_used_and_announced(world):
+    lender = world.clients[2]
+    store(world, ONE, 0, 8)
+    assert world.put(world.clients[0], BIG, 0, 0, 1)[0].status == "granted"
+    world.finish(world.clients[0], list(world.clients[0].flights))
+    world.grow(lender)
+    assert len(world.directory.segments()[0].slabs) == 3
+    store(world, ONE, 2, 4)
+    assert hits(world, ONE, 2, 4) == 4
+
+
+def test_adding_twice_is_idempotent_but_not_with_another_size(world):
+    lender = world.clients[2]
+    world.grow(lender)
+    with pytest.raises(ManagerRefusedError, match="size"):
+        world.directory.add_slabs(lender.id, lender.uuid, [(2, 2 * SLAB_BYTES)], world.now)
+    with pytest.raises(ManagerRefusedError, match="size"):
+        world.directory.add_slabs(lender.id, lender.uuid, [(7, SLAB_BYTES), (7, 2 * SLAB_BYTES)], world.now)
+    assert len(world.directory.segments()[0].slabs) == 3
+
+
+def test_shrinking_takes_empty_slabs_then_cold_ones_whatever_is_in_them(world):
+    lender = world.clients[2]
+    world.grow(lender)
+    store(world, ONE, 0, 4)
+    world.advance(1)
+    store(world, ONE, 2, 4)
+    assert world.directory.drop_slabs(lender.id, lender.uuid, 0, world.now) == []
+    assert world.directory.drop_slabs(lender.id, lender.uuid, SLAB_BYTES, world.now) == [2]
+    world.acquire(world.clients[1], ONE, 0, 0, 4)
+    world.put(world.clients[0], ONE, 0, 4, 1)
+    assert (hits(world, ONE, 0, 4), hits(world, ONE, 2, 4)) == (4, 3)
+    ticket = world.clients[0].flights[0].ticket
+    assert sorted(world.directory.drop_slabs(lender.id, lender.uuid, 10 * SLAB_BYTES, world.now)) == [0, 1]
+    assert gauges(world)["chunks"] == gauges(world)["slots_processing"] == 0
+    assert world.directory.put_end(world.clients[0].id, [ticket], world.now) == [False]
+    with pytest.raises(ManagerRefusedError, match="given back"):
+        world.directory.add_slabs(lender.id, lender.uuid, [(0, SLAB_BYTES)], world.now)
+
+
+def test_the_coldest_slab_is_dropped_first(world):
+    lender = world.clients[2]
+    store(world, ONE, 0, 4)
+    world.advance(1)
+    store(world, ONE, 2, 4)
+    world.advance(1)
+    hits(world, ONE, 0, 4)
+    world.shrink(lender, 1)
+    assert (hits(world, ONE, 0, 4), hits(world, ONE, 2, 4)) == (4, 0)
+
+
+def test_resize_requests_reach_the_lender(world):
+    lender = world.clients[2]
+    world.directory.request_resize(world.clients[0].id, lender.uuid, 12345, world.now)
+    assert world.directory.take_instructions() == [(lender.id, ResizeRequested(segment=lender.uuid, nbytes=12345))]
+    with pytest.raises(ManagerRefusedError, match="no segment"):
+        world.directory.request_resize(world.clients[0].id, b"?" * 16, 1, world.now)
+
+
+# Placement
+
+
+def test_local_placement_and_tiers():
+    world = World("lru", engines=1, lenders=3, slabs=1)  # cuda, host, cuda
+    second = next(info for info in world.directory.segments() if info.number == 3)
+    store(world, ONE, 0, 9, device=second.device)
+    reply = world.directory.acquire(world.clients[0].id, ONE.keys(0, 9), 0, 0, world.now)
+    assert [place.segment for place in reply.locations] == [3] * 4 + [1] * 4 + [2]
+    assert world.directory.tiers(world.clients[0].id, ONE.keys(0, 9), world.now) == [0] * 8 + [1]
+
+
+def test_spread_placement_balances():
+    world = World("lru", engines=1, lenders=3, slabs=1)
+    store(world, ONE, 0, 9, placement="spread")
+    reply = world.directory.acquire(world.clients[0].id, ONE.keys(0, 9), 0, 0, world.now)
+    assert [place.segment for place in reply.locations] == [1, 3, 1, 3, 1, 3, 1, 3, 2]
+
+
+def test_shards_of_different_slot_sizes():
+    """Pipeline parallelism: the chunks queue by their first shard's size, yet room is found for the other size too."""
+    directory, info = lone(slabs=2, kind="cuda")
+    directory.mount(ME, info, [], 0.0)
+
+    def store_shard(name: str, shard: int, slot_bytes: int) -> str:
+        request = PutRequest(
+            keys=[digest(name)],
+            namespace=b"n" * 16,
+            parent=b"",
+            first_index=0,
+            tokens=[1],
+            slot_bytes=slot_bytes,
+            shard=shard,
+            num_shards=2,
+        )
+        (grant,) = directory.put_start(ME, request, 0.0)
+        if grant.location is not None:
+            assert directory.put_end(ME, [Ticket(digest(name), shard, grant.location.generation)], 0.0) == [True]
+        directory.check_integrity()
+        return grant.status
+
+    for name in "ab":
+        assert [store_shard(name, 0, 256), store_shard(name, 1, 512)] == ["granted"] * 2
+    assert [store_shard("c", 1, 512), store_shard("c", 0, 256)] == ["granted"] * 2
+    assert directory.lookup(ME, [digest("c")], 0.0) == 1
+
+
+# Removing
+
+
+def test_removed_chunks_are_wiped_before_their_slots_are_used_again(world):
+    store(world, ONE, 0, 8)
+    reply = world.directory.remove(world.clients[0].id, ONE.keys(0, 8)[4:], world.now)
+    assert reply.removed == 4
+    assert len(reply.tokens) == 1
+    assert world.directory.outstanding(reply.tokens)
+    assert gauges(world)["slots_quarantined"] == 4
+    assert hits(world, ONE, 0, 8) == 4
+    world.acquire(world.clients[1], ONE, 0, 0, 4)
+    world.settle()
+    assert world.put(world.clients[0], ONE, 2, 0, 1)[0].status == "no_space"
+    world.directory.wiped(world.clients[0].id, reply.tokens[0], world.now)
+    assert world.directory.outstanding(reply.tokens)
+    world.wipe(world.clients[2])
+    assert not world.directory.outstanding(reply.tokens)
+    assert world.put(world.clients[0], ONE, 2, 0, 1)[0].status == "granted"
+    world.directory.wiped(world.clients[2].id, reply.tokens[0], world.now)
+
+
+def test_removed_stays_removed_after_a_restart(world):
+    store(world, ONE, 0, 4)
+    store(world, TWO, 0, 1, shard=0)
+    store(world, TWO, 0, 1, shard=1)
+    world.remove(world.clients[0], ONE, 0, 2)
+    world.remove(world.clients[0], TWO, 0, 0)
+    world.wipe(world.clients[2])
+    world.restart_manager()
+    for client in world.clients:
+        world.connect(client)
+    assert (hits(world, ONE, 0, 4), hits(world, TWO, 0, 1)) == (2, 0)
+
+
+def test_leased_chunks_are_not_removed_but_cleared(world):
+    store(world, ONE, 0, 2)
+    lease = world.acquire(world.clients[1], ONE, 0, 0, 1)
+    assert world.directory.remove(world.clients[0].id, ONE.keys(0, 2), world.now).removed == 1
+    assert hits(world, ONE, 0, 1) == 1
+    assert world.directory.clear(world.clients[0].id, b"", world.now).removed == 1
+    assert hits(world, ONE, 0, 1) == 0
+    world.directory.check_integrity()
+    world.directory.release(world.clients[1].id, lease, world.now)
+    assert not world.directory._core.chunks.ghosts
+
+
+def test_clear_of_one_namespace(world):
+    store(world, ONE, 0, 2)
+    store(world, BIG, 0, 1)
+    reply = world.directory.clear(world.clients[0].id, ONE.namespace, world.now)
+    assert reply.removed == 2
+    assert (hits(world, ONE, 0, 2), hits(world, BIG, 0, 1)) == (0, 1)
+    assert world.directory.clear(world.clients[0].id, b"?" * 16, world.now) == (0, [])
+
+
+def test_evicted_copies_are_wiped_too(world):
+    """Eviction leaves the header, which a restart would bring back to life."""
+    store(world, ONE, 0, 8)
+    world.advance(1)
+    client = world.clients[0]
+    world.put(client, ONE, 2, 0, 2)
+    victims = [key for key in ONE.keys(0, 8) if key not in world.directory._core.chunks.visible]
+    assert len(victims) == 2
+    for flight in list(client.flights):
+        world.revoke(client, flight)
+    reply = world.directory.remove(client.id, victims, world.now)
+    assert reply.removed == 0
+    assert world.directory.outstanding(reply.tokens)
+    world.settle()
+    world.wipe(world.clients[2])
+    world.restart_manager()
+    for other in world.clients:
+        world.connect(other)
+    assert hits(world, ONE, 0, 8) == 6
+
+
+def test_removal_waits_for_a_writer_in_the_same_slot(world):
+    """The evicted copy lies under a write that has not begun: it is overwritten, or wiped when the write comes to nothing."""
+    store(world, ONE, 0, 8)
+    world.advance(1)
+    client = world.clients[0]
+    world.put(client, ONE, 2, 0, 1)
+    victim = next(key for key in ONE.keys(0, 8) if key not in world.directory._core.chunks.visible)
+    reply = world.directory.remove(client.id, [victim], world.now)
+    assert world.directory.outstanding(reply.tokens)
+    world.settle()
+    assert world.clients[2].wipes == []
+    world.revoke(client, client.flights[0])
+    assert len(world.clients[2].wipes) == 1
+    world.wipe(world.clients[2])
+    assert not world.directory.outstanding(reply.tokens)
+
+
+def begin_new_format(world: World) -> list[bytes]:
+    """Small chunks everywhere; then one of the slabs is given to a big one, whose writer has not begun. Keys that went."""
+    store(world, ONE, 0, 8)
+    world.advance(1)
+    world.put(world.clients[0], BIG, 0, 0, 1)
+    gone = [key for key in ONE.keys(0, 8) if key not in world.directory._core.chunks.visible]
+    assert len(gone) == 4
+    return gone
+
+
+def restarted_hits(world: World) -> list[bytes]:
+    world.restart_manager()
+    for client in world.clients:
+        world.connect(client)
+    return [key for key in ONE.keys(0, 8) if key in world.directory._core.chunks.visible]
+
+
+def test_what_an_old_format_left_is_wiped_once_the_slab_is_empty(world):
+    gone = begin_new_format(world)
+    client, lender = world.clients[0], world.clients[2]
+    reply = world.directory.remove(client.id, gone, world.now)
+    world.settle()
+    assert world.directory.outstanding(reply.tokens)
+    assert lender.wipes == []
+    world.revoke(client, client.flights[0])
+    assert [len(push.slots) for push in lender.wipes] == [4]
+    world.wipe(lender)
+    assert not world.directory.outstanding(reply.tokens)
+    assert len(restarted_hits(world)) == 4
+
+
+def test_what_an_old_format_left_in_an_empty_slab_is_wiped_at_once(world):
+    gone = begin_new_format(world)
+    client, lender = world.clients[0], world.clients[2]
+    world.revoke(client, client.flights[0])
+    reply = world.directory.remove(client.id, gone, world.now)
+    world.settle()
+    assert world.directory.outstanding(reply.tokens)
+    assert gauges(world)["slots_quarantined"] == 2
+    world.wipe(lender)
+    assert not world.directory.outstanding(reply.tokens)
+    assert len(restarted_hits(world)) == 4
+
+
+def test_what_an_old_format_left_comes_back_unless_removed(world):
+    """It does no harm: content is addressed by key."""
+    begin_new_format(world)
+    world.revoke(world.clients[0], world.clients[0].flights[0])
+    assert len(restarted_hits(world)) == 8
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_completed_write_voids_the_old_format(world, late):
+    gone = begin_new_format(world)
+    client = world.clients[0]
+    if late:
+        world.advance(CONFIG["ticket_ttl"])
+    assert world.finish(client, list(client.flights)) == [not late]
+    assert world.directory.remove(client.id, gone, world.now) == (0, [])
+    assert len(restarted_hits(world)) == 4
+
+
+def test_a_write_that_completed_too_late_is_removed_for_good_too(world):
+    client = world.clients[0]
+    world.put(client, ONE, 0, 0, 1)
+    world.advance(CONFIG["ticket_ttl"])
+    assert world.finish(client, list(client.flights)) == [False]
+    reply = world.directory.remove(client.id, ONE.keys(0, 1), world.now)
+    assert reply.removed == 0
+    assert world.directory.outstanding(reply.tokens)
+    world.settle()
+    world.wipe(world.clients[2])
+    assert restarted_hits(world) == []
+
+
+@pytest.mark.parametrize("namespace", [b"", ONE.namespace])
+def test_a_clear_reaches_a_lender_that_was_away(world, namespace):
+    store(world, ONE, 0, 4)
+    lender = world.clients[2]
+    world.disconnect(lender)
+    world.directory.clear(world.clients[0].id, namespace, world.now)
+    world.connect(lender)
+    assert hits(world, ONE, 0, 4) == 0
+
+
+def test_a_removal_under_way_outlives_the_lenders_absence(world):
+    store(world, ONE, 0, 4)
+    lender = world.clients[2]
+    world.directory.clear(world.clients[0].id, b"", world.now)
+    world.disconnect(lender)
+    world.connect(lender)
+    assert hits(world, ONE, 0, 4) == 0
+    assert len(lender.wipes) == 1
+
+
+def test_removal_reaches_a_lender_that_was_away(world):
+    store(world, ONE, 0, 4)
+    lender = world.clients[2]
+    world.disconnect(lender)
+    world.remove(world.clients[0], ONE, 0, 1)
+    world.connect(lender)
+    assert hits(world, ONE, 0, 4) == 1
+    assert len(lender.wipes) == 1
+    world.wipe(lender)
+    world.disconnect(lender)
+    world.connect(lender)
+    assert (hits(world, ONE, 0, 4), lender.wipes) == (1, [])
+
+
+def test_a_lender_that_goes_does_not_keep_a_removal_waiting(world):
+    store(world, ONE, 0, 4)
+    reply = world.directory.clear(world.clients[0].id, b"", world.now)
+    assert world.directory.outstanding(reply.tokens)
+    world.disconnect(world.clients[2])
+    assert not world.directory.outstanding(reply.tokens)
+
+
+def test_many_wipes_come_in_bounded_messages():
+    count = 2500
+    nbytes = slab_bytes_for(256, count)
+    directory, info = lone(nbytes=nbytes)
+    headers = [header(key=os.urandom(16), generation=20 + 2 * i) for i in range(count)]
+    directory.mount(ME, info, [slab_of(*headers, slots=slab_geometry(nbytes, 256).slots)], 0.0)
+    assert directory.stats(0.0).gauges["chunks"] == count
+    directory.take_instructions()
+    reply = directory.clear(ME, b"", 0.0)
+    assert (reply.removed, len(reply.tokens)) == (count, 3)
+    assert sorted(len(push.slots) for _, push in directory.take_instructions()) == [452, 1024, 1024]
+    for token in reply.tokens:
+        directory.wiped(ME, token, 0.0)
+    assert directory.stats(0.0).gauges["slots_quarantined"] == 0
+    directory.check_integrity()
