@@ -41,7 +41,7 @@ class Chunk(NamedTuple):
     """One chunk of a prompt, as moved by one call."""
 
     digest: bytes
-    index: int
+    position: int
     """Chunks before it in the prompt."""
     tokens: int
     start: int
@@ -286,7 +286,7 @@ class ChunkPool:
             self.namespace,
             self.spec.payload_bytes(chunk.tokens),
             chunk.tokens,
-            chunk.index,
+            chunk.position,
         )
 
     def _pin_prefix(self, lease: Lease, chunks: Sequence[Chunk]) -> list[PinnedSlot]:
@@ -306,7 +306,7 @@ class ChunkPool:
             keys=[chunk.digest for chunk in chunks],
             namespace=self.namespace,
             parent=parent,
-            first_index=chunks[0].index,
+            first_index=chunks[0].position,
             tokens=[chunk.tokens for chunk in chunks],
             slot_bytes=self.slot_bytes,
             shard=self.spec.rank,

@@ -15,8 +15,19 @@ from vcache import KVCacheSpec, VCacheConfig, VCacheEngine
 
 CHUNK, SLOTS = 8, 64
 
+
+def make_prompt(family: int, length: int, fork: int, tail: int) -> list[int]:
+    """`length` tokens: those of the family up to `fork`, then all `tail`."""
+    shared = min(length, fork)
+    return [*range(family * 100, family * 100 + shared), *[tail] * (length - shared)]
+
+
+def mapping(slots: list[int]) -> torch.Tensor:
+    return torch.tensor(slots, dtype=torch.int64)
+
+
 prompts = st.builds(
-    lambda family, length, fork, tail: [*range(family * 100, family * 100 + min(length, fork)), *[tail] * max(0, length - fork)],
+    make_prompt,
     family=st.integers(0, 2),
     length=st.integers(1, 40),
     fork=st.sampled_from([8, 13, 24, 99]),
@@ -72,7 +83,11 @@ class EngineMachine(RuleBasedStateMachine):
         self.caches[cache].write(slots, content(self.spec, tokens))
         mask = [i >= skipped for i in range(len(tokens))]
         self.engine.store(
-            tokens, mask, kvcaches=self.caches[cache].tensors, slot_mapping=torch.tensor(slots[offset:]), offset=offset
+            tokens,
+            mask,
+            kvcaches=self.caches[cache].tensors,
+            slot_mapping=mapping(slots[offset:]),
+            offset=offset,
         )
         self.stored.update(prefix for prefix in self.prefixes(tokens) if len(prefix) > skipped)
         if self.storage != "none":
@@ -85,7 +100,10 @@ class EngineMachine(RuleBasedStateMachine):
         for tensor in target.tensors:
             tensor.zero_()
         mask = self.engine.retrieve(
-            tokens, [i >= skipped for i in range(len(tokens))], kvcaches=target.tensors, slot_mapping=torch.tensor(slots)
+            tokens,
+            [i >= skipped for i in range(len(tokens))],
+            kvcaches=target.tensors,
+            slot_mapping=mapping(slots),
         ).tolist()
         self.asked += len(self.prefixes(tokens)) - skipped // CHUNK
         end = skipped + sum(mask)
@@ -145,7 +163,7 @@ class TieredMachine(TightMachine):
 
 
 LIMITS = settings(
-    max_examples=25, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+    max_examples=120, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 TestRoomy = EngineMachine.TestCase
 TestRoomy.settings = LIMITS

@@ -9,8 +9,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-
 from support.paged import Paged, content
+
 from vcache import KVCacheSpec, VCacheConfig, VCacheEngine
 from vcache.paged.cpu_mover import CpuMover
 from vcache.pool import Chunk
@@ -41,7 +41,9 @@ class Worker:
         self.engine = VCacheEngine(VCacheConfig.from_env({}, **config), self.spec, name=f"test-{os.getpid()}")
         self.held: list[Any] = []
 
-    def store(self, layout: str, tokens: list[int], slots: list[int], blocks: int, block_size: int, skipped: int, offset: int) -> None:
+    def store(
+        self, layout: str, tokens: list[int], slots: list[int], blocks: int, block_size: int, skipped: int, offset: int
+    ) -> None:
         paged = Paged.zeros(self.spec, layout, blocks, block_size)
         paged.write(slots[skipped - offset :], content(self.spec, tokens, start=skipped))
         self.engine.store(
@@ -51,7 +53,9 @@ class Worker:
     def retrieve(self, layout: str, tokens: list[int], slots: list[int], blocks: int, block_size: int, skipped: int) -> Any:
         """Mask, and the bytes of all rows of the cache as `[slots, regions, row_bytes]`."""
         paged = Paged.zeros(self.spec, layout, blocks, block_size)
-        mask = self.engine.retrieve(tokens, self._mask(tokens, skipped), kvcaches=paged.tensors, slot_mapping=torch.tensor(slots))
+        mask = self.engine.retrieve(
+            tokens, self._mask(tokens, skipped), kvcaches=paged.tensors, slot_mapping=torch.tensor(slots)
+        )
         return mask.tolist(), paged.read(list(range(blocks * block_size)))
 
     def store_dying(self, number: int, layout: str, tokens: list[int], slots: list[int], blocks: int, block_size: int) -> None:
@@ -89,7 +93,8 @@ class Worker:
         target = self.engine.bind(paged.tensors)
         size = self.engine.config.cache.chunk_size
         chunks = [
-            Chunk(key.digest, i, min(size, len(tokens) - i * size), i * size) for i, key in enumerate(self.engine.chunk_keys(tokens))
+            Chunk(key.digest, i, min(size, len(tokens) - i * size), i * size)
+            for i, key in enumerate(self.engine.chunk_keys(tokens))
         ]
         mapping = torch.arange(len(tokens))
         return self.engine.pool.load(self.held[-1], chunks, target.cache, mapping, target.mover).result()

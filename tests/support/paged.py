@@ -14,7 +14,9 @@ LAYOUTS = ("2BNHD", "B2NHD", "BHNC", "BNC", "2BNHD-hnd")
 DTYPES = ("float16", "bfloat16", "float32", "float8_e4m3fn", "float8_e5m2", "uint8", "int8")
 
 
-def spec_for(layout: str, dtype: str = "float32", *, layers: int = 3, heads: int = 2, head_size: int = 8, **more: object) -> KVCacheSpec:
+def spec_for(
+    layout: str, dtype: str = "float32", *, layers: int = 3, heads: int = 2, head_size: int = 8, **more: object
+) -> KVCacheSpec:
     row_format = {"BHNC": "fused", "BNC": "mla"}.get(layout, "planes")
     heads = 1 if row_format == "mla" else heads
     return KVCacheSpec(

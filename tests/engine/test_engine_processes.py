@@ -31,7 +31,10 @@ def case(seed: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("layout", "dtype"),
-    [(layout, dtype) for layout, dtype in zip(LAYOUTS, ("bfloat16", "float8_e4m3fn", "float32", "float16", "int8"), strict=True)],
+    [
+        (layout, dtype)
+        for layout, dtype in zip(LAYOUTS, ("bfloat16", "float8_e4m3fn", "float32", "float16", "int8"), strict=True)
+    ],
 )
 def test_random_prompts_between_processes(cluster: Cluster, layout: str, dtype: str) -> None:
     spec = spec_for(layout, dtype)
