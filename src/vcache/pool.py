@@ -33,6 +33,9 @@ logger = logging.getLogger("vcache.pool")
 
 T = TypeVar("T")
 MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
+HEAD_CHUNKS = 32
+"""Chunks of a long load that are launched first: with 32 MiB each, half a millisecond of work for a GPU."""
+
 TRANSFER_ERRORS = (VCacheError, OSError, RuntimeError)
 """What a broken transfer may raise; torch reports CUDA errors as RuntimeError."""
 
@@ -77,6 +80,23 @@ class Lease(NamedTuple):
     locations: list[SlotLocation]
     failed: bool = False
     """The manager could not be asked."""
+
+
+class JoinedTransfer(Transfer):
+    """Several transfers as one. Not empty."""
+
+    def __init__(self, parts: Sequence[Transfer]) -> None:
+        self._parts = parts
+
+    def done(self) -> bool:
+        return all(part.done() for part in self._parts)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return all(part.wait(None if deadline is None else max(0.0, deadline - time.monotonic())) for part in self._parts)
+
+    def verified(self) -> list[bool]:
+        return [flag for part in self._parts for flag in part.verified()]
 
 
 class PoolTransfer(Generic[T]):
@@ -139,6 +159,7 @@ class ChunkPool:
         self.spec = spec
         self.namespace = namespace or spec.namespace(chunk_size)
         self.slot_bytes = spec.payload_bytes(chunk_size)
+        self._token_bytes = spec.token_bytes
         self.metrics = metrics
         self.placement = placement
         self._writes = 0
@@ -186,25 +207,32 @@ class ChunkPool:
         With `release`, the lease is given back when settled.
         """
         began = time.perf_counter()
-        pinned = self._pin_prefix(lease, chunks)
-        transfers = [
-            SlotTransfer(slot, self.header(chunk, location.generation), chunk.start, chunk.skip)
-            for slot, chunk, location in zip(pinned, chunks, lease.locations, strict=False)
-        ]
+        pinned: list[PinnedSlot] = []
+        transfers: list[SlotTransfer] = []
+        parts: list[Transfer] = []
+        # The first part is under way while the rest is prepared.
+        head = HEAD_CHUNKS if len(chunks) >= 2 * HEAD_CHUNKS else len(chunks)
+        for begin, end in ((0, head), (head, len(chunks))):
+            part = self._prepare(lease.locations[begin:end], chunks[begin:end], pinned)
+            started = self._start(lambda part=part: mover.load(cache, slot_mapping, part), part)  # type: ignore[misc]
+            transfers += part
+            if started is not None:
+                parts.append(started)
+            if started is None or len(part) < end - begin:
+                break
 
         def settle(verified: list[bool]) -> list[bool]:
             for slot in pinned:
                 self.segments.unpin(slot)
             if release:
                 self.release(lease.id)
-            good = [*verified, *[False] * (len(chunks) - len(verified))]
-            stale = len(transfers) - sum(verified)
+            stale = len(verified) - sum(verified)
             if stale:
                 self.metrics.count("stale_reads", stale)
             self._observe("retrieve", transfers, verified, time.perf_counter() - began)
-            return good
+            return [*verified, *[False] * (len(chunks) - len(verified))]
 
-        return PoolTransfer(self._start(lambda: mover.load(cache, slot_mapping, transfers), transfers), settle)
+        return PoolTransfer(JoinedTransfer(parts) if len(parts) > 1 else next(iter(parts), None), settle)
 
     def read(self, location: SlotLocation, chunk: Chunk, out: memoryview) -> int:
         """Copy header and payload of a leased slot into host memory `out`; bytes written, 0 when unreachable or stale.
@@ -278,26 +306,23 @@ class ChunkPool:
 
     def header(self, chunk: Chunk, generation: int) -> SlotHeader:
         """The complete slot header of a chunk of this engine. Pure."""
-        return SlotHeader(
-            self.spec.rank,
-            self.spec.world_size,
-            generation,
-            chunk.digest,
-            self.namespace,
-            self.spec.payload_bytes(chunk.tokens),
-            chunk.tokens,
-            chunk.position,
-        )
+        digest, position, tokens, _, _ = chunk
+        nbytes = self._token_bytes * tokens
+        return SlotHeader(self.spec.rank, self.spec.world_size, generation, digest, self.namespace, nbytes, tokens, position)
 
-    def _pin_prefix(self, lease: Lease, chunks: Sequence[Chunk]) -> list[PinnedSlot]:
-        pinned: list[PinnedSlot] = []
-        for location, chunk in zip(lease.locations, chunks, strict=False):
+    def _prepare(
+        self, locations: Sequence[SlotLocation], chunks: Sequence[Chunk], pinned: list[PinnedSlot]
+    ) -> list[SlotTransfer]:
+        """Pin slots (appended to `pinned`) up to the first one that this process cannot reach."""
+        prepared: list[SlotTransfer] = []
+        for location, chunk in zip(locations, chunks, strict=False):
             slot = self.segments.pin(location) if location.tokens == chunk.tokens else None
             if slot is None:
                 self.metrics.count("unreachable")
                 break
             pinned.append(slot)
-        return pinned
+            prepared.append(SlotTransfer(slot, self.header(chunk, location.generation), chunk.start, chunk.skip))
+        return prepared
 
     def _put_start(self, chunks: Sequence[Chunk], parent: bytes, device: str) -> list[PutGrant]:
         if not chunks:
@@ -383,16 +408,21 @@ class ChunkPool:
     def _observe(
         self, operation: Literal["store", "retrieve"], transfers: list[SlotTransfer], flags: list[bool], seconds: float
     ) -> None:
-        by_tier: dict[Tier, int] = {}
+        tokens: dict[Tier, int] = {}
+        moved = 0
         for transfer, ok in zip(transfers, flags, strict=False):
             if ok:
                 tier: Tier = "vram" if transfer.slot.slab.kind == "cuda" else "dram"
-                moved = self.spec.payload_bytes(transfer.header.tokens - transfer.skip)
-                by_tier[tier] = by_tier.get(tier, 0) + moved
-                self.metrics.count(f"{operation}_chunks")
-                self.metrics.count(f"{operation}_tokens", transfer.header.tokens - transfer.skip)
-        for tier, nbytes in by_tier.items():
-            self.metrics.observe(operation, tier, seconds, nbytes)
+                tokens[tier] = tokens.get(tier, 0) + transfer.header.tokens - transfer.skip
+                moved += 1
+        if not moved:
+            return
+        total = sum(tokens.values())
+        self.metrics.count(f"{operation}_chunks", moved)
+        self.metrics.count(f"{operation}_tokens", total)
+        for tier, count in tokens.items():
+            # The tiers of a mixed transfer share its time by their bytes.
+            self.metrics.observe(operation, tier, seconds * count / total, self._token_bytes * count)
 
     def _write_over(self) -> None:
         with self._writes_changed:

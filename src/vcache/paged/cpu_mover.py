@@ -6,7 +6,8 @@ NumPy rather than torch, because gathers of long rows into a given buffer run se
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_char
 from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 Words: TypeAlias = NDArray[Any]
 
 
+PARALLEL_BYTES = 4 * 2**20
+"""Below this, handing work to threads costs more than it saves."""
+
+
 class RegionView(NamedTuple):
     """One region's memory as arrays of words of the widest type that its alignment allows."""
 
@@ -44,7 +49,9 @@ class RegionView(NamedTuple):
 class CpuMover(Mover):
     """Runs inline: `store` and `load` return when all is done. Any number of threads may call it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int = 1) -> None:
+        """`threads`: how many chunks of one call are moved at a time, when there is enough to move."""
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="vcache-mover") if threads > 1 else None
         self._views: WeakKeyDictionary[PagedCache, list[RegionView]] = WeakKeyDictionary()
         # Not a mutex: taking it orders memory, see _fence.
         self._fences = (threading.Lock(), threading.Lock())
@@ -56,11 +63,18 @@ class CpuMover(Mover):
         self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes
     ) -> FinishedTransfer:
         slots = self._prepare(cache, slot_mapping, transfers)
-        return FinishedTransfer([self._store_one(cache, slots, transfer, writer) for transfer in transfers])
+        return FinishedTransfer(self._each(transfers, lambda transfer: self._store_one(cache, slots, transfer, writer)))
 
     def load(self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> FinishedTransfer:
         slots = self._prepare(cache, slot_mapping, transfers)
-        return FinishedTransfer([self._load_one(cache, slots, transfer) for transfer in transfers])
+        return FinishedTransfer(self._each(transfers, lambda transfer: self._load_one(cache, slots, transfer)))
+
+    def _each(self, transfers: Sequence[SlotTransfer], move: Callable[[SlotTransfer], bool]) -> list[bool]:
+        """NumPy copies long runs without the interpreter's lock, so threads share the memory bandwidth of several cores."""
+        nbytes = sum(transfer.header.payload_bytes for transfer in transfers)
+        if self._executor is None or len(transfers) < 2 or nbytes < PARALLEL_BYTES:
+            return [move(transfer) for transfer in transfers]
+        return list(self._executor.map(move, transfers))
 
     def _store_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer, writer: bytes) -> bool:
         memory, offset = _buffer(transfer.slot.slab), transfer.slot.header_offset

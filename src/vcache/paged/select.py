@@ -20,7 +20,7 @@ def mover_for(cache: PagedCache, config: TransferConfig) -> Mover:
     if cache.device.type == "cpu":
         from .cpu_mover import CpuMover
 
-        return CpuMover()
+        return CpuMover(config.threads)
     if cache.device.type != "cuda":
         raise DeviceUnavailableError(f"kvcaches on {cache.device}: there is a mover for cpu and cuda only")
     if find_spec("triton") is None:
