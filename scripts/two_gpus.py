@@ -29,7 +29,7 @@ from vcache.bench.processes import manager_process, running
 
 MIB = 2**20
 LONG = 32_768
-GRIDS = (4, 8, 16, 32, 64, 132, 264)
+GRIDS = (8, 16, 32, 64, 96, 132, 264)
 
 
 def visible(gpu: int) -> dict[str, str]:
