@@ -83,11 +83,11 @@ def test_lookup(tmp_path: Path) -> None:
 def test_engine(tmp_path: Path) -> None:
     pytest.importorskip("torch")
     report = bench(tmp_path, "engine", "--bytes", "32MiB", "--repeats", "1")
-    assert [(row["operation"], row["mapping"]) for row in report["rows"]] == [
-        ("store", "whole blocks"),
-        ("retrieve", "whole blocks"),
-        ("store", "random tokens"),
-        ("retrieve", "random tokens"),
+    assert [(row["threads"], row["operation"], row["mapping"]) for row in report["rows"]] == [
+        (threads, operation, mapping)
+        for threads in (1, 2)
+        for mapping in ("whole blocks", "random tokens")
+        for operation in ("store", "retrieve")
     ]
     assert all(row["gbps"] > 0 and row["copy_gbps"] > 0 for row in report["rows"])
 

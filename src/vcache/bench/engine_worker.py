@@ -23,7 +23,7 @@ CHUNK_BYTES = SPEC.payload_bytes(CHUNK)
 class EngineWorker:
     """`reference` and `cache` hold the same number of bytes; the writer stores `reference`, the reader fills `cache`."""
 
-    def __init__(self, address: str, chunks: int, name: str) -> None:
+    def __init__(self, address: str, chunks: int, name: str, threads: int) -> None:
         import torch
 
         from ..engine import VCacheEngine
@@ -36,7 +36,8 @@ class EngineWorker:
         raw = torch.randint(-(2**63), 2**63 - 1, (self._nbytes // 8,), dtype=torch.int64, generator=generator)
         self._reference = raw.view(torch.bfloat16).view(shape)
         self._cache = torch.zeros(shape, dtype=torch.bfloat16)
-        config = VCacheConfig.from_env({}, manager={"address": address, "deadline": 10.0}, segment={"lend": False})
+        sections = {"manager": {"address": address, "deadline": 10.0}, "segment": {"lend": False}}
+        config = VCacheConfig.from_env({}, **sections, transfer={"threads": threads})
         self._engine = VCacheEngine(config, SPEC, name=f"bench-{name}")
 
     def ready(self) -> dict[str, Any]:
@@ -66,11 +67,11 @@ class EngineWorker:
         return {"seconds": seconds, "tokens": int(found.sum()), "equal": self._equal(slots, self._slots(mapping, 11))}
 
     def copy(self, threads: int) -> dict[str, Any]:
-        """The plain copy: the same bytes from one contiguous buffer to another. `threads`: 0 = as many as torch likes."""
+        """The plain copy: the same bytes from one contiguous buffer to another. By `threads` threads."""
         import torch
 
         before = torch.get_num_threads()
-        torch.set_num_threads(threads or before)
+        torch.set_num_threads(threads)
         try:
             return {"seconds": _timed(lambda: self._cache.copy_(self._reference))}
         finally:
@@ -111,8 +112,8 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    address, chunks, name = arguments
-    worker = EngineWorker(address, int(chunks), name)
+    address, chunks, name, threads = arguments
+    worker = EngineWorker(address, int(chunks), name, int(threads))
     try:
         for line in sys.stdin:
             request: dict[str, Any] = json.loads(line)

@@ -19,7 +19,6 @@ import torch
 import triton
 import triton.language as tl
 
-from ..devices import HOST
 from ..errors import ArgumentError, DeviceUnavailableError
 from ..segment.mapping import MappedSlab, PinnedSlot
 from ..segment.slots import HEADER_BYTES, SlotHeader, align_up
@@ -179,7 +178,7 @@ class GpuMover(Mover):
             return self._grid
         if not self._system:
             return INTERPRETED_PROGRAMS
-        if HOST in devices:
+        if "host" in devices:
             return HOST_PROGRAMS
         return (LOCAL_PROGRAMS_PER_SM if devices == {self._uuid} else PEER_PROGRAMS_PER_SM) * self._processors
 
