@@ -271,8 +271,14 @@ class ChunkPool:
         with self._writes_changed:
             self._writes += 1
         try:
+            epoch = self.manager.epoch
             grants = self._put_start(chunks, parent, device_name(cache.device))
             written, transfers, unplaced = self._place(chunks, grants)
+            if self.manager.epoch != epoch:
+                # The manager that gave the tickets is gone, and its successor cannot know of writes that have not begun.
+                unplaced = [*unplaced, *written]
+                self._abandon(transfers)
+                written, transfers = [], []
         except BaseException:
             self._write_over()
             raise
@@ -371,6 +377,11 @@ class ChunkPool:
             written.append(chunk)
         self._revoke(refused)
         return written, transfers, unplaced
+
+    def _abandon(self, transfers: Sequence[SlotTransfer]) -> None:
+        for transfer in transfers:
+            self.segments.unpin(transfer.slot)
+        self.metrics.count("put_lapsed", len(transfers))
 
     def _publish(self, written: list[Chunk], transfers: list[SlotTransfer], flags: list[bool]) -> list[Chunk]:
         tickets = [Ticket(t.header.key, t.header.shard, t.header.generation) for t in transfers]

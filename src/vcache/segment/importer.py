@@ -235,7 +235,7 @@ class Importer:
     def _fail(self, link: Link, problem: str) -> None:
         """Nothing can be mapped now."""
         if link.problem != problem:
-            logger.warning("segment %s: %s", link.uuid.hex()[:8], problem)
+            logger.log(logging.INFO if self._closing else logging.WARNING, "segment %s: %s", link.uuid.hex()[:8], problem)
         link.problem = problem
         link.settled.set()
         wanted, link._wanted = link._wanted, {}
