@@ -23,7 +23,7 @@ class Cluster:
     def __init__(self, folder: Path, **manager: Any) -> None:
         self.folder = folder
         self.address = f"unix://{folder}/manager.sock"
-        self._manager = {"session_timeout": 2.0, "heartbeat_interval": 0.2, "quarantine": 0.3, **manager}
+        self._manager = {"session_timeout": 2.0, "heartbeat_interval": 0.2, "ticket_ttl": 1.0, "quarantine": 0.3, **manager}
         self._commands: list[Command] = []
         self._engines: list[EngineProcess] = []
 

@@ -18,10 +18,11 @@ import uvloop
 
 from vcache.config import ManagerConfig, VCacheConfig
 from vcache.manager import protocol
-from vcache.manager.address import Address, host_identity, parse_address
+from vcache.manager.address import Address, parse_address
 from vcache.manager.client import ManagerClient
 from vcache.manager.messages import ManagerApi, Push, PutRequest, SessionInfo, Ticket
 from vcache.manager.server import ManagerServer
+from vcache.segment.hostinfo import host_id
 from vcache.segment.slots import SegmentInfo, SlabInfo
 
 T = TypeVar("T")
@@ -52,7 +53,7 @@ def segment_of(manager: ManagerApi, number: int = 1, slots: int = 64, kind: Any 
     return SegmentInfo(
         uuid=number.to_bytes(16, "little"),
         kind=kind,
-        host=host_identity(),
+        host=host_id(),
         device="host" if kind == "host" else "GPU-0",
         broker="/nowhere",
         owner=manager.client_id,
@@ -211,7 +212,7 @@ class RawClient:
         raise AssertionError("the server hung up")
 
     def hello(self, *, client: bytes = b"r" * 16, token: bytes = b"", version: int | None = None) -> protocol.Frame:
-        hello = protocol.Hello(client, "raw", "tool", host_identity(), token)
+        hello = protocol.Hello(client, "raw", "tool", token)
         payload = protocol.encode_hello(hello) if version is None else protocol.encode_hello(hello, version)
         self.send(protocol.frame(1, protocol.HELLO, payload))
         answer = self.receive()

@@ -33,7 +33,7 @@ def key(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-HELLO = protocol.Hello(b"c" * 16, "engine-0", "engine", "host", b"secret")
+HELLO = protocol.Hello(b"c" * 16, "engine-0", "engine", b"secret")
 INFO = SegmentInfo(
     uuid=b"u" * 16, kind="host", host="h", device="host", broker="/b", owner=b"o" * 16, slabs=(SlabInfo(0, 4096),)
 )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ProtocolError
 from ..manager import protocol
-from ..manager.address import host_identity, parse_address
+from ..manager.address import parse_address
 from ..manager.connect import connect
 from ..segment.slots import LOCATION_BYTES
 from .mooncake_master import measure_mooncake
@@ -53,7 +53,7 @@ class Pipeline:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(parse_address(address).path)
         self._buffer = protocol.FrameBuffer(2**24)
-        hello = protocol.Hello(secrets.token_bytes(16), "bench", "tool", host_identity())
+        hello = protocol.Hello(secrets.token_bytes(16), "bench", "tool")
         self._socket.sendall(protocol.frame(1, protocol.HELLO, protocol.encode_hello(hello)))
         self._waiting: deque[protocol.Frame] = deque()
         self._next()

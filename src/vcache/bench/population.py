@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from ..manager.address import host_identity
 from ..manager.messages import ManagerApi
+from ..segment.hostinfo import host_id
 from ..segment.slots import ALIGNMENT, SegmentInfo, SlabHeader, SlabInfo, SlabInventory, SlotHeader, slab_bytes_for
 
 CHUNKS_PER_PROMPT = 512
@@ -35,7 +35,7 @@ def mount_population(api: ManagerApi, keys: list[bytes], *, first_segment: int =
         info = SegmentInfo(
             uuid=number.to_bytes(16, "little"),
             kind="host",
-            host=host_identity(),
+            host=host_id(),
             device="host",
             broker="/nowhere",
             owner=api.client_id,

@@ -77,8 +77,3 @@ def load_token(config: ManagerConfig, env: Mapping[str, str] | None = None) -> b
     if stat.S_ISREG(mode) and mode & (stat.S_IRWXG | stat.S_IRWXO):
         logger.warning("manager.token_file: %s can be read by other users; run: chmod 600 %s", path, path)
     return token
-
-
-def host_identity() -> str:
-    """The kernel's boot id: the same for every process and container of one running host, and for no other."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -18,7 +18,7 @@ from ..config import ManagerConfig
 from ..errors import DeadlineExceededError, ManagerUnavailableError, ProtocolError, VCacheError
 from ..segment.slots import SegmentInfo, SlabInventory
 from . import protocol
-from .address import host_identity, load_token, parse_address
+from .address import load_token, parse_address
 from .breaker import CircuitBreaker
 from .connection import Connection, Late
 from .dispatch import Audience, Dispatcher
@@ -62,7 +62,7 @@ class ManagerClient:
         self._address = parse_address(config.address)
         if token is None:
             token = load_token(config) if self._address.kind == "tcp" else b""
-        self._hello = protocol.Hello(client_id or secrets.token_bytes(16), name[:256], role, host_identity(), token)
+        self._hello = protocol.Hello(client_id or secrets.token_bytes(16), name[:256], role, token)
         self._breaker = CircuitBreaker(
             time.monotonic, threshold=_MISSES, cooldown=_FIRST_PAUSE, max_cooldown=_LONGEST_PAUSE, jitter=random.random
         )

@@ -62,11 +62,10 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     client: Id
     name: Name
     role: Role
-    host: Name
     token: Annotated[bytes, msgspec.Meta(max_length=4096)] = b""
 
     def __repr__(self) -> str:
-        return f"Hello(client={self.client.hex()}, name={self.name!r}, role={self.role!r}, host={self.host!r})"
+        return f"Hello(client={self.client.hex()}, name={self.name!r}, role={self.role!r})"
 
 
 class HelloReply(msgspec.Struct, frozen=True):
