@@ -179,10 +179,13 @@ def test_the_master_dies_during_traffic_and_comes_back(store: Store) -> None:
             assert time.monotonic() - began < 1.0
             store.start_master()
             store.lend()
-            written = counters(engine)["storage_written"]
-            eventually(
-                lambda: counters(engine)["storage_written"] > written, 40, what="writes reach the new store by themselves"
-            )
+            written, seeds = counters(engine)["storage_written"], itertools.count(200)
+
+            def reached() -> bool:
+                put(engine, spec, tokens_of(next(seeds), 16))  # new chunks: those in the pool are not written again
+                return counters(engine)["storage_written"] > written
+
+            eventually(reached, 40, what="writes reach the new store by themselves")
         finally:
             stop.set()
             thread.join(30)
