@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .config import VCacheConfig
 from .errors import ArgumentError, VCacheError
 from .handles import StreamFollower, TransferHandle
-from .keys import CacheKey, ChunkSpan, TokenDatabase, skipped_tokens, token_array
+from .keys import CacheKey, TokenDatabase, skipped_tokens, token_array
 from .lower_tier import LowerTier
 from .manager.messages import ManagerApi
 from .metrics import EngineMetrics
-from .pool import MANAGER_ERRORS, Chunk, ChunkPool, Presence
+from .pool import HEAD_CHUNKS, MANAGER_ERRORS, ChunkPool, PoolTransfer, Presence
+from .prompt import Prompt
 from .resources import Resources, open_resources
 from .spec import KVCacheSpec
 
@@ -119,7 +120,9 @@ class VCacheEngine:
         the first token that it covers, at most the number of False. Chunks that exist are skipped. Blocks until the source
         may change. A store that finds no room is counted, not raised.
         """
-        self._store(tokens, mask, kvcaches, slot_mapping, offset)
+        self._check_open()
+        target: _Target = self.bind(kvcaches)
+        self._store(self._check(tokens, mask, slot_mapping, offset, target.cache), target, slot_mapping)
 
     def retrieve(self, tokens: Any, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: torch.Tensor) -> torch.Tensor:
         """Load the longest prefix that any tier holds into `kvcaches`, chunk by chunk, from the best tier of each.
@@ -128,7 +131,9 @@ class VCacheEngine:
         tensor of `len(tokens)`: True exactly where the bytes are in `kvcaches` and verified; rows of other tokens may have
         been written and must be recomputed. Blocks until loaded.
         """
-        return self._retrieve(tokens, mask, kvcaches, slot_mapping)
+        self._check_open()
+        target: _Target = self.bind(kvcaches)
+        return self._retrieve(self._check(tokens, mask, slot_mapping, 0, target.cache), target, slot_mapping)
 
     def contains(self, key: CacheKey | str) -> int:
         """0 when the chunk is in VRAM, 1 when it is in a lower tier (DRAM, storage), -1 when it is nowhere (or of another
@@ -166,8 +171,8 @@ class VCacheEngine:
     ) -> TransferHandle[None]:
         """`store` in the background. Arguments are checked before it returns. The source must not change until done."""
         target, follower = self._follow(kvcaches)
-        self._plan(tokens, mask, slot_mapping, offset, target.cache)
-        work = lambda: self._store(tokens, mask, target, slot_mapping, offset)  # noqa: E731
+        prompt = self._check(tokens, mask, slot_mapping, offset, target.cache)
+        work = lambda: self._store(prompt, target, slot_mapping)  # noqa: E731
         return TransferHandle(self._executor.submit(follower.run, work))
 
     def retrieve_async(
@@ -175,8 +180,8 @@ class VCacheEngine:
     ) -> TransferHandle[torch.Tensor]:
         """`retrieve` in the background. Arguments are checked before it returns."""
         target, follower = self._follow(kvcaches)
-        self._plan(tokens, mask, slot_mapping, 0, target.cache)
-        work = lambda: self._retrieve(tokens, mask, target, slot_mapping)  # noqa: E731
+        prompt = self._check(tokens, mask, slot_mapping, 0, target.cache)
+        work = lambda: self._retrieve(prompt, target, slot_mapping)  # noqa: E731
         return TransferHandle(self._executor.submit(follower.run, work))
 
     def bind(self, kvcaches: KVCaches, *, layout: str | None = None, block_size: int | None = None) -> Any:
@@ -232,49 +237,57 @@ class VCacheEngine:
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    def _store(self, tokens: Any, mask: Any, kvcaches: KVCaches, slot_mapping: torch.Tensor, offset: int) -> None:
-        target = self.bind(kvcaches)
-        spans, first = self._plan(tokens, mask, slot_mapping, offset, target.cache)
-        chunks = self._chunks(spans, first, offset)
+    def _store(self, prompt: Prompt, target: _Target, slot_mapping: torch.Tensor) -> None:
+        chunks = prompt.chunks(0, prompt.length)
         if not chunks:
             return
-        parent = spans[first - 1].digest if first else b""
-        report = self.pool.put(chunks, parent, target.cache, slot_mapping, target.mover).result()
+        report = self.pool.put(chunks, prompt.parent(0), target.cache, slot_mapping, target.mover).result()
         if self._lower is not None:
             self._lower.save_later(report.stored)
             self._lower.save_now(report.unplaced, target.cache, slot_mapping, target.mover)
 
-    def _retrieve(self, tokens: Any, mask: Any, kvcaches: KVCaches, slot_mapping: torch.Tensor) -> torch.Tensor:
+    def _retrieve(self, prompt: Prompt, target: _Target, slot_mapping: torch.Tensor) -> torch.Tensor:
         import torch
 
-        target = self.bind(kvcaches)
-        spans, first = self._plan(tokens, mask, slot_mapping, 0, target.cache)
-        chunks = self._chunks(spans, first, 0)
-        present = self._load(chunks, target, slot_mapping)
-        loaded = present.found
-        self._count(len(chunks), present)
+        present = self._load(prompt, target, slot_mapping)
+        self._count(prompt.length, present)
         result = torch.zeros(slot_mapping.numel(), dtype=torch.bool)
-        if loaded:
-            result[spans[first].start : spans[first + loaded - 1].end] = True
+        result[prompt.tokens(0, present.found)] = True
         return result
 
-    def _load(self, chunks: Sequence[Chunk], target: _Target, slot_mapping: torch.Tensor) -> Presence:
+    def _load(self, prompt: Prompt, target: _Target, slot_mapping: torch.Tensor) -> Presence:
         """Load the longest prefix and verify it. Goes on in the storage tier where the pool ends, and back."""
         position, failed = 0, False
-        while position < len(chunks):
-            rest = chunks[position:]
-            lease = self.pool.acquire([chunk.digest for chunk in rest])
-            failed = lease.failed
-            if lease.locations:
-                flags = self.pool.load(lease, rest, target.cache, slot_mapping, target.mover).result()
-                position += next((i for i, ok in enumerate(flags) if not ok), len(flags))
-            if self._lower is None or position == len(chunks):
+        while position < prompt.length:
+            above = self._load_from_pool(prompt, position, target, slot_mapping)
+            position, failed = position + above.found, above.failed
+            if self._lower is None or position == prompt.length:
                 break
-            loaded = self._lower.load(chunks[position:], target.cache, slot_mapping, target.mover)
+            rest = prompt.chunks(position, prompt.length)
+            loaded = self._lower.load(rest, target.cache, slot_mapping, target.mover, prompt.parent(position))
             if not loaded:
                 break
             position += loaded
         return Presence(position, failed)
+
+    def _load_from_pool(self, prompt: Prompt, begin: int, target: _Target, slot_mapping: torch.Tensor) -> Presence:
+        """Load what the pool holds of the chunks from `begin` on. The head of a long prompt is on its way while the tail is
+        named, leased and prepared."""
+        begun: list[PoolTransfer[list[bool]]] = []
+        failed, long = False, prompt.length - begin >= 2 * HEAD_CHUNKS
+        try:
+            for end in (begin + HEAD_CHUNKS, prompt.length) if long else (prompt.length,):
+                chunks = prompt.chunks(begin, end)
+                lease = self.pool.acquire([chunk.digest for chunk in chunks])
+                failed = lease.failed
+                if lease.locations:
+                    begun.append(self.pool.load(lease, chunks, target.cache, slot_mapping, target.mover))
+                if len(lease.locations) < len(chunks):
+                    break
+                begin = end
+        finally:  # also after an error, or slots would stay pinned
+            flags = [flag for transfer in begun for flag in transfer.result()]
+        return Presence(next((i for i, ok in enumerate(flags) if not ok), len(flags)), failed)
 
     def _present(self, digests: Sequence[bytes]) -> Presence:
         found, failed = 0, False
@@ -288,23 +301,14 @@ class VCacheEngine:
             found += below
         return Presence(found, failed)
 
-    def _plan(
-        self, tokens: Any, mask: Any, slot_mapping: torch.Tensor, offset: int, cache: PagedCache
-    ) -> tuple[list[ChunkSpan], int]:
-        """Check the arguments; the spans of the prompt and the index of the first one to move."""
-        self._check_open()
+    def _check(self, tokens: Any, mask: Any, slot_mapping: torch.Tensor, offset: int, cache: PagedCache) -> Prompt:
+        """Check the arguments of a store or retrieve. Raises `ArgumentError`."""
         ids = token_array(tokens)
         skipped = skipped_tokens(mask, len(ids), self._tokens.chunk_size)
         if not 0 <= offset <= skipped:
             raise ArgumentError(f"offset: must be in [0, number of False in mask = {skipped}], got {offset}")
         cache.check_slot_mapping(slot_mapping, len(ids) - offset)
-        return self._tokens.spans(ids), -(-skipped // self._tokens.chunk_size)
-
-    def _chunks(self, spans: Sequence[ChunkSpan], first: int, offset: int) -> list[Chunk]:
-        return [
-            Chunk(span.digest, index, span.end - span.start, span.start - offset)
-            for index, span in enumerate(spans[first:], start=first)
-        ]
+        return Prompt(self._tokens, ids, skipped, offset)
 
     def _follow(self, kvcaches: KVCaches) -> tuple[_Target, StreamFollower]:
         self._check_open()
