@@ -7,17 +7,16 @@ export OMP_WAIT_POLICY ?= PASSIVE
 .PHONY: help demo test test-vllm lint format clean
 
 help:
-	@echo "make demo    two processes with a real language model share one document's KV   (ARGS='--tokens 2000')"
+	@echo "make demo    two vLLM servers share one document's KV; ARGS='--engine torch': without vLLM (--tokens 2000, ...)"
 	@echo "make test    all tests                                                          (ARGS='tests/manager -x')"
 	@echo "make test-vllm  the vLLM connector on real engines, on the CPU, in .venv-vllm"
 	@echo "make lint    ruff, formatting, mypy"
 	@echo "make format  apply ruff's fixes and formatting"
-	@echo "make clean   remove .venv and caches"
-	@echo "PYTHON=python3.12 chooses the interpreter for .venv"
+	@echo "make clean   remove the virtual environments and caches"
+	@echo "PYTHON=python3.12 chooses the interpreter; make demo uses its vLLM when it has one, and a GPU"
 
 demo:
-	@$(PYTHON) scripts/setup.py demo
-	@.venv/bin/vcache demo $(ARGS)
+	@$(PYTHON) scripts/demo.py $(ARGS)
 
 test-vllm:
 	@$(PYTHON) scripts/setup_vllm.py
@@ -39,4 +38,4 @@ format:
 	.venv/bin/python -m ruff format
 
 clean:
-	rm -rf .venv .venv-setup.log build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-vllm .venv-gpu .venv*-setup.log build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

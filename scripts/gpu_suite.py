@@ -1,18 +1,20 @@
-"""Everything that is to be shown on a machine with a GPU, in one go: smoke checks, GPU tests, transfers, engines end to end,
-interference. Each part runs in a process of its own with a time limit; a part that fails is recorded and the others go on.
+"""Everything that is to be shown on a machine with a GPU, in one go: smoke checks, engines end to end, return of lent memory,
+transfers beside copy engines, interference, the demo, GPU tests. Each part runs in a process of its own with a time limit; a
+part that fails is recorded and the others go on.
 
-usage: python3 scripts/gpu_suite.py OUT [--only smoke,tests,sweep,end_to_end,interference] [--quick] [--cpu]
+usage: python3 scripts/gpu_suite.py OUT [--only PART,...] [--budget SECONDS] [--quick] [--cpu]
 
-Writes to the folder OUT: suite.json (all parts, machine, versions), tests.jsonl (what tests measured), transfer.json,
-transfer.csv, transfer.png, summary.md, and the output of each part. Takes four to six minutes on an H100. `--cpu` is a dry
-run over host memory.
+parts: smoke, end_to_end, return, sweep, interference, demo, tests
+
+Writes to the folder OUT: suite.json (all parts, machine, versions; after every part), tests.jsonl (what tests measured),
+return.json, transfer.json, transfer.csv, transfer.png, summary.md, and the output of each part. Takes seven to nine minutes on
+an H200. `scripts/bench_pages.py one-gpu OUT/suite.json` makes a page of it. `--cpu` is a dry run over host memory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -20,10 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCE = ROOT / "src"
-LIMITS = {"smoke": 75, "tests": 190, "sweep": 170, "end_to_end": 90, "interference": 60}
-"""Seconds that each part may take."""
+from gpu_parts import ROOT, SOURCE, machine_facts, python_path, run_limited, say
+
+LIMITS = {"smoke": 60, "end_to_end": 90, "return": 70, "sweep": 170, "interference": 90, "demo": 120, "tests": 200}
+"""The parts in their order, and the seconds that each may take."""
 MIB = 2**20
 
 
@@ -31,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", default=",".join(LIMITS), help="parts, comma-separated")
+    parser.add_argument("--budget", type=float, default=560.0, help="seconds; parts that do not fit any more are left out")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and page sizes")
     parser.add_argument("--cpu", action="store_true", help="dry run over host memory")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -49,14 +52,17 @@ def suite(arguments: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "command": " ".join(["python3", *sys.argv]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": machine(),
+        "machine": machine_facts(),
         "parts": {},
     }
-    for part in arguments.only.split(","):
-        begin = time.perf_counter()
+    for part in chosen(arguments.only):
+        left = arguments.budget - (time.perf_counter() - start)
+        if left < LIMITS[part] / 2:
+            result["parts"][part] = {"code": 1, "timed_out": False, "seconds": 0.0, "last": [f"left out: {left:.0f} s left"]}
+            say(f"== {part}: left out, {left:.0f} s left")
+            continue
         say(f"== {part} (limit {LIMITS[part]} s)")
         found = run_part(part, arguments)
-        found["seconds"] = round(time.perf_counter() - begin, 1)
         result["parts"][part] = found
         say(f"== {part}: {'ok' if found['code'] == 0 else 'FAILED'} in {found['seconds']} s")
         save(out / "suite.json", result)
@@ -69,6 +75,14 @@ def suite(arguments: argparse.Namespace) -> int:
     return int(any(part["code"] for part in result["parts"].values()))
 
 
+def chosen(only: str) -> list[str]:
+    """Raises `SystemExit` for an unknown part."""
+    names = [name for name in only.split(",") if name]
+    if unknown := [name for name in names if name not in LIMITS]:
+        raise SystemExit(f"gpu_suite: no part {', '.join(unknown)}; there are {', '.join(LIMITS)}")
+    return names
+
+
 def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
     out: Path = arguments.out
     if part == "smoke":
@@ -77,64 +91,37 @@ def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu"), "-m", "gpu", "-v", "--no-header"]
         command += ["-p", "no:cacheprovider", "--durations=12", "-rA" if arguments.cpu else "-rfE"]
         command += ["--deselect", "tests/gpu/test_gpu_smoke.py"]
+    elif part == "demo":
+        command = [sys.executable, "-m", "vcache.cli", "demo", "--device", "cpu" if arguments.cpu else "cuda"]
+        command += ["--engine", "torch"] if demo_has_engines() else []
     else:
         command = [sys.executable, __file__, str(out), "--part", part]
         command += ["--quick"] if arguments.quick else []
         command += ["--cpu"] if arguments.cpu else []
-    return execute(command, out / f"{part}.txt", LIMITS[part], environment(arguments))
+    return run_limited(command, out / f"{part}.txt", LIMITS[part], environment(arguments))
+
+
+def demo_has_engines() -> bool:
+    """Whether `vcache demo` can be told which engine to play with."""
+    command = [sys.executable, "-m", "vcache.cli", "demo", "--help"]
+    answer = subprocess.run(command, env=python_path(COLUMNS="200"), capture_output=True, text=True, timeout=60, check=False)
+    return "--engine" in answer.stdout
 
 
 def environment(arguments: argparse.Namespace) -> dict[str, str]:
-    path = os.pathsep.join([str(SOURCE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    found = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    found["VCACHE_GPU_RESULTS"] = str((arguments.out / "tests.jsonl").resolve())
+    found = python_path(VCACHE_GPU_RESULTS=str((arguments.out / "tests.jsonl").resolve()))
     if arguments.cpu:
         found["VCACHE_GPU_TESTS_ON_CPU"] = "1"
     return found
-
-
-def execute(command: list[str], log: Path, limit: float, env: dict[str, str]) -> dict[str, Any]:
-    """Run with a time limit, output to the log and on; on timeout the whole process group ends."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-    assert process.stdout is not None
-    import selectors
-
-    deadline = time.monotonic() + limit
-    lines: list[str] = []
-    selector = selectors.DefaultSelector()
-    os.set_blocking(process.stdout.fileno(), False)
-    selector.register(process.stdout, selectors.EVENT_READ)
-    rest = ""
-    timed_out = False
-    while True:
-        left = deadline - time.monotonic()
-        if left <= 0:
-            timed_out = True
-            os.killpg(process.pid, 9)
-            break
-        if not selector.select(min(left, 1.0)):
-            if process.poll() is not None:
-                break
-            continue
-        data = os.read(process.stdout.fileno(), 65536).decode(errors="replace")
-        if not data:
-            break
-        *whole, rest = (rest + data).split("\n")
-        for line in whole:
-            lines.append(line)
-            say("   " + line[:300])
-    process.wait()
-    log.write_text("\n".join(lines) + rest + "\n")
-    code = -9 if timed_out else process.returncode
-    return {"code": code, "timed_out": timed_out, "command": command, "last": [line for line in lines if line.strip()][-5:]}
 
 
 # Parts that run in a child of this script ----------------------------------------------------------------------------------
 
 
 def bench(part: str, out: Path, quick: bool, cpu: bool) -> None:
+    if part == "return":
+        give_back(out, cpu)
+        return
     from vcache.bench.report import save_report
     from vcache.bench.transfer import TransferOptions, run
 
@@ -145,6 +132,8 @@ def bench(part: str, out: Path, quick: bool, cpu: bool) -> None:
         page_sizes=tuple(page * 1024 for page in pages),
         sweep=part == "sweep",
         full=part == "sweep" and not quick,
+        seconds=0.25,
+        copy_engines=True,
         interference=part == "interference",
         end_to_end=part == "end_to_end",
         command=f"scripts/gpu_suite.py ({part})",
@@ -156,6 +145,20 @@ def bench(part: str, out: Path, quick: bool, cpu: bool) -> None:
         say(note)
     if any(note.startswith(("NOT MEASURED", "FAILED")) for note in report.notes):
         sys.exit(1)
+
+
+def give_back(out: Path, cpu: bool) -> None:
+    """Return of 4 GiB of VRAM to its owner while two processes read it."""
+    from vcache.bench.give_back import GiveBack, measure
+    from vcache.bench.transfer import _SMALL_SPEC
+
+    what = GiveBack(nbytes=4096 * MIB)
+    if cpu:
+        what = GiveBack(nbytes=32 * MIB, kind="host", device="cpu", spec=_SMALL_SPEC, tokens=1024, readers=1, rounds=2)
+    rounds = measure(what, say)
+    save(out / "return.json", {"nbytes": what.nbytes, "readers": what.readers, "rounds": rounds})
+    for each in rounds:
+        say(json.dumps(each))
 
 
 def merge(out: Path) -> list[str]:
@@ -201,22 +204,6 @@ def attempt(step: Callable[[], None], notes: list[str]) -> None:
         notes.append(f"FAILED: {step.__name__}: {type(error).__name__}: {error}")
 
 
-def machine() -> dict[str, str]:
-    query = "name,uuid,driver_version,memory.total,memory.free,pcie.link.gen.current,pcie.link.width.current"
-    found = {"kernel": os.uname().release, "cpus": str(os.cpu_count()), "python": sys.version.split()[0]}
-    try:
-        found["nvidia-smi"] = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-        ).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        found["nvidia-smi"] = str(error)
-    return found
-
-
 def summary(result: dict[str, Any]) -> str:
     lines = [f"# GPU suite, {result['date']}", "", f"`{result['command']}`", ""]
     lines += [f"- {name}: {value}" for name, value in result["machine"].items()]
@@ -229,10 +216,6 @@ def summary(result: dict[str, Any]) -> str:
 
 def save(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, default=str))
-
-
-def say(line: str) -> None:
-    print(line, flush=True)
 
 
 if __name__ == "__main__":

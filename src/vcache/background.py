@@ -9,15 +9,18 @@ from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from .errors import StorageDeadlineError, StorageError
+from .errors import StorageDeadlineError
 from .keys import CacheKey
 from .metrics import EngineMetrics
-from .pool import Chunk, ChunkPool, leased
+from .pool import TRANSFER_ERRORS, Chunk, ChunkPool, leased
 from .segment.slots import HEADER_BYTES
 from .staging import StagingBuffer, StagingPool
 from .storage.base import StorageTier
 
 logger = logging.getLogger("vcache.storage")
+
+BATCH = 4
+"""Chunks written in one call: in a busy process every call waits several times for the interpreter lock."""
 
 
 class _Job(NamedTuple):
@@ -36,9 +39,12 @@ class BackgroundWriter:
         self._staging = staging
         self._metrics = metrics
         self._limit = limit
+        # The other half is for reads, which must not wait for writes.
+        self._batch = max(1, min(BATCH, staging.limit // 2))
         self._queue: deque[_Job] = deque()
         self._waiting_bytes = 0
         self._busy = False
+        self._failing = False
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="vcache-storage-writer", daemon=True)
@@ -89,40 +95,84 @@ class BackgroundWriter:
                 self._changed.wait_for(lambda: self._queue or self._closed)
                 if not self._queue:
                     return
-                job = self._queue.popleft()
-                self._waiting_bytes -= job.nbytes
+                jobs = self._next()
                 self._busy = True
             try:
-                self._write(job)
-            except (StorageError, OSError, RuntimeError) as error:
-                # This chunk is missing in this tier, nothing else.
+                self._write(jobs)
+                self._failing = False
+            except TRANSFER_ERRORS as error:
+                # These chunks are missing in this tier, nothing else. The first of many is news, the others are counted.
                 self._metrics.count("storage_errors")
-                logger.warning("write to the storage tier failed: %s", error)
+                level = logging.DEBUG if self._failing else logging.WARNING
+                logger.log(level, "write to the storage tier failed: %s", error)
+                self._failing = True
 
-    def _write(self, job: _Job) -> None:
+    def _next(self) -> list[_Job]:
+        """The next jobs, oldest first, taken out of the queue: one whose value lies in staging, or several to read from the
+        pool, each chunk once. Under `_changed`."""
+        jobs: list[_Job] = []
+        while self._queue and len(jobs) < self._batch:
+            job = self._queue[0]
+            if jobs and (job.filled is not None or any(job.chunk.digest == other.chunk.digest for other in jobs)):
+                break
+            jobs.append(self._queue.popleft())
+            self._waiting_bytes -= job.nbytes
+            if job.filled is not None:
+                break
+        return jobs
+
+    def _write(self, jobs: list[_Job]) -> None:
         began = time.perf_counter()
-        buffers = [job.filled] if job.filled is not None else self._staging.take(1)
+        filled = jobs[0].filled
+        buffers = [filled] if filled is not None else []
         try:
-            key, shard = CacheKey(self._pool.namespace, job.chunk.digest), self._pool.spec.rank
-            if self._storage.prefix([key], shard):
-                self._metrics.count("storage_exists")
-                return
-            size = HEADER_BYTES + job.nbytes if job.filled is not None else self._read(job.chunk, buffers[0])
-            if not size:
-                self._metrics.count("storage_skipped")  # evicted before its turn
-            elif self._storage.put([key], shard, [buffers[0].view[:size]]) == [True]:
-                self._metrics.observe("store", "storage", time.perf_counter() - began, job.nbytes)
-                self._metrics.count("storage_written")
-            else:
-                self._metrics.count("storage_rejected")
+            shard = self._pool.spec.rank
+            there = self._storage.prefix(self._keys(jobs), shard)
+            if there:
+                self._metrics.count("storage_exists", there)
+            jobs = jobs[there:]
+            while jobs:
+                if filled is None:
+                    buffers += self._staging.take(len(jobs) - len(buffers))
+                ready, jobs = jobs[: len(buffers)], jobs[len(buffers) :]
+                sizes = [HEADER_BYTES + ready[0].nbytes] if filled is not None else self._read(ready, buffers)
+                self._put(ready, buffers, sizes, shard, began)
+                began = time.perf_counter()
         except StorageDeadlineError as error:
-            # The call still reads from its buffer.
+            # The call still reads from its buffers.
             late, buffers = buffers, []
             error.when_over(lambda: self._staging.give(late))
             raise
         finally:
             self._staging.give(buffers)
 
-    def _read(self, chunk: Chunk, buffer: StagingBuffer) -> int:
-        with leased(self._pool, [chunk.digest]) as lease:
-            return self._pool.read(lease.locations[0], chunk, buffer.view) if lease.locations else 0
+    def _put(self, jobs: list[_Job], buffers: list[StagingBuffer], sizes: list[int], shard: int, began: float) -> None:
+        """Write what was read; a size of 0 is a chunk that was evicted before its turn."""
+        found = [(job, buffer.view[:size]) for job, buffer, size in zip(jobs, buffers, sizes, strict=False) if size]
+        if len(found) < len(jobs):
+            self._metrics.count("storage_skipped", len(jobs) - len(found))
+        if not found:
+            return
+        flags = self._storage.put(self._keys([job for job, _ in found]), shard, [value for _, value in found])
+        written = [job for (job, _), ok in zip(found, flags, strict=True) if ok]
+        if written:
+            self._metrics.observe("store", "storage", time.perf_counter() - began, sum(job.nbytes for job in written))
+            self._metrics.count("storage_written", len(written))
+        if len(written) < len(found):
+            self._metrics.count("storage_rejected", len(found) - len(written))
+
+    def _read(self, jobs: list[_Job], buffers: list[StagingBuffer]) -> list[int]:
+        """Bytes of each chunk's value, now in its buffer; 0 for those that left the pool."""
+        sizes: list[int] = []
+        while len(sizes) < len(jobs):
+            # A lease ends before the first chunk that is gone.
+            with leased(self._pool, [job.chunk.digest for job in jobs[len(sizes) :]]) as lease:
+                for location in lease.locations:
+                    here = len(sizes)
+                    sizes.append(self._pool.read(location, jobs[here].chunk, buffers[here].view))
+            if len(sizes) < len(jobs):
+                sizes.append(0)
+        return sizes
+
+    def _keys(self, jobs: Sequence[_Job]) -> list[CacheKey]:
+        return [CacheKey(self._pool.namespace, job.chunk.digest) for job in jobs]

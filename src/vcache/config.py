@@ -71,6 +71,11 @@ class ManagerConfig(_Section, frozen=True, kw_only=True):
     quarantine: float = 2.0
     """Seconds a slot rests after its writer is known to be dead."""
     eviction: Literal["lru", "sieve"] = "sieve"
+    high_watermark: float = 0.9
+    """Part of a host's VRAM whose use starts demotion to host memory, and of its whole pool whose use, as far as it is not
+    in storage yet, starts spilling; 1 = never."""
+    low_watermark: float = 0.8
+    """Part down to which they go on."""
     max_frame: ByteSize = ByteSize(8 * 2**20)
     """Largest frame accepted, in bytes."""
     metrics_port: int = 0
@@ -82,6 +87,12 @@ class ManagerConfig(_Section, frozen=True, kw_only=True):
         self._require(0, _FOREVER, "lease_ttl", "ticket_ttl", "max_frame", above=True)
         self._require(0, _FOREVER, "quarantine")
         self._require(0, 65535, "metrics_port")
+        self._require(0, 1, "high_watermark", "low_watermark")
+        if self.low_watermark > self.high_watermark:
+            raise ConfigError(
+                f"manager.low_watermark: must be at most manager.high_watermark ({self.high_watermark:g}), "
+                f"got {self.low_watermark:g}"
+            )
         if self.session_timeout <= self.heartbeat_interval:
             raise ConfigError(
                 f"manager.session_timeout: must be above manager.heartbeat_interval ({self.heartbeat_interval} s), "
@@ -102,6 +113,10 @@ class SegmentConfig(_Section, frozen=True, kw_only=True):
     """Folder for the lender's unix sockets; default `$XDG_RUNTIME_DIR/vcache` or `/tmp/vcache-<uid>`, mode 0700."""
     unmap_timeout: float = 5.0
     """Seconds that shrinking waits for importers to unmap."""
+    remote: Literal["off", "tcp", "rdma"] = "off"
+    """How engines on other hosts read what is lent, by Mooncake's transfer engine. Its ports are not authenticated."""
+    remote_host: str = ""
+    """Address of this host for the others; default: the one from which it reaches the manager."""
 
     def __post_init__(self) -> None:
         self._require(0, _FOREVER, "size", "slab_size", above=True)
@@ -113,6 +128,10 @@ class CacheConfig(_Section, frozen=True, kw_only=True):
     """Tokens in a chunk."""
     save_partial_chunk: bool = True
     placement: Literal["local", "spread"] = "local"
+    demote: bool = True
+    """Whether this engine moves cold chunks from VRAM to host memory in the background when the manager asks for room."""
+    remote: Literal["off", "tcp", "rdma"] = "off"
+    """How chunks in memory of other hosts are read, by Mooncake's transfer engine; needs `segment.remote` there."""
 
     def __post_init__(self) -> None:
         self._require(1, 65535, "chunk_size")
@@ -121,7 +140,8 @@ class CacheConfig(_Section, frozen=True, kw_only=True):
 class StorageConfig(_Section, frozen=True, kw_only=True):
     kind: Literal["none", "memory", "mooncake"] = "none"
     """`memory` is a dictionary inside this process, for tests and trials."""
-    write: Literal["through", "never"] = "through"
+    write: Literal["through", "eviction", "never"] = "through"
+    """`through`: every stored chunk, in the background. `eviction`: the coldest ones, when the pool runs full."""
     queue: ByteSize = ByteSize(1 * 2**30)
     """Bytes that may wait for the background writer; beyond it writes are dropped and counted."""
     deadline: float = 5.0

@@ -82,9 +82,11 @@ class VCacheEngine:
             size,
             self.metrics,
             placement=settings.placement,
+            remote=self._resources.remote,
         )
         self.manager.set_write_gate(self.pool.wait_writes)
         self._lower: LowerTier | None = self._resources.open_lower_tier(self.config, self.pool, self.metrics)
+        self._relief = self._resources.open_relief(self.config, self.pool, self.metrics, self._lower)
         self._executor = ThreadPoolExecutor(self.config.transfer.threads, thread_name_prefix="vcache-transfer")
         self._targets: list[_Target] = []
         self._lock = threading.Lock()
@@ -220,6 +222,8 @@ class VCacheEngine:
                 return
             self._closed = True
         self._executor.shutdown(wait=True)
+        if self._relief is not None:
+            self._relief.close(CLOSE_TIMEOUT)
         if self._lower is not None:
             self._lower.close(CLOSE_TIMEOUT)
         self._resources.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .background import BackgroundWriter
 from .errors import StorageDeadlineError, StorageError
@@ -14,6 +14,7 @@ from .metrics import EngineMetrics
 from .paged.mover import Mover, SlotTransfer
 from .pool import TRANSFER_ERRORS, Chunk, ChunkPool
 from .segment.slots import HEADER_BYTES, SlotHeader
+from .spill import Spiller
 from .staging import StagingBuffer, StagingPool
 from .storage.base import StorageTier
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from .paged.layout import PagedCache
 
 logger = logging.getLogger("vcache.storage")
+
+WritePolicy = Literal["through", "eviction", "never"]
 
 STAGING_LIMIT = 8
 """Values in flight between storage and cache at a time: bounds host memory, and is enough to fill a batched get."""
@@ -42,16 +45,20 @@ class LowerTier:
         staging: StagingPool,
         queue_bytes: int,
         *,
-        write: bool,
+        write: WritePolicy,
         promote: bool = False,
+        spiller: Spiller | None = None,
     ) -> None:
-        """`write`: keep what `save_later` and `save_now` are given. `promote`: put what was loaded into the pool too."""
+        """`write`: what is kept: all that is stored (`through`), only what finds no room in the pool (`eviction`; the rest is
+        for `spiller`), nothing (`never`). `promote`: put what was loaded into the pool too. Closes `spiller`, too."""
         self._storage = storage
         self._pool = pool
         self._metrics = metrics
         self._staging = staging
         self._promote = promote
-        self._writer = BackgroundWriter(storage, pool, staging, metrics, queue_bytes) if write else None
+        self._write = write
+        self.spiller = spiller
+        self._writer = BackgroundWriter(storage, pool, staging, metrics, queue_bytes) if write != "never" else None
 
     def prefix(self, digests: Sequence[bytes]) -> int:
         """Number of leading digests in storage; 0 when it fails. Blocks up to the tier's deadline."""
@@ -79,8 +86,8 @@ class LowerTier:
         return loaded
 
     def save_later(self, chunks: Sequence[Chunk]) -> None:
-        """Queue chunks that were just stored in the pool. Does not block."""
-        if self._writer is not None:
+        """Queue chunks that were just stored in the pool, unless they are written on eviction. Does not block."""
+        if self._writer is not None and self._write == "through":
             self._writer.submit(chunks)
 
     def save_now(self, chunks: Sequence[Chunk], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover) -> None:
@@ -105,6 +112,8 @@ class LowerTier:
     def close(self, timeout: float) -> None:
         if self._writer is not None:
             self._writer.close(timeout)
+        if self.spiller is not None:
+            self.spiller.close()
         self._staging.close()
         self._storage.close()
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
     from .segment.slots import Tier
 
-Operation = Literal["lookup", "store", "retrieve"]
+    Source = Tier | Literal["remote", ""]
+    """Where bytes come from or go to. `remote`: memory of another host, whichever tier it is there; `""`: all together."""
+
+Operation = Literal["lookup", "store", "retrieve", "demote", "spill"]
 
 COUNTERS = {
     "lookups": "Chunks asked for by look-ups and retrieves (= hits + misses + errors).",
@@ -37,12 +40,20 @@ COUNTERS = {
     "unreachable": "Slots that this process could not map.",
     "transfer_errors": "Transfers that could not be started.",
     "manager_errors": "Calls to the manager that failed.",
+    "remote_errors": "Reads from memory of other hosts that failed or ran into their deadline.",
+    "remote_stale": "Chunks read from other hosts and thrown away because the slot header was not the one promised.",
+    "remote_bypassed": "Chunks on other hosts that were not read, because reads from their lender failed just before.",
     "storage_written": "Chunks written to the storage tier.",
     "storage_dropped": "Background writes to the storage tier dropped because its queue was full or at shutdown.",
     "storage_errors": "Calls to the storage tier that failed.",
     "storage_rejected": "Chunks that the storage tier did not take: it is full.",
     "storage_unreadable": "Chunks that the storage tier said it has, and then did not deliver (dead owner, just evicted).",
     "storage_promoted": "Chunks read from the storage tier and put into the pool.",
+    "demoted_chunks": "Chunks moved from VRAM to host memory, because VRAM ran full.",
+    "demote_refused": "Chunks that were to be moved and stayed: in use again, overwritten, or out of reach.",
+    "spilled_chunks": "Chunks written to the storage tier before they were evicted.",
+    "spill_skipped": "Chunks that were to be written before eviction and were not: overwritten, too large, or not taken.",
+    "spill_errors": "Times that the storage tier failed while chunks were written before eviction.",
 }
 """Counters that are always present (at 0 at first). Others may be counted too; they appear once counted."""
 
@@ -118,14 +129,14 @@ class EngineMetrics:
         self._floor = floor_gbps
         self._lock = threading.Lock()
         self._counters = dict.fromkeys(COUNTERS, 0)
-        self._latencies: dict[tuple[Operation, Tier | Literal[""]], _Latency] = {}
+        self._latencies: dict[tuple[Operation, Source], _Latency] = {}
 
     def count(self, name: str, amount: int = 1) -> None:
         """Add `amount` (not negative) to counter `name`: one of `COUNTERS`, or a new one in `snake_case`."""
         with self._lock:
             self._counters[name] = self._counters.get(name, 0) + amount
 
-    def observe(self, operation: Operation, tier: Tier | Literal[""], seconds: float, nbytes: int = 0) -> None:
+    def observe(self, operation: Operation, tier: Source, seconds: float, nbytes: int = 0) -> None:
         """Record one call that took `seconds`. `tier` `""`: the call as a whole, over all tiers. `nbytes`: payload moved."""
         with self._lock:
             latency = self._latencies.setdefault((operation, tier), _Latency())

@@ -18,7 +18,8 @@ from .errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError,
 from .manager.messages import ManagerApi, Placement, PutGrant, PutRequest, Ticket
 from .metrics import EngineMetrics
 from .paged.mover import Mover, SlotTransfer, Transfer
-from .segment.mapping import PinnedSlot, SegmentMap
+from .remote_pool import RemotePool, RemoteRead
+from .segment.mapping import SegmentMap
 from .segment.slots import SlabHeader, SlotHeader, SlotLocation, Tier
 from .spec import KVCacheSpec
 
@@ -35,6 +36,9 @@ T = TypeVar("T")
 MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
 HEAD_CHUNKS = 32
 """Chunks of a long load that are launched first: with 32 MiB each, half a millisecond of work for a GPU."""
+
+MAX_BROKEN = 4096
+"""Chunks remembered as broken."""
 
 TRANSFER_ERRORS = (VCacheError, OSError, RuntimeError)
 """What a broken transfer may raise; torch reports CUDA errors as RuntimeError."""
@@ -83,20 +87,39 @@ class Lease(NamedTuple):
 
 
 class JoinedTransfer(Transfer):
-    """Several transfers as one. Not empty."""
+    """Several transfers as one, each of them with the places of its slots in the whole."""
 
-    def __init__(self, parts: Sequence[Transfer]) -> None:
-        self._parts = parts
+    def __init__(self, mapped: Sequence[tuple[Transfer, Sequence[int]]], remote: tuple[Transfer, Sequence[int]] | None) -> None:
+        """`remote` comes last, because it takes longest."""
+        self._parts = [*mapped, remote] if remote is not None else list(mapped)
+        self._mapped = len(mapped)
+        self.mapped_at = 0.0
+        """When the mapped part had arrived, by `time.perf_counter`, once waited for."""
 
     def done(self) -> bool:
-        return all(part.done() for part in self._parts)
+        return all(part.done() for part, _ in self._parts)
 
     def wait(self, timeout: float | None = None) -> bool:
+        """All of them, also when one breaks: what is still under way writes to the paged cache."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        return all(part.wait(None if deadline is None else max(0.0, deadline - time.monotonic())) for part in self._parts)
+        failure: Exception | None = None
+        for number, (part, _) in enumerate(self._parts, start=1):
+            try:
+                if not part.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
+                    return False
+            except TRANSFER_ERRORS as error:
+                failure = failure or error
+            if number == self._mapped:
+                self.mapped_at = self.mapped_at or time.perf_counter()
+        if failure is not None:
+            raise failure
+        return True
 
     def verified(self) -> list[bool]:
-        return [flag for part in self._parts for flag in part.verified()]
+        if len(self._parts) == self._mapped:
+            return [flag for part, _ in self._parts for flag in part.verified()]
+        flags = {place: flag for part, places in self._parts for place, flag in zip(places, part.verified(), strict=True)}
+        return [flags.get(place, False) for place in range(max(flags, default=-1) + 1)]
 
 
 class PoolTransfer(Generic[T]):
@@ -139,6 +162,21 @@ class PoolTransfer(Generic[T]):
             return self._results[0]
 
 
+class _Route(NamedTuple):
+    """How the slots of one load are reached. Places are positions in the load."""
+
+    mapped: list[SlotTransfer]
+    """Pinned."""
+    mapped_places: list[int]
+    remote: list[RemoteRead]
+    remote_places: list[int]
+
+    def cut(self, place: int) -> None:
+        """Read nothing from other hosts from `place` on."""
+        count = sum(other < place for other in self.remote_places)
+        del self.remote[count:], self.remote_places[count:]
+
+
 class ChunkPool:
     """Thread-safe. Owns nothing: manager, segments and mover are given and closed by the caller."""
 
@@ -152,8 +190,10 @@ class ChunkPool:
         *,
         placement: Placement = "local",
         namespace: bytes | None = None,
+        remote: RemotePool | None = None,
     ) -> None:
-        """`namespace` replaces `spec.namespace(chunk_size)` where the shards of a chunk differ in size (pipeline stages)."""
+        """`remote`: reads slots on other hosts; without it they cannot be reached.
+        `namespace` replaces `spec.namespace(chunk_size)` where the shards of a chunk differ in size (pipeline stages)."""
         self.manager = manager
         self.segments = segments
         self.spec = spec
@@ -162,8 +202,11 @@ class ChunkPool:
         self._token_bytes = spec.token_bytes
         self.metrics = metrics
         self.placement = placement
+        self._remote = remote
         self._writes = 0
         self._writes_changed = threading.Condition()
+        self._broken: dict[bytes, None] = {}
+        self._broken_lock = threading.Lock()
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -207,32 +250,44 @@ class ChunkPool:
         With `release`, the lease is given back when settled.
         """
         began = time.perf_counter()
-        pinned: list[PinnedSlot] = []
-        transfers: list[SlotTransfer] = []
-        parts: list[Transfer] = []
+        route = _Route([], [], [], [])
+        mapped: list[tuple[Transfer, Sequence[int]]] = []
         # The first part is under way while the rest is prepared.
         head = HEAD_CHUNKS if len(chunks) >= 2 * HEAD_CHUNKS else len(chunks)
         for begin, end in ((0, head), (head, len(chunks))):
-            part = self._prepare(lease.locations[begin:end], chunks[begin:end], pinned)
+            known = len(route.mapped)
+            whole = self._route(lease.locations[begin:end], chunks[begin:end], begin, route)
+            part, places = route.mapped[known:], route.mapped_places[known:]
             started = self._start(lambda part=part: mover.load(cache, slot_mapping, part), part)  # type: ignore[misc]
-            transfers += part
             if started is not None:
-                parts.append(started)
-            if started is None or len(part) < end - begin:
+                mapped.append((started, places))
+            elif part:
+                route.cut(places[0])
                 break
+            if not whole:
+                break
+        remote = None
+        if route.remote and self._remote is not None:
+            remote = self._remote.load(route.remote, cache, slot_mapping, mover, self.metrics)
+        joined = JoinedTransfer(mapped, None if remote is None else (remote, route.remote_places))
 
         def settle(verified: list[bool]) -> list[bool]:
-            for slot in pinned:
-                self.segments.unpin(slot)
+            for transfer in route.mapped:
+                self.segments.unpin(transfer.slot)
             if release:
                 self.release(lease.id)
-            stale = len(verified) - sum(verified)
+            flags = [verified[place] for place in route.mapped_places if place < len(verified)]
+            stale = [transfer.header.key for transfer, ok in zip(route.mapped, flags, strict=False) if not ok]
             if stale:
-                self.metrics.count("stale_reads", stale)
-            self._observe("retrieve", transfers, verified, time.perf_counter() - began)
+                self.metrics.count("stale_reads", len(stale))
+            if broken := [*stale, *(remote.stale if remote is not None else ())]:
+                self.mark_broken(broken)
+            elif self._broken:
+                self._unmark([chunk.digest for chunk, ok in zip(chunks, verified, strict=False) if ok])
+            self._observe("retrieve", route.mapped, flags, (joined.mapped_at or time.perf_counter()) - began)
             return [*verified, *[False] * (len(chunks) - len(verified))]
 
-        return PoolTransfer(JoinedTransfer(parts) if len(parts) > 1 else next(iter(parts), None), settle)
+        return PoolTransfer(joined if mapped or remote is not None else None, settle)
 
     def read(self, location: SlotLocation, chunk: Chunk, out: memoryview) -> int:
         """Copy header and payload of a leased slot into host memory `out`; bytes written, 0 when unreachable or stale.
@@ -248,7 +303,7 @@ class ChunkPool:
             if self.segments.read(slot.slab, slot.header_offset, size) != packed:
                 return 0
             out[:size] = packed
-            out[size:total] = self.segments.read(slot.slab, slot.payload_offset, header.payload_bytes)
+            self.segments.read_into(slot.slab, slot.payload_offset, out[size:total])
             return total if self.segments.read(slot.slab, slot.header_offset, size) == packed else 0
         finally:
             self.segments.unpin(slot)
@@ -299,6 +354,16 @@ class ChunkPool:
         start = lambda: mover.store(cache, slot_mapping, transfers, self.manager.client_id)  # noqa: E731
         return PoolTransfer(self._start(start, transfers), settle)
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """A write is in flight inside: begin before tickets are asked for, end after they have ended (`set_write_gate`)."""
+        with self._writes_changed:
+            self._writes += 1
+        try:
+            yield
+        finally:
+            self._write_over()
+
     def no_writes(self) -> bool:
         """Whether no write is in flight: what a client promises when it says hello (rule I3)."""
         return self._writes == 0
@@ -308,6 +373,41 @@ class ChunkPool:
         with self._writes_changed:
             return self._writes_changed.wait_for(self.no_writes, timeout)
 
+    # -- slots that hold something else than the manager says ------------------------------------------------------
+
+    def mark_broken(self, digests: Sequence[bytes]) -> None:
+        """Chunks that failed verification: the next `put` drops them first, or it would be told that they exist. Does not
+        block."""
+        with self._broken_lock:
+            self._broken |= dict.fromkeys(digests)
+            while len(self._broken) > MAX_BROKEN:
+                del self._broken[next(iter(self._broken))]
+
+    def broken(self, digests: Sequence[bytes]) -> list[bytes]:
+        """Those of `digests` that are marked."""
+        return [digest for digest in digests if digest in self._broken] if self._broken else []
+
+    def drop_broken(self, digests: Sequence[bytes]) -> None:
+        """Take marked chunks out of the directory, so that they can be stored again. Blocks for the lenders' answers, at most
+        the manager's deadline and two seconds. Chunks that somebody leases stay, until they fail again.
+
+        Another copy may have been stored meanwhile; to drop that one costs a miss, not more."""
+        dropped = self._unmark(digests)
+        if dropped:
+            logger.info("%d chunks whose slots hold something else are dropped from the pool", len(dropped))
+            try:
+                self.manager.remove(dropped)
+            except MANAGER_ERRORS as error:
+                self._manager_failed("remove", error)
+
+    def _unmark(self, digests: Sequence[bytes]) -> list[bytes]:
+        """Those that were marked."""
+        with self._broken_lock:
+            found = self.broken(digests)
+            for digest in found:
+                del self._broken[digest]
+        return found
+
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def header(self, chunk: Chunk, generation: int) -> SlotHeader:
@@ -316,25 +416,32 @@ class ChunkPool:
         nbytes = self._token_bytes * tokens
         return SlotHeader(self.spec.rank, self.spec.world_size, generation, digest, self.namespace, nbytes, tokens, position)
 
-    def _prepare(
-        self, locations: Sequence[SlotLocation], chunks: Sequence[Chunk], pinned: list[PinnedSlot]
-    ) -> list[SlotTransfer]:
-        """Pin slots (appended to `pinned`) up to the first one that this process cannot reach."""
-        prepared: list[SlotTransfer] = []
-        for location, chunk in zip(locations, chunks, strict=False):
+    def _route(self, locations: Sequence[SlotLocation], chunks: Sequence[Chunk], first: int, route: _Route) -> bool:
+        """Add slots to `route`, up to the first one that this process cannot reach: pinned ones, and those that only a transfer
+        engine reaches. `first`: place of the first. Whether all are reached."""
+        for place, (location, chunk) in enumerate(zip(locations, chunks, strict=False), start=first):
             slot = self.segments.pin(location) if location.tokens == chunk.tokens else None
-            if slot is None:
+            header = self.header(chunk, location.generation)
+            if slot is not None:
+                route.mapped.append(SlotTransfer(slot, header, chunk.start, chunk.skip))
+                route.mapped_places.append(place)
+                continue
+            elsewhere = self.segments.remote(location) if self._remote is not None else None
+            if elsewhere is None or location.tokens != chunk.tokens:
                 self.metrics.count("unreachable")
-                break
-            pinned.append(slot)
-            prepared.append(SlotTransfer(slot, self.header(chunk, location.generation), chunk.start, chunk.skip))
-        return prepared
+                return False
+            route.remote.append(RemoteRead(elsewhere, header, chunk.start, chunk.skip))
+            route.remote_places.append(place)
+        return len(locations) >= len(chunks)
 
     def _put_start(self, chunks: Sequence[Chunk], parent: bytes, device: str) -> list[PutGrant]:
         if not chunks:
             return []
+        keys = [chunk.digest for chunk in chunks]
+        if self._broken:
+            self.drop_broken(keys)
         request = PutRequest(
-            keys=[chunk.digest for chunk in chunks],
+            keys=keys,
             namespace=self.namespace,
             parent=parent,
             first_index=chunks[0].position,

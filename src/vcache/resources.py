@@ -12,16 +12,22 @@ import msgspec
 from .config import ByteSize, StorageConfig, VCacheConfig
 from .errors import ConfigError
 from .lower_tier import STAGING_LIMIT, LowerTier
+from .manager.address import parse_address
 from .manager.connect import connect
 from .manager.messages import ManagerApi, Push, SegmentGone, SegmentMounted, SessionInfo
 from .metrics import EngineMetrics
 from .pool import ChunkPool
+from .relief import RoomMaker
+from .remote_pool import RemotePool
 from .segment.backing import SlabBacking
 from .segment.host import HostBacking
 from .segment.hostinfo import host_id
 from .segment.lender import Lender
 from .segment.mapping import BackingFactory, SegmentMap
+from .segment.remote_engine import MooncakeEngine, load_engine, local_address
+from .segment.remote_export import open_export
 from .segment.slots import HEADER_BYTES, SegmentKind
+from .spill import SPILL_BUFFERS, Spiller
 from .staging import StagingPool
 from .storage.base import StorageTier
 
@@ -54,7 +60,17 @@ class SegmentWatcher:
 class Resources:
     """Opened by `open_resources`; `close` undoes everything in reverse order. Not thread-safe, but for `lent_bytes`."""
 
-    def __init__(self, manager: ManagerApi, segments: SegmentMap, lender: Lender | None, stack: ExitStack, gpu: str) -> None:
+    def __init__(
+        self,
+        manager: ManagerApi,
+        segments: SegmentMap,
+        lender: Lender | None,
+        stack: ExitStack,
+        gpu: str,
+        remote: RemotePool | None = None,
+    ) -> None:
+        self.remote = remote
+        """Reads memory of other hosts; None unless `cache.remote` asks for it."""
         self.manager = manager
         self.segments = segments
         self.lender = lender
@@ -67,21 +83,33 @@ class Resources:
         storage = open_storage(config.storage)
         if storage is None:
             return None
-        staging = StagingPool(
-            pool.slot_bytes,
-            min(STAGING_LIMIT, max(1, config.storage.queue // (pool.slot_bytes + HEADER_BYTES))),
-            storage,
-            self._pinning(),
-        )
+        pinning, write = self._pinning(), config.storage.write
+        room = max(1, config.storage.queue // (pool.slot_bytes + HEADER_BYTES))
+        staging = StagingPool(pool.slot_bytes, min(STAGING_LIMIT, room), storage, pinning)
+        spiller = None
+        if write == "eviction":
+            own = StagingPool(pool.slot_bytes, min(SPILL_BUFFERS, room), storage, pinning)
+            spiller = Spiller(storage, pool.segments, own, metrics)
         return LowerTier(
             storage,
             pool,
             metrics,
             staging,
             config.storage.queue,
-            write=config.storage.write == "through",
+            write=write,
             promote=config.storage.promote,
+            spiller=spiller,
         )
+
+    def open_relief(
+        self, config: VCacheConfig, pool: ChunkPool, metrics: EngineMetrics, lower: LowerTier | None
+    ) -> RoomMaker | None:
+        """What moves chunks down when the manager asks for room; None when `config` wants neither kind. Close it before
+        `lower`."""
+        spiller = lower.spiller if lower is not None else None
+        if not config.cache.demote and spiller is None:
+            return None
+        return RoomMaker(pool, metrics, demote=config.cache.demote, spiller=spiller)
 
     def lent_bytes(self) -> int:
         """Payload bytes this engine lends now."""
@@ -149,13 +177,44 @@ def open_resources(config: VCacheConfig, slot_bytes: int, name: str, device: str
             stack.callback(backing.close)
             # A slab holds at least one chunk.
             slab_size = max(config.segment.slab_size, ByteSize(slot_bytes))
-            lender = Lender(manager, backing, msgspec.structs.replace(config.segment, slab_size=slab_size), host=host)
+            export = open_export(config.segment, parse_address(config.manager.address).endpoint)
+            if export is not None:
+                stack.callback(export.close)
+            segment = msgspec.structs.replace(config.segment, slab_size=slab_size)
+            lender = Lender(manager, backing, segment, host=host, export=export)
             stack.callback(lender.close)
             segments.add_local(lender.uuid, lender.slab, backing)
         manager.subscribe(SegmentWatcher(segments))
         if lender is not None and manager.epoch:
             lender.wait_mounted(config.manager.deadline)  # or the first stores would find no room
-        return Resources(manager, segments, lender, stack.pop_all(), gpu)
+        remote = open_remote(config, slot_bytes, segments, gpu, stack)
+        return Resources(manager, segments, lender, stack.pop_all(), gpu, remote)
+
+
+def open_remote(config: VCacheConfig, slot_bytes: int, segments: SegmentMap, gpu: str, stack: ExitStack) -> RemotePool | None:
+    """What reads slots on other hosts, as `cache.remote` says; None for `off`. `stack` closes it. Raises `ConfigError` when
+    Mooncake is missing."""
+    protocol, deadline = config.cache.remote, config.storage.deadline
+    if protocol == "off":
+        return None
+    kind = load_engine(protocol, "cache.remote", timeout=deadline)
+    pinning = None
+    if gpu:
+        from .segment.cuda import HostPinning
+
+        pinning = HostPinning(gpu)
+        stack.callback(pinning.close)
+
+    def make_engine(endpoint: str) -> MooncakeEngine:
+        host, _, port = endpoint.rpartition(":")
+        return MooncakeEngine(kind, protocol, local_address(host.strip("[]"), int(port)))
+
+    def alive() -> set[bytes]:
+        return {info.uuid for info in segments.segments()}
+
+    remote = RemotePool(slot_bytes, make_engine, alive, deadline=deadline, pinning=pinning)
+    stack.callback(remote.close)
+    return remote
 
 
 def find_gpu(device: str, kind: str) -> str:

@@ -128,16 +128,26 @@ def test_what_was_asked_for_and_is_missing_fails(monkeypatch: pytest.MonkeyPatch
         assert found(doctor.gpu, config(segment={"kind": "cuda"}))["GPU"].status == "fail"
 
 
-def test_mooncake_without_its_system_library_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> None:
-        raise OSError(f"{name}: cannot open shared object file")
+@pytest.mark.parametrize(
+    ("absent", "detail", "advice"),
+    [
+        (["libnuma.so.1"], "libnuma.so.1 is missing", "apt install libnuma1"),
+        (["libibverbs.so.1", "libcurl.so.4"], "libibverbs.so.1, libcurl.so.4 are missing", "apt install libibverbs1 libcurl4"),
+    ],
+)
+def test_mooncake_without_its_system_libraries_says_which(
+    monkeypatch: pytest.MonkeyPatch, absent: list[str], detail: str, advice: str
+) -> None:
+    def load(name: str) -> None:
+        if name in absent:
+            raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr(doctor, "_versions", lambda names: {names[0]: "0.3.13"})
-    monkeypatch.setattr(ctypes, "CDLL", missing)
+    monkeypatch.setattr(ctypes, "CDLL", load)
     check = found(doctor.mooncake)["Mooncake"]
     assert check.status == "warn"
-    assert "libibverbs.so.1 is missing" in check.detail
-    assert "libibverbs1" in check.advice
+    assert check.detail.endswith(detail)
+    assert check.advice == advice
 
 
 class Foreign(NamedTuple):

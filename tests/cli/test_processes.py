@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,19 @@ def test_sigterm_is_a_clean_end_too(start: Starter) -> None:
     assert lender.end(signal.SIGTERM) == 0
     assert manager.end(signal.SIGTERM) == 0
     assert "Traceback" not in manager.err + lender.err
+
+
+def test_a_manager_that_nobody_uses_ends_by_itself_if_told_so(start: Starter, address: str) -> None:
+    manager = start("serve", "--idle-exit", "1")
+    manager.wait_for("ready")
+    lender = start("lend", "--kind", "host", "--size", "1MiB")
+    lender.wait_for("lending")
+    with pytest.raises(subprocess.TimeoutExpired):
+        manager.process.wait(2.5)
+    assert lender.end(signal.SIGTERM) == 0
+    assert manager.wait() == 0
+    assert manager.out.splitlines()[-1] == "nothing was connected for 1 s, the manager ends"
+    assert not Path(address.removeprefix("unix://")).exists()
 
 
 def test_a_second_manager_on_one_address_is_one_line_and_exit_code_2(start: Starter, address: str) -> None:

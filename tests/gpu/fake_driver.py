@@ -36,6 +36,12 @@ class FakeDriver:
         self.contexts: list[int] = []
         self.retained = 0
         self.streams = 0
+        self.priorities: list[int] = []
+        """Of the streams made so far."""
+        self.events: dict[int, int] = {}
+        """Event -> the stream in which it was recorded."""
+        self.under_way: dict[int, list[tuple[int, int, int]]] = {}
+        """Stream -> copies to the host that have not landed."""
         self._numbers = itertools.count(1000)
 
     def __getattr__(self, name: str) -> Any:
@@ -108,12 +114,15 @@ class FakeDriver:
     def _cuStreamCreateWithPriority(self, flags: int, priority: int) -> int:
         self._need_context()
         self.streams += 1
+        self.priorities.append(priority)
         return next(self._numbers)
 
     def _cuStreamDestroy(self, stream: int) -> None:
         self.streams -= 1
 
-    def _cuStreamSynchronize(self, stream: int) -> None: ...
+    def _cuStreamSynchronize(self, stream: int) -> None:
+        for copy in self.under_way.pop(stream, []):
+            ctypes.memmove(*copy)
 
     def _cuMemGetInfo(self) -> tuple[int, int]:
         self._need_context()
@@ -193,8 +202,27 @@ class FakeDriver:
         ctypes.memset(address, value, nbytes)
 
     def _cuMemcpyDtoHAsync(self, target: int, address: int, nbytes: int, stream: int) -> None:
+        """Lands when somebody waits for it."""
         self._check(address, nbytes)
-        ctypes.memmove(target, address, nbytes)
+        self.under_way.setdefault(stream, []).append((target, address, nbytes))
+
+    def _cuCtxGetStreamPriorityRange(self) -> tuple[int, int]:
+        self._need_context()
+        return 0, -5
+
+    def _cuEventCreate(self, flags: int) -> int:
+        self._need_context()
+        self.events[event := next(self._numbers)] = 0
+        return event
+
+    def _cuEventRecord(self, event: int, stream: int) -> None:
+        self.events[event] = stream
+
+    def _cuEventSynchronize(self, event: int) -> None:
+        self._cuStreamSynchronize(self.events[event])
+
+    def _cuEventDestroy(self, event: int) -> None:
+        del self.events[event]
 
     def _cuMemcpyHtoDAsync(self, address: int, source: int, nbytes: int, stream: int) -> None:
         self._check(address, nbytes)

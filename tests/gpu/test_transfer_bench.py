@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vcache.bench import end_to_end, interference, mover_runs, paged_data, transfer, transfer_rows
+from vcache.bench import end_to_end, give_back, interference, mover_runs, paged_data, transfer, transfer_rows
 from vcache.bench.plot import Curve, draw, size_text
 from vcache.bench.remote_slab import RemoteSlabs
 from vcache.bench.timing import Spread, repeats_for
@@ -46,9 +46,26 @@ def test_end_to_end_over_host_memory() -> None:
         ("store", 2 * MIB),
         ("retrieve", 2 * MIB),
         ("retrieve, kernels alone", 2 * MIB),
+        ("retrieve, objects frozen", 2 * MIB),
     ]
     assert len(lines) == 3
     assert all(line.startswith(("met: engine.", "MISSED: engine.")) for line in lines)
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_return_of_lent_memory_while_somebody_reads() -> None:
+    spec = transfer._SMALL_SPEC
+    nbytes = 4 * spec.payload_bytes(512)
+    what = give_back.GiveBack(nbytes, kind="host", device="cpu", spec=spec, tokens=512, readers=2, rounds=1)
+    (found,) = give_back.measure(what, lambda line: None)
+    assert found["freed_bytes"] >= nbytes
+    assert found["late_importers"] == 0
+    assert found["free_ms"] >= found["shrink_ms"] > 0
+    assert set(found["free_bytes"]) == {"before", "lent", "after"}
+    hammer, reader = found["reads"]
+    assert hammer["loaded"] > 0, "the load read nothing"
+    assert reader["wrong"] == 0
 
 
 def test_wrong_bytes_are_noticed() -> None:

@@ -3,12 +3,35 @@ step, readers that verify. It checks the rules as it goes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from directory_model import (
+    CONFIG,
+    MAX_CHUNKS,
+    SLAB_BYTES,
+    TOKENS,
+    VARIANTS,
+    Client,
+    Flight,
+    Places,
+    Slot,
+    Variant,
+    digest,
+    overlap,
+    payload_of,
+    spans_of,
+)
+from directory_relief import Relief
 
 from vcache.config import ManagerConfig
 from vcache.manager.directory import Directory
-from vcache.manager.messages import PutGrant, PutRequest, SegmentGone, SegmentMounted, Ticket, WipeSlots, WriterLost
+from vcache.manager.messages import (
+    PutGrant,
+    PutRequest,
+    RoomWanted,
+    SegmentGone,
+    SegmentMounted,
+    WipeSlots,
+    WriterLost,
+)
 from vcache.segment.slots import (
     HEADER_BYTES,
     SegmentInfo,
@@ -17,97 +40,11 @@ from vcache.segment.slots import (
     SlabInventory,
     SlotHeader,
     SlotLocation,
-    slab_bytes_for,
     slab_geometry,
 )
 
-SLAB_BYTES = slab_bytes_for(256, 4)
-TOKENS = 4
-MAX_CHUNKS = 9
-CONFIG = {"lease_ttl": 8.0, "ticket_ttl": 8.0, "quarantine": 2.0, "session_timeout": 10.0}
 
-Places = dict[tuple[bytes, int, int], list[tuple[int, int]]]
-"""(segment, slab, slot) -> its bytes in the slab, as spans."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A model: its namespace, shards of a chunk, and slot size."""
-
-    name: str
-    num_shards: int
-    slot_bytes: int
-
-    @property
-    def namespace(self) -> bytes:
-        return digest("space", self.name)
-
-    def keys(self, prompt: int, count: int) -> list[bytes]:
-        """Prompts 0 and 1 share their first two chunks."""
-        return [digest(self.name, prompt if prompt > 1 or i > 1 else 0, i) for i in range(count)]
-
-
-VARIANTS = (Variant("one", 1, 256), Variant("two", 2, 250), Variant("big", 1, 512))
-
-
-def digest(*parts: object) -> bytes:
-    return blake2b(repr(parts).encode(), digest_size=16).digest()
-
-
-def payload_of(header: SlotHeader) -> bytes:
-    return (blake2b(header.key + bytes([header.shard])).digest() * 8)[: header.payload_bytes]
-
-
-@dataclass(eq=False)
-class Flight:
-    """A granted write and how far its writer has come."""
-
-    client: bytes
-    uuid: bytes
-    header: SlotHeader
-    slab_header: SlabHeader
-    slab: int
-    slot: int
-    epoch: int
-    phase: int = 0  # 0 nothing, 1 odd header, 2 half of the payload, 3 all of it, 4 even header: done
-
-    @property
-    def ticket(self) -> Ticket:
-        return Ticket(self.header.key, self.header.shard, self.header.generation)
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        geometry = slab_geometry(SLAB_BYTES, self.slab_header.slot_bytes)
-        return spans_of(geometry, self.slot)
-
-
-def spans_of(geometry, slot: int) -> list[tuple[int, int]]:
-    """Bytes of a slab that belong to a slot."""
-    header, payload = geometry.header_offset(slot), geometry.payload_offset(slot)
-    return [(header, header + HEADER_BYTES), (payload, payload + geometry.slot_bytes)]
-
-
-def overlap(a: list[tuple[int, int]], b: list[tuple[int, int]]) -> bool:
-    return any(x[0] < y[1] and y[0] < x[1] for x in a for y in b)
-
-
-@dataclass(eq=False)
-class Client:
-    id: bytes
-    alive: bool = True
-    connected: bool = False
-    silent: bool = False
-    epoch: int = 0
-    flights: list[Flight] = field(default_factory=list)
-    uuid: bytes = b""
-    kind: str = "host"
-    slabs: dict[int, bytearray] = field(default_factory=dict)
-    next_slab: int = 0
-    wipes: list[WipeSlots] = field(default_factory=list)
-    lost: dict[bytes, None] = field(default_factory=dict)
-
-
-class World:
+class World(Relief):
     def __init__(self, eviction: str = "sieve", engines: int = 2, lenders: int = 2, slabs: int = 2) -> None:
         self.eviction = eviction
         self.now = 1.0
@@ -130,15 +67,15 @@ class World:
 
     # People
 
-    def new_client(self) -> Client:
+    def new_client(self, host: str = "h", remote: bool = False) -> Client:
         self.serial += 1
-        client = Client(digest("client", self.serial))
+        client = Client(digest("client", self.serial), host, remote)
         self.clients.append(client)
         return client
 
-    def new_lender(self, kind: str, slabs: int) -> Client:
-        client = self.new_client()
-        client.uuid, client.kind = digest("segment", self.serial), kind
+    def new_lender(self, kind: str, slabs: int, host: str = "h", endpoint: str = "") -> Client:
+        client = self.new_client(host)
+        client.uuid, client.kind, client.endpoint = digest("segment", self.serial), kind, endpoint
         for _ in range(slabs):
             self.new_slab(client)
         return client
@@ -165,12 +102,32 @@ class World:
         return SegmentInfo(
             uuid=lender.uuid,
             kind=lender.kind,
-            host="h",
+            host=lender.host,
+            endpoint=lender.endpoint,
             device="host" if lender.kind == "host" else f"GPU-{lender.uuid.hex()[:4]}",
             broker="/b",
             owner=lender.id,
-            slabs=tuple(SlabInfo(index, len(memory)) for index, memory in lender.slabs.items()),
+            slabs=tuple(self.slab_info(lender, index) for index in lender.slabs),
         )
+
+    @staticmethod
+    def slab_info(lender: Client, index: int) -> SlabInfo:
+        """Of lenders with a transfer engine, every second slab is registered with it."""
+        return SlabInfo(index, SLAB_BYTES, 4096 + index if lender.endpoint and index % 2 == 0 else 0)
+
+    def reads(self, client: Client, record) -> bool:
+        """Whether the client can read all of a visible chunk."""
+        infos = {info.number: info for info in self.directory.segments()}
+        for place in record.places():
+            info = infos[place.segment]
+            address = next(slab.address for slab in info.slabs if slab.index == place.slab)
+            if client.host not in ("", info.host) and not (client.remote and info.endpoint and address):
+                return False
+        return True
+
+    def foreign(self, client: Client) -> list[int]:
+        """Numbers of segments that the client cannot map."""
+        return [info.number for info in self.directory.segments() if info.host != client.host]
 
     def inventory(self, lender: Client) -> list[SlabInventory]:
         found = []
@@ -215,6 +172,10 @@ class World:
                 elif isinstance(push, WriterLost):
                     assert push.segment == client.uuid
                     client.lost[push.client] = None
+                elif isinstance(push, RoomWanted):
+                    assert target == client.id
+                    assert not client.uuid
+                    client.room += 1
                 elif isinstance(push, SegmentMounted | SegmentGone):
                     assert target is None or isinstance(push, SegmentMounted)
 
@@ -248,7 +209,8 @@ class World:
                     pass
         client.flights.clear()
         client.silent = False
-        self.directory.open_session(client.id, "c", "lender" if client.uuid else "engine", self.now)
+        role = "lender" if client.uuid else "engine"
+        self.directory.open_session(client.id, "c", role, self.now, host=client.host, remote=client.remote)
         client.connected, client.epoch = True, self.epoch
         self.settle()
         if client.uuid:
@@ -312,6 +274,7 @@ class World:
         self, client: Client, variant: Variant, prompt: int, start: int, count: int, shard: int = 0, **options
     ) -> list[PutGrant]:
         keys = variant.keys(prompt, start + count)
+        options["avoid"] = [*options.get("avoid", []), *self.foreign(client)]
         request = PutRequest(
             keys=keys[start:],
             namespace=variant.namespace,
@@ -336,7 +299,6 @@ class World:
     def flight(self, client: Client, variant: Variant, key: bytes, index: int, shard: int, grant: PutGrant) -> Flight:
         location = grant.location
         assert location is not None
-        info = next(info for info in self.directory.segments() if info.number == location.segment)
         header = SlotHeader(
             shard,
             variant.num_shards,
@@ -347,6 +309,14 @@ class World:
             TOKENS,
             index,
         )
+        return self.granted(client, header, grant)
+
+    def granted(self, client: Client, header: SlotHeader, grant: PutGrant) -> Flight:
+        """What a writer holds in its hand; checks that it may."""
+        location = grant.location
+        assert location is not None
+        info = next(info for info in self.directory.segments() if info.number == location.segment)
+        assert info.host == client.host
         slab_header = SlabHeader(grant.format_generation, location.slot_bytes, grant.slots)
         flight = Flight(client.id, info.uuid, header, slab_header, location.slab, location.slot, self.epoch)
         assert slab_geometry(SLAB_BYTES, location.slot_bytes).slots == grant.slots
@@ -376,7 +346,9 @@ class World:
         geometry = slab_geometry(SLAB_BYTES, flight.slab_header.slot_bytes)
         at, payload = geometry.header_offset(flight.slot), geometry.payload_offset(flight.slot)
         odd = flight.header.writing(flight.client).pack()
-        content = payload_of(flight.header)
+        content: bytes | None = payload_of(flight.header) if flight.source is None else self.copied(flight.source)
+        if content is None:
+            return False  # a move whose source is not what it was: it must be revoked
         half = len(content) // 2
         if flight.phase == 0:
             if not writer.connected or flight.epoch != writer.epoch:
@@ -397,14 +369,31 @@ class World:
         flight.phase += 1
         return True
 
+    def copied(self, source: Slot) -> bytes | None:
+        """The payload that a mover finds at its source, if the header is the one that it expects."""
+        lender = self.lender_of(source.uuid)
+        if lender is None or source.slab not in lender.slabs:
+            return None
+        memory, geometry = lender.slabs[source.slab], slab_geometry(SLAB_BYTES, source.slot_bytes)
+        at, payload = geometry.header_offset(source.slot), geometry.payload_offset(source.slot)
+        if memory[at : at + HEADER_BYTES] != source.header.pack():
+            return None
+        return bytes(memory[payload : payload + source.header.payload_bytes])
+
     def finish(self, client: Client, flights: list[Flight]) -> list[bool]:
-        """Write all that is left and publish what landed."""
+        """Write all that is left and publish what landed; moves that cannot be completed are revoked."""
         for flight in flights:
             while self.write(flight):
                 pass
         landed = [flight for flight in flights if flight.phase == 4]
+        for flight in flights:
+            if flight.source is not None and flight.phase < 4:
+                self.revoke(client, flight)
         client.flights = [flight for flight in client.flights if flight not in landed]
         results = self.directory.put_end(client.id, [flight.ticket for flight in landed], self.now)
+        for flight, done in zip(landed, results, strict=True):
+            if done and flight.source is not None:
+                self.moved(flight, flight.source)
         self.settle()
         return results
 
@@ -420,7 +409,9 @@ class World:
     ) -> int:
         keys = variant.keys(prompt, start + count)[start:]
         visible = self.directory._core.chunks.visible
-        present = next((i for i, key in enumerate(keys) if key not in visible), len(keys))
+        present = next(
+            (i for i, key in enumerate(keys) if key not in visible or not self.reads(client, visible[key])), len(keys)
+        )
         reply = self.directory.acquire(client.id, keys, shard, lease, self.now)
         if not lease:
             assert len(reply.locations) == (present if shard < variant.num_shards else 0)
@@ -429,14 +420,18 @@ class World:
         chunks: dict[bytes, Places] = {}
         for key, location in zip(keys, reply.locations, strict=False):
             self.verify(variant.namespace, key, shard, location)
-            for place in visible[key].places():
-                uuid = next(info.uuid for info in self.directory.segments() if info.number == place.segment)
-                geometry = slab_geometry(SLAB_BYTES, place.slot_bytes)
-                chunks.setdefault(key, {})[uuid, place.slab, place.slot] = spans_of(geometry, place.slot)
+            chunks[key] = self.places_of(visible[key])
         if reply.lease and not lease:
             assert reply.expires_in == CONFIG["lease_ttl"]
             self.leases[reply.lease] = (client.id, self.now + reply.expires_in, chunks)
         return reply.lease
+
+    def places_of(self, record) -> Places:
+        places: Places = {}
+        for place in record.places():
+            uuid = next(info.uuid for info in self.directory.segments() if info.number == place.segment)
+            places[uuid, place.slab, place.slot] = spans_of(slab_geometry(SLAB_BYTES, place.slot_bytes), place.slot)
+        return places
 
     def release(self, number: int) -> None:
         client, _, _ = self.leases.pop(number)
@@ -472,7 +467,8 @@ class World:
 
     def ban(self, keys: list[bytes]) -> None:
         """Removed keys must not come back, unless a write of them was under way. Sure over a restart only if all were there."""
-        writing = {flight.header.key for flight in self.flights}
+        # A move that the manager knows of is no write: its copy must not come back either.
+        writing = {flight.header.key for flight in self.flights if flight.source is None or flight.epoch != self.epoch}
         sure = all(client.connected for client in self.living if client.uuid)
         for key in keys:
             if key not in writing:
@@ -513,7 +509,7 @@ class World:
     def grow(self, lender: Client) -> None:
         index = self.new_slab(lender)
         for _ in range(2):
-            self.directory.add_slabs(lender.id, lender.uuid, [(index, SLAB_BYTES)], self.now)
+            self.directory.add_slabs(lender.id, lender.uuid, [self.slab_info(lender, index)], self.now)
         self.settle()
 
     def shrink(self, lender: Client, nbytes: int) -> None:

@@ -149,7 +149,7 @@ class ServerThread:
     def client(self, **options: Any) -> ManagerClient:
         """A connected client of this server."""
         token = options.pop("token", None)
-        identity = {name: options.pop(name) for name in ("name", "role", "client_id") if name in options}
+        identity = {name: options.pop(name) for name in ("name", "role", "client_id", "host", "remote") if name in options}
         settings = msgspec.structs.replace(self.config, **{"address": self.address, **options})
         client = ManagerClient(settings, token=token, **identity)
         assert client.wait_connected(5), client.last_failure

@@ -34,6 +34,7 @@ from vcache.manager.connect import connect
 from vcache.manager.connection import Connection
 from vcache.manager.embedded import EmbeddedManager
 from vcache.manager.messages import AcquireReply, SegmentGone, SegmentMounted, SessionInfo
+from vcache.segment.hostinfo import host_id
 
 SLACK = 0.4
 """Seconds that a loaded machine may add to a bound."""
@@ -112,6 +113,27 @@ def test_manager_that_starts_later_is_found(tmp_path: Path) -> None:
 
 
 # -- deadlines -------------------------------------------------------------------------------------------------------
+
+
+def test_late_plans_are_undone(tmp_path: Path) -> None:
+    with serving(f"unix://{tmp_path}/m.sock") as server:
+        lender = server.client()
+        lender.mount(segment_of(lender, 1, slots=10, kind="cuda"))
+        lender.mount(segment_of(lender, 2, slots=10))
+        store(lender, keys(1, 16))
+        store(lender, keys(100, 16))
+        client = server.client(deadline=0.1, heartbeat_interval=5, host=host_id())
+        with stalled(server, 0.4):
+            with takes(0.1), pytest.raises(DeadlineExceededError):
+                client.spill(4096)
+            with takes(0.1), pytest.raises(DeadlineExceededError):
+                client.demote(4096)
+        wait_until(lambda: server.counter("leases") == 2 and server.gauge("leases") == 0, what="leases released")
+        wait_until(lambda: server.gauge("slots_processing") == 0, what="tickets given back")
+        assert server.counter("revocations") == 1
+        assert client.lookup(keys(1, 16)) == 16
+        for each in (client, lender):
+            each.close()
 
 
 def test_late_answers_are_undone(tmp_path: Path) -> None:

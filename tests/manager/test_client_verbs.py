@@ -16,19 +16,23 @@ from vcache.manager.embedded import EmbeddedManager
 from vcache.manager.messages import (
     AcquireReply,
     ManagerApi,
+    MovePlan,
     ResizeRequested,
+    RoomWanted,
     SegmentGone,
     SegmentMounted,
+    SpillPlan,
     Ticket,
     WipeSlots,
 )
+from vcache.segment.hostinfo import host_id
 from vcache.segment.slots import HEADER_BYTES, SlabHeader, SlabInfo, SlabInventory, SlotHeader, slab_geometry
 
 
 @pytest.fixture(params=["unix", "tcp", "embedded"])
 def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ManagerApi]:
     if request.param == "embedded":
-        embedded = EmbeddedManager(ManagerConfig(), name="writer")
+        embedded = EmbeddedManager(ManagerConfig(), name="writer", host=host_id())
         yield embedded
         embedded.check_integrity()
         embedded.close()
@@ -36,7 +40,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("VCACHE_TOKEN", "a secret")
     address = f"unix://{tmp_path}/m.sock" if request.param == "unix" else "tcp://127.0.0.1:0"
     with serving(address, max_frame=ByteSize(2**17)) as server:
-        client = server.client(name="writer")
+        client = server.client(name="writer", host=host_id())
         yield client
         client.close()
 
@@ -71,6 +75,49 @@ def test_put_then_read_then_remove(manager: ManagerApi) -> None:
     assert manager.lookup(chunk) == 3
 
 
+def test_chunks_move_down_and_are_spilled(manager: ManagerApi) -> None:
+    listener = Recorder()
+    manager.subscribe(listener)
+    manager.mount(segment_of(manager, 1, slots=10, kind="cuda"))
+    manager.mount(segment_of(manager, 2, slots=10))
+    assert manager.demote(SLOT) == MovePlan()
+    count = slab_geometry(segment_of(manager, 1, slots=10).slabs[0].nbytes, SLOT).slots
+    chunk = keys(1, count)
+    store(manager, chunk)
+    wait_until(lambda: bool(listener.of(RoomWanted)), what="asked for room")
+    assert manager.tiers(chunk) == [0] * count
+
+    plan = manager.demote(3 * SLOT)
+    assert len(plan.moves) == 3
+    assert [manager.acquire([move.key], lease=plan.lease).locations for move in plan.moves] == [
+        [move.source] for move in plan.moves
+    ]
+    tickets = [Ticket(move.key, move.shard, move.grant.location.generation) for move in plan.moves if move.grant.location]
+    manager.put_revoke(tickets[2:])
+    assert manager.put_end(tickets) == [True, True, False]
+    manager.release(plan.lease)
+    wait_until(lambda: manager.stats().gauges["leases"] == 0, what="released")
+    assert sorted(manager.tiers(chunk)) == [*[0] * (count - 2), 1, 1]
+    assert manager.demote(100 * SLOT, [1]) == MovePlan()
+
+    more = keys(100, count - 2)
+    tickets = [
+        Ticket(k, 0, grant.location.generation)
+        for k, grant in zip(more, manager.put_start(put_request(more, avoid=[1])), strict=True)
+        if grant.location
+    ]
+    assert all(manager.put_end(tickets))
+    spills = manager.spill(2 * SLOT)
+    assert len(spills.spills) == 2
+    assert manager.acquire([spills.spills[0].key], lease=spills.lease).locations == [spills.spills[0].source]
+    assert manager.spill(0, [2]) == SpillPlan()
+    manager.spilled(spills.lease, [spill.key for spill in spills.spills])
+    manager.spilled(1, [])  # a lease that is unknown by now
+    assert manager.stats().gauges["leases"] == 0
+    counters = manager.stats().counters
+    assert (counters["demotions"], counters["demotions_refused"], counters["spills"]) == (2, 0, 2)
+
+
 def test_remove_and_clear_wait_for_the_lender(manager: ManagerApi) -> None:
     def wipe(event: object) -> None:
         if isinstance(event, WipeSlots):
@@ -95,8 +142,8 @@ def test_segments_grow_shrink_and_go(manager: ManagerApi) -> None:
     info = segment_of(manager)
     number = manager.mount(info)
     assert [(each.uuid, each.number) for each in manager.segments()] == [(info.uuid, number)]
-    manager.add_slabs(info.uuid, [(1, SLOT * 8), (2, SLOT * 8)])
-    manager.add_slabs(info.uuid, [(1, SLOT * 8)])
+    manager.add_slabs(info.uuid, [SlabInfo(1, SLOT * 8), SlabInfo(2, SLOT * 8)])
+    manager.add_slabs(info.uuid, [SlabInfo(1, SLOT * 8)])
     assert [slab.index for slab in manager.segments()[0].slabs] == [0, 1, 2]
     manager.request_resize(info.uuid, 12345)
     dropped = manager.drop_slabs(info.uuid, SLOT)
@@ -158,7 +205,7 @@ def test_refusals_are_raised_and_harm_nothing(manager: ManagerApi) -> None:
     with pytest.raises(ProtocolError, match="token counts"):
         manager.put_start(put_request(keys(1, 2), tokens=[1]))
     with pytest.raises(ManagerRefusedError):
-        manager.add_slabs(b"?" * 16, [(0, 4096)])
+        manager.add_slabs(b"?" * 16, [SlabInfo(0, 4096)])
     assert manager.lookup(keys(1, 2)) == 0
 
 

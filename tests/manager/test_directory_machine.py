@@ -15,9 +15,21 @@ def pick(options: list, number: int):
 
 
 class DirectoryMachine(RuleBasedStateMachine):
-    @initialize(eviction=st.sampled_from(["lru", "sieve"]), slabs=st.integers(1, 3), lenders=st.integers(1, 3))
-    def begin(self, eviction, slabs, lenders) -> None:
+    @initialize(
+        eviction=st.sampled_from(["lru", "sieve"]),
+        slabs=st.integers(1, 3),
+        lenders=st.integers(1, 3),
+        other=st.sampled_from(["", "", "x", "ex", "er"]),
+    )
+    def begin(self, eviction, slabs, lenders, other) -> None:
+        """`other`: what there is on another host: a lender (x) with (e) a transfer engine, and an engine that uses it (r)."""
         self.world = World(eviction, engines=2, lenders=lenders, slabs=slabs)
+        if other:
+            endpoint = "other:1" if "e" in other else ""
+            self.world.connect(self.world.new_client("g", remote="r" in other))
+            self.world.connect(self.world.new_lender("host", slabs, "g", endpoint))
+            self.world.clients[0].remote = "r" in other
+            self.world.connect(self.world.clients[0])
 
     def connected(self) -> list:
         return [client for client in self.world.living if client.connected]
@@ -129,9 +141,91 @@ class DirectoryMachine(RuleBasedStateMachine):
             start -= 1
         client = pick(self.connected(), who)
         lease = self.world.acquire(client, variant, prompt, start, index + 2 - start, shard % variant.num_shards)
-        assert lease
-        if not keep:
+        assert bool(lease) == self.world.reads(client, visible[variant.keys(prompt, start + 1)[-1]])
+        if lease and not keep:
             self.world.release(lease)
+
+    @precondition(lambda self: self.connected())
+    @rule(
+        who=picks,
+        nbytes=st.sampled_from([0, 256, 600, 10_000]),
+        avoid=st.sampled_from([[], [], [], [1], [2]]),
+        end=st.sampled_from(["publish", "publish", "keep lease", "leave"]),
+    )
+    def demote(self, who, nbytes, avoid, end) -> None:
+        client = pick(self.connected(), who)
+        before = list(client.flights)
+        plan = self.world.demote(client, nbytes, avoid)
+        if plan.lease and end != "leave":
+            results = self.world.finish(client, [flight for flight in client.flights if flight not in before])
+            assert all(results)
+            if end == "publish":
+                self.world.release(plan.lease)
+
+    @precondition(lambda self: self.connected())
+    @rule(
+        who=st.tuples(picks, picks),
+        variant=st.sampled_from(VARIANTS),
+        prompt=st.integers(0, 2),
+        event=st.sampled_from(["read", "remove", "clear", "release", "lapse", "lender", "mover", "shrink", "again"]),
+        steps=st.integers(0, 4),
+        wipe=st.booleans(),
+    )
+    def disturb_demotion(self, who, variant, prompt, event, steps, wipe) -> None:
+        """Chunks come, their move begins, and something happens before it ends."""
+        world = self.world
+        for shard in range(variant.num_shards):
+            writer = pick(self.connected(), who[shard])
+            before = list(writer.flights)
+            world.put(writer, variant, prompt, 0, 3, shard)
+            world.finish(writer, [flight for flight in writer.flights if flight not in before])
+        mover, other = pick(self.connected(), who[0]), pick(self.connected(), who[1])
+        before = list(mover.flights)
+        plan = world.demote(mover, 2000)
+        moves = [flight for flight in mover.flights if flight not in before]
+        for flight in moves:
+            for _ in range(steps):
+                world.write(flight)
+        if event == "read":
+            world.acquire(other, variant, prompt, 0, 2)
+        elif event in ("remove", "release") and plan.lease:
+            world.release(plan.lease)
+            if event == "remove":
+                world.remove(other, variant, prompt, 0)
+        elif event == "clear":
+            world.clear(other, variant)
+        elif event == "lapse":
+            world.advance(9.0)
+        elif event == "lender" and self.lenders():
+            world.connect(pick(self.lenders(), who[1]))
+        elif event == "mover":
+            world.disconnect(mover)
+        elif event == "shrink" and self.lenders():
+            world.shrink(pick(self.lenders(), who[1]), SLAB_BYTES)
+        elif event == "again":
+            world.demote(other, 2000)
+        world.directory.check_integrity()
+        if mover.connected:
+            world.finish(mover, [flight for flight in moves if flight in mover.flights])
+        if wipe:
+            self.wipe_all()
+
+    @precondition(lambda self: self.connected())
+    @rule(
+        who=picks,
+        nbytes=st.sampled_from([0, 256, 600, 10_000]),
+        avoid=st.sampled_from([[], [], [], [1], [2]]),
+        written=st.sampled_from([0, 1, 99, 99, None]),
+        seconds=st.sampled_from([0.0, 0.5]),
+    )
+    def spill(self, who, nbytes, avoid, written, seconds) -> None:
+        """Some of the planned chunks are written, or the spiller says nothing more."""
+        client = pick(self.connected(), who)
+        plan = self.world.spill(client, nbytes, avoid)
+        self.world.advance(seconds)
+        if written is not None and client.connected:
+            keys = list(dict.fromkeys(spill.key for spill in plan.spills))[:written]
+            self.world.spilled(client, plan.lease, keys)
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 2.5, 9.0]))
     def wait(self, seconds) -> None:
@@ -191,7 +285,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         elif event == "kill" and len(world.living) > 2:
             world.kill(anyone)
         elif event == "new" and len(world.living) < 6:
-            world.connect(world.new_client() if which % 3 == 0 else world.new_lender(("cuda", "host")[which % 2], 2))
+            host = "g" if which % 7 == 0 else "h"
+            kind, endpoint = ("cuda", "host")[which % 2], "engine:1" if which % 5 == 0 else ""
+            world.connect(
+                world.new_client(host, which % 5 == 0) if which % 3 == 0 else world.new_lender(kind, 2, host, endpoint)
+            )
         elif event == "gone" and lender and world.gone:
             world.importer_gone(lender, pick(world.gone, which).client)
 

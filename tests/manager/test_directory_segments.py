@@ -17,6 +17,7 @@ from vcache.manager.messages import PutRequest, ResizeRequested, SegmentMounted,
 from vcache.segment.slots import (
     HEADER_BYTES,
     SlabHeader,
+    SlabInfo,
     SlabInventory,
 )
 
@@ -227,7 +228,7 @@ def test_mount_refusals(world):
         directory.mount(b"o" * 16, lone(owner=b"o" * 16)[1], [], 0.0)
     for call in (
         lambda: directory.unmount(b"o" * 16, info.uuid, 0.0),
-        lambda: directory.add_slabs(b"o" * 16, info.uuid, [(5, SLAB_BYTES)], 0.0),
+        lambda: directory.add_slabs(b"o" * 16, info.uuid, [SlabInfo(5, SLAB_BYTES)], 0.0),
         lambda: directory.drop_slabs(b"o" * 16, info.uuid, 1, 0.0),
         lambda: directory.importer_gone(b"o" * 16, info.uuid, ME, 0.0),
     ):
@@ -278,9 +279,9 @@ def test_adding_twice_is_idempotent_but_not_with_another_size(world):
     lender = world.clients[2]
     world.grow(lender)
     with pytest.raises(ManagerRefusedError, match="size"):
-        world.directory.add_slabs(lender.id, lender.uuid, [(2, 2 * SLAB_BYTES)], world.now)
+        world.directory.add_slabs(lender.id, lender.uuid, [SlabInfo(2, 2 * SLAB_BYTES)], world.now)
     with pytest.raises(ManagerRefusedError, match="size"):
-        world.directory.add_slabs(lender.id, lender.uuid, [(7, SLAB_BYTES), (7, 2 * SLAB_BYTES)], world.now)
+        world.directory.add_slabs(lender.id, lender.uuid, [SlabInfo(7, SLAB_BYTES), SlabInfo(7, 2 * SLAB_BYTES)], world.now)
     assert len(world.directory.segments()[0].slabs) == 3
 
 
@@ -300,7 +301,7 @@ def test_shrinking_takes_empty_slabs_then_cold_ones_whatever_is_in_them(world):
     assert gauges(world)["chunks"] == gauges(world)["slots_processing"] == 0
     assert world.directory.put_end(world.clients[0].id, [ticket], world.now) == [False]
     with pytest.raises(ManagerRefusedError, match="given back"):
-        world.directory.add_slabs(lender.id, lender.uuid, [(0, SLAB_BYTES)], world.now)
+        world.directory.add_slabs(lender.id, lender.uuid, [SlabInfo(0, SLAB_BYTES)], world.now)
 
 
 def test_the_coldest_slab_is_dropped_first(world):

@@ -16,11 +16,17 @@ from vcache.manager import protocol
 from vcache.manager.messages import (
     PROTOCOL_VERSION,
     AcquireReply,
+    Move,
+    MovePlan,
+    Push,
     PutGrant,
     PutRequest,
     ResizeRequested,
+    RoomWanted,
     SegmentGone,
     SegmentMounted,
+    Spill,
+    SpillPlan,
     Ticket,
     WipeSlots,
 )
@@ -33,9 +39,16 @@ def key(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-HELLO = protocol.Hello(b"c" * 16, "engine-0", "engine", b"secret")
+HELLO = protocol.Hello(b"c" * 16, "engine-0", "engine", b"secret", "a host", True)
 INFO = SegmentInfo(
-    uuid=b"u" * 16, kind="host", host="h", device="host", broker="/b", owner=b"o" * 16, slabs=(SlabInfo(0, 4096),)
+    uuid=b"u" * 16,
+    kind="host",
+    host="h",
+    device="host",
+    broker="/b",
+    owner=b"o" * 16,
+    slabs=(SlabInfo(0, 4096, 2**47),),
+    endpoint="h:1",
 )
 PUT = PutRequest(keys=[key(1)], namespace=b"n" * 16, parent=b"", first_index=0, tokens=[256], slot_bytes=4096)
 REQUESTS: list[protocol.Request] = [
@@ -48,7 +61,10 @@ REQUESTS: list[protocol.Request] = [
     protocol.InventoryPart(b"u" * 16, [SlabInventory(0, b"s" * 64, b"h" * 128)]),
     protocol.Mount(INFO, [SlabInventory(0, b"s" * 64, b"")]),
     protocol.Unmount(b"u" * 16),
-    protocol.AddSlabs(b"u" * 16, [(3, 4096)]),
+    protocol.AddSlabs(b"u" * 16, [SlabInfo(3, 4096, 2**47)]),
+    protocol.Demote(4096, [1, 2]),
+    protocol.PlanSpill(4096, []),
+    protocol.Spilled(7, [key(1)]),
     protocol.DropSlabs(b"u" * 16, 4096),
     protocol.ImporterGone(b"u" * 16, b"c" * 16),
     protocol.RequestResize(b"u" * 16, 4096),
@@ -99,9 +115,15 @@ def test_typed_requests_round_trip(request_: protocol.Request) -> None:
 
 @pytest.mark.parametrize(
     "push",
-    [SegmentMounted(INFO), SegmentGone(1, b"u" * 16), WipeSlots(3, b"u" * 16, [(0, 64)]), ResizeRequested(b"u" * 16, 4096)],
+    [
+        SegmentMounted(INFO),
+        SegmentGone(1, b"u" * 16),
+        WipeSlots(3, b"u" * 16, [(0, 64)]),
+        ResizeRequested(b"u" * 16, 4096),
+        RoomWanted(),
+    ],
 )
-def test_pushes_round_trip(push: SegmentMounted | SegmentGone | WipeSlots | ResizeRequested) -> None:
+def test_pushes_round_trip(push: Push) -> None:
     assert protocol.decode_push(protocol.encode_push(push)) == push
 
 
@@ -110,6 +132,11 @@ def test_typed_replies_round_trip() -> None:
     assert protocol.decode_value(protocol.GRANTS_REPLY, protocol.encode_reply(grants)) == grants
     with pytest.raises(ProtocolError):
         protocol.decode_value(protocol.GRANTS_REPLY, protocol.encode_reply([1]))
+    source = SlotLocation(1, 0, 256, 2, 4096, 8)
+    moves = MovePlan(lease=3, moves=[Move(key(1), 1, source, grants[1])])
+    assert protocol.decode_value(protocol.MOVE_PLAN_REPLY, protocol.encode_reply(moves)) == moves
+    spills = SpillPlan(lease=3, spills=[Spill(key(1), 0, source), Spill(key(1), 1, source)])
+    assert protocol.decode_value(protocol.SPILL_PLAN_REPLY, protocol.encode_reply(spills)) == spills
 
 
 @pytest.mark.parametrize(
@@ -122,7 +149,14 @@ def test_typed_replies_round_trip() -> None:
         ["Tiers", [b"short"]],
         ["Unmount", b"short"],
         ["DropSlabs", b"u" * 16, -1],
-        ["AddSlabs", b"u" * 16, [[0, 2**60]]],
+        ["AddSlabs", b"u" * 16, [[0, "large"]]],
+        ["Demote", -1, []],
+        ["Demote", 2**60, []],
+        ["Demote", 1, [-1]],
+        ["Demote", 1, [2**32]],
+        ["PlanSpill", 1, [0] * (2**16 + 1)],
+        ["Spilled", -1, []],
+        ["Spilled", 0, [b"short"]],
         ["PutStart", {"keys": []}],
         ["PutStart", {**msgspec.to_builtins(PUT, builtin_types=(bytes,)), "unknown": 1}],
         {"type": "Stats"},

@@ -97,7 +97,7 @@ class FakeManager:
 
     def add_slabs(self, uuid: bytes, slabs: Any) -> None:
         self._call("add_slabs")
-        self.slabs.update(slabs)
+        self.slabs.update({slab.index: slab.nbytes for slab in slabs})
 
     def drop_slabs(self, uuid: bytes, nbytes: int) -> list[int]:
         self._call("drop_slabs")

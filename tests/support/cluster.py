@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,6 +27,13 @@ def eventually(check: Callable[[], Any], timeout: float = 20.0, *, what: str = "
         if time.monotonic() > deadline:
             raise AssertionError(f"{what}: not within {timeout} s, last seen {value!r}")
         select.select([], [], [], 0.02)
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Command:
@@ -62,11 +70,12 @@ class Command:
 class EngineProcess:
     """A process of its own with one engine; runs functions of `support.engine_worker` in it."""
 
-    def __init__(self, config: dict[str, Any], spec: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], spec: dict[str, Any], main: Callable[..., None] | None = None) -> None:
+        """`main`: what the process runs; default `support.engine_worker.main`."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        from support.engine_worker import main
-
+        if main is None:
+            from support.engine_worker import main
         self.process = context.Process(target=main, args=(theirs, config, spec), daemon=True)
         self.process.start()
         theirs.close()

@@ -124,10 +124,10 @@ class Worker:
         return [i >= skipped for i in range(len(tokens))] if skipped else None
 
 
-def main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None:
+def main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any], kind: type[Worker] = Worker) -> None:
     torch.set_num_threads(1)
     try:
-        worker = Worker(config, spec)
+        worker = kind(config, spec)
         pipe.send(("value", "ready"))
         while True:
             function, arguments = pipe.recv()

@@ -5,6 +5,7 @@ Not a test. `vllm_harness.EngineProcess` talks to it.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
@@ -21,13 +22,22 @@ class Engine:
 
     def __init__(self) -> None:
         self.llm: Any = None
+        self.events_socket: Any = None
+        self.verifying: Any = None
 
     def start(self, model: str, connector: dict[str, Any] | None, **arguments: Any) -> None:
         from tiny_models import draw_strong_weights
         from vllm import LLM
-        from vllm.config import KVTransferConfig
 
         draw_strong_weights()
+        self.llm = LLM(**self.options(model, connector, arguments))
+        if self.llm.llm_engine.vllm_config.parallel_config.pipeline_parallel_size > 1:
+            # On a CPU, eager mode skips the dummy run in which the later stages get their input buffers.
+            self.llm.collective_rpc("execute_dummy_batch")
+
+    def options(self, model: str, connector: dict[str, Any] | None, arguments: dict[str, Any]) -> dict[str, Any]:
+        from vllm.config import KVEventsConfig, KVTransferConfig
+
         options = {
             "model": model,
             "load_format": "dummy",
@@ -45,16 +55,24 @@ class Engine:
             del options["block_size"]
         if connector is not None:
             options["kv_transfer_config"] = KVTransferConfig(**connector)
-        self.llm = LLM(**options)
+        if "kv_events_config" in options:
+            options["kv_events_config"] = KVEventsConfig(**options["kv_events_config"])
+        return options
 
-    def generate(self, prompts: list[list[int]], tokens: int = 12) -> dict[str, Any]:
+    def generate(
+        self, prompts: list[list[int]], tokens: int = 12, salt: str | None = None, adapter: tuple[str, int, str] | None = None
+    ) -> dict[str, Any]:
+        """`adapter`: name, number and folder of a LoRA adapter."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         before = self.counters()
+        salted = {} if salt is None else {"cache_salt": salt}
         outputs = self.llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts],
+            [{"prompt_token_ids": ids} | salted for ids in prompts],
             SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False),
             use_tqdm=False,
+            lora_request=LoRARequest(*adapter) if adapter is not None else None,
         )
         after = self.counters()
         return {
@@ -74,6 +92,63 @@ class Engine:
 
     def reset(self, connector: bool = False) -> bool:
         return bool(self.llm.reset_prefix_cache(reset_connector=connector))
+
+    def sleep(self, level: int) -> None:
+        """Go to sleep and wake up, with the loss of the KV cache that a GPU worker's sleep means: vLLM for CPUs ignores it."""
+        self.llm.sleep(level)
+        connector, runner = self.worker_connector(), self.runner()
+        connector.unregister_kv_caches()
+        for tensor in runner.kv_caches:
+            tensor.fill_(1.0)
+        names = connector._worker._group.layer_names
+        context = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context
+        connector.restore_kv_caches({name: context[name].kv_cache for name in names})
+        self.llm.wake_up()
+
+    def share_memory_storage(self) -> None:
+        """Give scheduler and worker one storage tier in this process's memory, before `start`."""
+        from vcache import resources
+        from vcache.integrations.vllm import connector
+        from vcache.storage.memory import MemoryStorage
+
+        storage = MemoryStorage()
+        storage.close = lambda: None  # type: ignore[method-assign]
+        original = resources.open_storage
+        patched = lambda config: storage if config.kind == "memory" else original(config)  # noqa: E731
+        resources.open_storage = connector.open_storage = patched
+
+    def flush_storage(self) -> dict[str, int]:
+        """Wait for writes to the storage tier; the worker's counters, and bytes read from storage."""
+        store = self.worker()._store
+        if not store._lower.flush(20.0):
+            raise RuntimeError("writes to storage do not end")
+        snapshot = store.metrics.snapshot()
+        read = snapshot["operations"].get("retrieve", {}).get("storage", {}).get("bytes", 0)
+        return snapshot["counters"] | {"storage_bytes": read}
+
+    def listen(self, endpoint: str) -> None:
+        """Subscribe to the KV cache events of this engine."""
+        import zmq
+
+        self.events_socket = zmq.Context.instance().socket(zmq.SUB)
+        self.events_socket.connect(endpoint)
+        self.events_socket.setsockopt(zmq.SUBSCRIBE, b"")
+
+    def events(self) -> list[dict[str, Any]]:
+        """What was published with our medium since the last call; waits a second for the first."""
+        from msgspec.msgpack import Decoder
+        from vllm.distributed.kv_events import BlockStored, KVEventBatch
+
+        found: list[dict[str, Any]] = []
+        while self.events_socket.poll(0 if found else 1000):
+            batch = Decoder(KVEventBatch).decode(self.events_socket.recv_multipart()[2])
+            for event in batch.events:
+                if isinstance(event, BlockStored):
+                    mine = {"medium": event.medium, "blocks": len(event.block_hashes), "tokens": event.token_ids}
+                    found.append(mine | {"parent": event.parent_block_hash is not None, "size": event.block_size})
+                else:
+                    found.append({"event": type(event).__name__})
+        return found
 
     def counters(self) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -108,8 +183,8 @@ class Engine:
             total += len(memory)
         return total
 
-    def blind(self) -> None:
-        """Switch verification off: the negative control."""
+    def blind(self, on: bool = True) -> None:
+        """Switch verification off: the negative control. `on=False`: switch it on again."""
         from vcache.paged.cpu_mover import CpuMover
 
         def load_one(mover: Any, cache: Any, slots: Any, transfer: Any) -> bool:
@@ -117,7 +192,8 @@ class Engine:
             mover._move(cache, slots[transfer.start : transfer.start + count], transfer, to_slot=False)
             return True
 
-        CpuMover._load_one = load_one
+        self.verifying = self.verifying or CpuMover._load_one
+        CpuMover._load_one = load_one if on else self.verifying
 
     def facts(self) -> dict[str, Any]:
         """What the connector of this process knows about itself."""
@@ -132,11 +208,17 @@ class Engine:
     def connector(self) -> Any:
         return self.llm.llm_engine.engine_core.engine_core.scheduler.connector
 
-    def worker(self) -> Any:
+    def worker_connector(self) -> Any:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         group = get_kv_transfer_group()
-        return getattr(group, "_connectors", [group])[0]._worker
+        return getattr(group, "_connectors", [group])[0]
+
+    def worker(self) -> Any:
+        return self.worker_connector()._worker
+
+    def runner(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
 
     def stop(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -148,8 +230,46 @@ class Engine:
             cleanup_dist_env_and_memory()
 
 
+class ParallelEngine(Engine):
+    """Data parallel: vLLM has that behind `AsyncLLM` only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+
+    def start(self, model: str, connector: dict[str, Any] | None, **arguments: Any) -> None:
+        self.loop.run_until_complete(self._start(model, connector, arguments))
+
+    async def _start(self, model: str, connector: dict[str, Any] | None, arguments: dict[str, Any]) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**self.options(model, connector, arguments)))
+
+    def generate(self, prompts: list[list[int]], tokens: int = 12, rank: int = 0) -> dict[str, Any]:  # type: ignore[override]
+        """`rank`: the data-parallel rank that computes it."""
+        return self.loop.run_until_complete(self._generate(prompts, tokens, rank))
+
+    async def _generate(self, prompts: list[list[int]], tokens: int, rank: int) -> dict[str, Any]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+        parameters.output_kind = RequestOutputKind.FINAL_ONLY
+        found: dict[str, Any] = {"tokens": [], "cached": []}
+        for number, ids in enumerate(prompts):
+            name = f"{rank}-{number}-{os.urandom(4).hex()}"
+            async for output in self.llm.generate({"prompt_token_ids": ids}, parameters, name, data_parallel_rank=rank):
+                found["tokens"].append(list(output.outputs[0].token_ids))
+                found["cached"].append(output.num_cached_tokens)
+        return found
+
+    def reset(self, connector: bool = False) -> bool:
+        return bool(self.loop.run_until_complete(self.llm.reset_prefix_cache(reset_connector=connector)))
+
+
 def main() -> None:
-    engine = Engine()
+    engine = ParallelEngine() if "--data-parallel" in sys.argv else Engine()
     for line in sys.stdin:
         command = json.loads(line)
         try:

@@ -24,6 +24,7 @@ class Manager:
         self.epoch = 2
         self.leases: set[int] = set()
         self.calls = 0
+        self.probes = 0
         self.down = False
         self.removed: list[bytes] = []
         self.cleared: list[bytes] = []
@@ -44,8 +45,17 @@ class Manager:
     def release(self, lease: int) -> None:
         self.leases.discard(lease)
 
+    def tiers(self, keys: Sequence[bytes]) -> list[int]:
+        from vcache.errors import DeadlineExceededError
+
+        self.probes += 1
+        if self.down:
+            raise DeadlineExceededError("too late")
+        return [0 if key in self.keys else -1 for key in keys]
+
     def clear(self, namespace: bytes = b"") -> int:
         self.cleared.append(namespace)
+        self.keys.clear()
         return 0
 
     def remove(self, keys: Sequence[bytes]) -> int:
@@ -121,7 +131,8 @@ class World:
         self.side._policy = self.side._policy._replace(sync_load_budget=budget)  # whatever this version could take back
         self.pool = self.scheduler.kv_cache_manager.block_pool
 
-    def add(self, name: str, tokens: Sequence[int], new: int = 4) -> Any:
+    def add(self, name: str, tokens: Sequence[int], new: int = 4, **more: Any) -> Any:
+        """`more`: of `Request`, such as `cache_salt`."""
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
@@ -133,16 +144,14 @@ class World:
             sampling_params=parameters,
             pooling_params=None,
             block_hasher=self.hasher,
+            **more,
         )
         self.scheduler.add_request(request)
         return request
 
     def digests(self, request: Any) -> list[bytes]:
         names = self.side._names
-        return [
-            names.digest(request.block_hashes, (i + 1) * CHUNK)
-            for i in range(names.whole(request.block_hashes, request.num_tokens))
-        ]
+        return list(names.of(request, [(i + 1) * CHUNK for i in range(names.whole(request.block_hashes, request.num_tokens))]))
 
     def publish(self, request: Any, chunks: int) -> None:
         self.manager.keys |= set(self.digests(request)[:chunks])
@@ -177,8 +186,8 @@ class World:
         return int(len(self.pool.blocks) - 1 - self.pool.get_num_free_blocks())
 
 
-def loaded(job: Any, chunks: int | None = None, **more: Any) -> dict[str, Any]:
-    """A worker's report of a load: all of it, or only the first chunks."""
+def loaded(job: Any, chunks: int | None = None, broken: tuple[bytes, ...] = (), **more: Any) -> dict[str, Any]:
+    """A worker's report of a load: all of it, or only the first chunks; and what failed verification."""
     from vcache.integrations.vllm.metadata import LoadOutcome, VCacheWorkerMetadata
 
     good = len(job.digests) if chunks is None else chunks
@@ -186,7 +195,7 @@ def loaded(job: Any, chunks: int | None = None, **more: Any) -> dict[str, Any]:
     return {
         "finished_recving": {job.request},
         "invalid_block_ids": bad,
-        "kv_connector_worker_meta": VCacheWorkerMetadata(loads={job.job: LoadOutcome(1, good)}, **more),
+        "kv_connector_worker_meta": VCacheWorkerMetadata(loads={job.job: LoadOutcome(1, good, broken)}, **more),
     }
 
 

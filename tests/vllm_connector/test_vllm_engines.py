@@ -8,145 +8,15 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.cluster import Command, eventually
-from tiny_models import prompt, write_llama_weights, write_model
-from vllm_harness import CHUNK, START, EngineProcess, connector, managers, require_vllm
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from shared_engines import LENGTH, WHOLE, B, Bench, Pool, check, computed_by, counted, prompts
+from support.cluster import eventually
+from tiny_models import prompt
+from vllm_harness import EngineProcess, connector, managers, require_vllm
 
 require_vllm()
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
-
-LENGTH = 300
-"""Tokens of a prompt: 4 whole chunks of 64, and a rest."""
-WHOLE = LENGTH // CHUNK * CHUNK
-COUNT = 40
-
-
-def prompts(first: int, count: int = 3) -> list[list[int]]:
-    return [prompt(seed, LENGTH) for seed in range(first, first + count)]
-
-
-class Pool:
-    """A manager that can be killed and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.address = f"unix://{folder}/manager.sock"
-        self.start()
-
-    def start(self) -> None:
-        self.command = Command(self.folder, "serve", "--address", self.address)
-        self.command.wait_for("manager ready")
-
-    def kill(self) -> None:
-        self.command.kill()
-
-
-class Bench:
-    """A process that runs one engine after another."""
-
-    def __init__(self, folder: Path) -> None:
-        self.runtime = folder / "runtime"
-        self.runtime.mkdir(mode=0o700)
-        self.process = EngineProcess(folder, "bench", XDG_RUNTIME_DIR=str(self.runtime))
-
-    def engine(self, model: str, config: dict[str, Any] | None, **options: Any) -> EngineProcess:
-        self.process.call("stop")
-        self.process.call("start", START, model=model, connector=config, **options)
-        return self.process
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("vllm")
-
-
-@pytest.fixture(scope="module")
-def pool(folder: Path) -> Iterator[Pool]:
-    pool = Pool(folder)
-    yield pool
-    pool.kill()
-
-
-@pytest.fixture(scope="module")
-def llama(folder: Path) -> str:
-    return str(write_model(folder / "llama"))
-
-
-@pytest.fixture(scope="module")
-def bench(folder: Path) -> Iterator[Bench]:
-    bench = Bench(folder)
-    yield bench
-    bench.process.kill()
-
-
-@pytest.fixture(scope="module")
-def reference(bench: Bench, llama: str) -> list[list[int]]:
-    """Tokens after each prompt, from an engine without a connector; `reference[seed]` belongs to `prompt(seed, LENGTH)`."""
-    tokens = bench.engine(llama, None).call("generate", prompts=prompts(0, COUNT))["tokens"]
-    assert len({tuple(each) for each in tokens}) == COUNT, "prompts must show in the tokens, or equal tokens prove nothing"
-    return tokens
-
-
-@pytest.fixture(scope="module")
-def a(folder: Path, pool: Pool, llama: str) -> Iterator[EngineProcess]:
-    """Lends memory; loads asynchronously; prefills in pieces of 96 tokens."""
-    engine = EngineProcess(folder, "a")
-    config = connector(pool.address, sync_load_budget=0)
-    engine.send("start", model=llama, connector=config, max_num_batched_tokens=96, max_num_seqs=4)
-    engine.answer(START)
-    yield engine
-    engine.kill()
-
-
-def start_b(folder: Path, pool: Pool, llama: str) -> EngineProcess:
-    engine = EngineProcess(folder, "b")
-    config = connector(pool.address, sync_load_budget="1GiB", **{"segment.lend": False})
-    engine.call("start", START, model=llama, connector=config)
-    return engine
-
-
-class B:
-    """The second engine, which some tests replace."""
-
-    def __init__(self, folder: Path, pool: Pool, llama: str) -> None:
-        self.arguments = folder, pool, llama
-        self.process = start_b(*self.arguments)
-
-    def again(self) -> None:
-        self.process.kill()
-        self.process = start_b(*self.arguments)
-
-
-@pytest.fixture(scope="module")
-def b(folder: Path, pool: Pool, llama: str) -> Iterator[B]:
-    """Lends nothing; loads within the step; prefills whole prompts."""
-    b = B(folder, pool, llama)
-    yield b
-    b.process.kill()
-
-
-def check(result: dict[str, Any], first: int, reference: list[list[int]], cached: int | None = None) -> None:
-    count = len(result["tokens"])
-    assert result["tokens"] == reference[first : first + count]
-    if cached is not None:
-        assert result["cached"] == [cached] * count
-
-
-def counted(result: dict[str, Any], name: str) -> float:
-    return result["counters"].get(f"vllm:vcache_{name}", 0)
-
-
-def computed_by(engine: EngineProcess, first: int, reference: list[list[int]], count: int = 3) -> None:
-    """Let an engine compute prompts that nobody has, and save them."""
-    result = engine.call("generate", prompts=prompts(first, count))
-    check(result, first, reference, cached=0)
-    engine.call("settle")
 
 
 def test_what_one_computes_the_other_loads(reference: list[list[int]], a: EngineProcess, b: B) -> None:
@@ -182,7 +52,7 @@ def test_abort_leaves_nothing_behind(a: EngineProcess, b: B) -> None:
         assert b.process.call("abort", ids=prompt(30 + seed, LENGTH), steps=steps) == [0, 0]
 
 
-def test_an_overwritten_slot_is_computed_again_in_both_ways_of_loading(
+def test_an_overwritten_slot_is_computed_again_in_both_ways_of_loading_and_stored_again(
     reference: list[list[int]], a: EngineProcess, b: B
 ) -> None:
     computed_by(a, 12, reference)
@@ -190,10 +60,47 @@ def test_an_overwritten_slot_is_computed_again_in_both_ways_of_loading(
     within = b.process.call("generate", prompts=prompts(12))
     check(within, 12, reference)
     assert (counted(within, "load_failures"), counted(within, "load_tokens")) == (3, 0)
+    b.process.call("settle")
+    a.call("reset")
+    repaired = a.call("generate", prompts=prompts(12))
+    check(repaired, 12, reference, cached=WHOLE)
+    assert counted(repaired, "load_failures") == 0
+    a.call("garble")
     a.call("reset")
     beside = a.call("generate", prompts=prompts(12))
     check(beside, 12, reference)
     assert (counted(beside, "load_failures"), counted(beside, "load_tokens")) == (3, 0)
+    a.call("settle")
+    b.process.call("reset")
+    check(b.process.call("generate", prompts=prompts(12)), 12, reference, cached=WHOLE)
+
+
+def test_tenants_with_a_cache_salt_meet_nobody_else(reference: list[list[int]], a: EngineProcess, b: B) -> None:
+    a.call("reset")
+    computed_by(a, 40, reference, count=2)
+    for salt in ("tenant one", "tenant two"):
+        first = b.process.call("generate", prompts=prompts(40, 2), salt=salt)
+        check(first, 40, reference, cached=0)
+        b.process.call("settle")
+        check(a.call("generate", prompts=prompts(40, 2), salt=salt), 40, reference, cached=WHOLE)
+
+
+def test_sleep_and_wake_up(reference: list[list[int]], a: EngineProcess, b: B) -> None:
+    """Both levels empty the pool of this model for everybody (option `reset`); what B lost while it slept is not served."""
+    for level in (1, 2):
+        computed_by(a, 42, reference, count=2)
+        check(b.process.call("generate", prompts=prompts(42, 2)), 42, reference, cached=WHOLE)
+        b.process.call("sleep", level=level)
+        check(b.process.call("generate", prompts=prompts(42, 1)), 42, reference, cached=0)
+        b.process.call("settle")
+        a.call("reset")
+        check(a.call("generate", prompts=prompts(42, 2)[:1]), 42, reference, cached=WHOLE)
+        check(a.call("generate", prompts=prompts(43, 1)), 43, reference, cached=0)
+        a.call("settle")
+        b.process.call("reset")
+        check(b.process.call("generate", prompts=prompts(42, 2)), 42, reference, cached=WHOLE)
+        assert a.call("reset", connector=True)
+        assert b.process.call("reset")
 
 
 def test_reset_with_the_connector_forgets_for_everybody(reference: list[list[int]], a: EngineProcess, b: B) -> None:
@@ -231,6 +138,7 @@ def test_control_without_verification_wrong_bytes_show(reference: list[list[int]
     check(b.process.call("generate", prompts=prompts(25, 1)), 25, reference, cached=WHOLE)
     a.call("garble")
     result = b.process.call("generate", prompts=prompts(26, 2))
+    b.process.call("blind", on=False)
     assert result["cached"] == [WHOLE] * 2
     for seed, tokens in zip((26, 27), result["tokens"], strict=True):
         assert tokens != reference[seed]
@@ -270,7 +178,6 @@ def test_the_lender_dies(reference: list[list[int]], folder: Path, pool: Pool, l
     computed_by(a, 32, reference, count=2)
     a.process.send_signal(signal.SIGKILL)
     a.process.wait(30)
-    b.again()
     check(b.process.call("generate", prompts=prompts(32, 2)), 32, reference)
 
 
@@ -292,66 +199,3 @@ def test_without_prefix_caching(bench: Bench, pool: Pool, llama: str, reference:
     engine = bench.engine(llama, connector(pool.address), enable_prefix_caching=False)
     computed_by(engine, 10, reference, count=2)
     check(engine.call("generate", prompts=prompts(10, 2)), 10, reference, cached=WHOLE)
-
-
-def test_sliding_window_groups_are_declined_and_work_as_one_group(bench: Bench, pool: Pool, folder: Path) -> None:
-    model = str(write_model(folder / "gemma3", "gemma3"))
-    engine = bench.engine(model, connector(pool.address))
-    assert engine.call("facts")["declined"]
-    assert "--disable-hybrid-kv-cache-manager" in engine.log.read_text()
-    cold = engine.call("generate", prompts=prompts(0, 2))
-    assert engine.call("reset")
-    assert engine.call("generate", prompts=prompts(0, 2))["cached"] == [0, 0]
-    engine = bench.engine(model, connector(pool.address), disable_hybrid_kv_cache_manager=True)
-    assert engine.call("generate", prompts=prompts(0, 2))["tokens"] == cold["tokens"]
-    engine.call("settle")
-    assert engine.call("reset")
-    warm = engine.call("generate", prompts=prompts(0, 2))
-    assert warm["cached"] == [WHOLE] * 2
-    assert warm["tokens"] == cold["tokens"]
-
-
-def test_mla(bench: Bench, pool: Pool, folder: Path) -> None:
-    """On a CPU, hits take another numeric path than whole prompts (vLLM has no prefix hits there): one token is compared."""
-    engine = bench.engine(str(write_model(folder / "mla", "mla")), connector(pool.address), block_size=None)
-    facts = engine.call("facts")
-    assert not facts["declined"]
-    assert facts["layout"] == "B1NC"
-    cold = engine.call("generate", prompts=prompts(0, 3), tokens=1)
-    engine.call("settle")
-    engine.call("reset")
-    warm = engine.call("generate", prompts=prompts(0, 3), tokens=1)
-    assert warm["cached"] == [WHOLE] * 3
-    assert warm["tokens"] == cold["tokens"]
-
-
-def test_mamba_groups_are_declined(bench: Bench, pool: Pool, folder: Path) -> None:
-    model = str(write_model(folder / "qwen3next", "qwen3next"))
-    engine = bench.engine(model, connector(pool.address), block_size=None, dtype="bfloat16")
-    assert engine.call("facts")["declined"]
-    assert len(engine.call("generate", prompts=prompts(0, 2))["tokens"]) == 2
-
-
-def test_two_workers_in_processes_of_their_own(folder: Path, pool: Pool) -> None:
-    model = write_model(folder / "llama-file")
-    write_llama_weights(model)
-    engine = EngineProcess(folder, "tp2", VLLM_ENABLE_V1_MULTIPROCESSING="1", VLLM_CPU_OMP_THREADS_BIND="nobind")
-    try:
-        engine.call(
-            "start",
-            200,
-            model=str(model),
-            connector=connector(pool.address),
-            load_format="safetensors",
-            tensor_parallel_size=2,
-            max_num_batched_tokens=128,
-        )
-        cold = engine.call("generate", prompts=prompts(0))
-        assert len({tuple(tokens) for tokens in cold["tokens"]}) == 3
-        eventually(lambda: engine.call("reset"), what="blocks are free once saves are over")
-        warm = engine.call("generate", prompts=prompts(0))
-        assert warm["cached"] == [WHOLE] * 3
-        assert warm["tokens"] == cold["tokens"]
-        assert counted(warm, "load_tokens") == 2 * 3 * WHOLE, "each worker loads its shard"
-    finally:
-        engine.kill()

@@ -2,44 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from scheduler_world import BLOCK, CHUNK, World, loaded, saved
+from scheduler_world import BLOCK, CHUNK, loaded, saved
 from vllm_harness import require_vllm
 
-if TYPE_CHECKING:
-    pass
-
 require_vllm()
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-        "head_dim": 64,
-        "vocab_size": 1000,
-        "max_position_embeddings": 4096,
-        "hidden_act": "silu",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture
-def world(model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return lambda **extra: World(model, monkeypatch, **extra)
 
 
 PROMPT = list(range(1, 101))  # 6 whole blocks, 3 whole chunks
@@ -441,12 +410,3 @@ class TestSetUp:
         assert event.medium == "VCACHE"
         assert list(w.connector.take_events()) == []
         assert request.request_id == "r"
-
-
-@pytest.fixture
-def caplog_vllm(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """vLLM's logger does not propagate to the root, where pytest listens."""
-    import logging
-
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    return caplog

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from hashlib import sha256
 from pathlib import Path
@@ -190,6 +191,27 @@ def test_many_callers_start_one_manager(tmp_path: Path) -> None:
         for process in found:
             os.kill(process, signal.SIGKILL)
     eventually(lambda: not ensure_exists(found), what="end of the manager")
+
+
+@pytest.mark.processes
+def test_a_manager_that_was_started_ends_when_nobody_needs_it(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    address = f"unix://{folder}/m.sock"
+    assert ensure_manager(address, 60, idle_exit=0.5)
+    found = managers(address)
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(f"{folder}/m.sock")
+            with pytest.raises(AssertionError, match="not within"):
+                eventually(lambda: not ensure_exists(found), 1.5)
+        eventually(lambda: not ensure_exists(found), what="end of the manager")
+    finally:
+        for process in managers(address):
+            os.kill(process, signal.SIGKILL)
+    assert "nothing was connected for 0.5 s" in (folder / "manager.log").read_text()
+    assert ensure_manager(address, 60, idle_exit=0.1), "and the next engine starts another"
+    eventually(lambda: not managers(address), what="its end")
 
 
 def ensure_exists(processes: list[int]) -> bool:

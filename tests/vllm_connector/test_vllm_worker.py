@@ -25,7 +25,17 @@ class Store:
         self.cache = type("Cache", (), {"device": torch.device("cpu")})
         self.loaded: int | Exception = 2
         self.saved: Exception | None = None
-        self.saves: list[int] = []
+        self.saves: list[Any] = []
+        self.left_storage = 0
+
+    def broken(self, job: Any) -> tuple[bytes, ...]:
+        return (b"b" * 16,) if self.loaded != 2 else ()
+
+    def drop(self, digests: list[bytes]) -> None:
+        self.saves.append(digests)
+
+    def leave_storage(self) -> None:
+        self.left_storage += 1
 
     def load(self, job: Any) -> int:
         if isinstance(self.loaded, Exception):
@@ -92,7 +102,7 @@ def outcome(worker: Any) -> tuple[set[str], set[int], Any]:
 
 def test_a_good_load(worker: Any) -> None:
     worker.start_loads(step(1, load()))
-    assert outcome(worker) == ({"request 1"}, set(), {1: (1, 2)})
+    assert outcome(worker) == ({"request 1"}, set(), {1: (1, 2, ())})
     assert worker.take_stats().data["load_tokens"] == 64
 
 
@@ -121,7 +131,7 @@ def test_even_an_error_in_our_own_code_is_a_failed_load(worker: Any, caplog: pyt
     logging.getLogger("vllm.vcache").addHandler(caplog.handler)
     worker._store.loaded = TypeError("a mistake")
     worker.start_loads(step(1, load()))
-    assert outcome(worker) == ({"request 1"}, set(BLOCKS), {1: (1, 0)})
+    assert outcome(worker) == ({"request 1"}, set(BLOCKS), {1: (1, 0, ())})
     eventually(lambda: "not foreseen" in caplog.text, what="the log")
 
 
@@ -138,6 +148,27 @@ def test_nothing_computed_from_a_failed_load_is_saved(worker: Any) -> None:
     worker.start_saves(step(7, save(4), known=5))
     assert not eventually(worker.report).saves[4].dropped
     assert worker._store.saves == [4]
+
+
+def test_what_failed_verification_is_reported_and_dropped_before_the_next_save(worker: Any) -> None:
+    worker._store.loaded = 1
+    worker.start_loads(step(5, load()))
+    assert eventually(worker.report).loads == {1: (1, 1, (b"b" * 16,))}
+    metadata = step(6, save(3))
+    metadata.broken = [b"b" * 16]
+    worker.start_loads(metadata)  # in a step without a forward pass, vLLM 0.26 does not call the other
+    worker.start_saves(metadata)
+    eventually(worker.report)
+    assert worker._store.saves == [[b"b" * 16], 3]
+
+
+def test_storage_is_left_when_the_scheduler_says_so(worker: Any) -> None:
+    worker.start_loads(step(1))
+    assert worker._store.left_storage == 0
+    metadata = step(2)
+    metadata.storage = False
+    worker.start_loads(metadata)
+    assert worker._store.left_storage == 1
 
 
 def test_a_save_that_breaks_is_reported_or_its_blocks_would_be_held_forever(worker: Any) -> None:
@@ -165,10 +196,12 @@ def test_a_worker_that_another_one_saves_for(worker: Any) -> None:
 def test_reports_of_two_workers_add_up() -> None:
     from vcache.integrations.vllm.metadata import LoadOutcome, SaveOutcome, VCacheWorkerMetadata
 
-    one = VCacheWorkerMetadata({1: LoadOutcome(1, 3)}, {2: SaveOutcome(1, True, False)}, 4)
-    two = VCacheWorkerMetadata({1: LoadOutcome(1, 2), 5: LoadOutcome(1, 1)}, {2: SaveOutcome(1, False, False)}, 3)
+    one = VCacheWorkerMetadata(
+        {1: LoadOutcome(1, 3, (b"x",)), 6: LoadOutcome(1, 0, (b"y",))}, {2: SaveOutcome(1, True, False)}, 4
+    )
+    two = VCacheWorkerMetadata({1: LoadOutcome(1, 2, (b"x", b"z")), 5: LoadOutcome(1, 1)}, {2: SaveOutcome(1, False, False)}, 3)
     total = one.aggregate(two)
-    assert total.loads == {1: (2, 2), 5: (1, 1)}
+    assert total.loads == {1: (2, 2, (b"x", b"z")), 5: (1, 1, ()), 6: (1, 0, (b"y",))}
     assert total.saves == {2: (2, False, False)}
     assert total.failed_step == 4
 
@@ -183,3 +216,27 @@ def test_layers_that_share_a_tensor_are_stored_once() -> None:
     group = KVGroup(("l0", "l1", "l2", "elsewhere"), 16, 16, 1, 8, "float32", False, 64)
     found = own_caches({"l0": one, "l1": one, "l2": other, "not ours": other}, group)
     assert list(found) == ["l0", "l2"]
+
+
+@pytest.mark.parametrize("mla", [False, True])
+def test_every_worker_has_its_shard_and_mla_is_saved_once(mla: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pipeline stages of two tensor-parallel workers each."""
+    from types import SimpleNamespace
+
+    from vllm.distributed import parallel_state
+
+    from vcache.integrations.vllm.group import KVGroup
+    from vcache.integrations.vllm.store import this_rank
+
+    group = KVGroup(("l0",), 16, 16, 1, 8, "float32", mla, 64)
+    found = {}
+    for stage in range(2):
+        for rank in range(2):
+            tensor, pipeline = SimpleNamespace(rank_in_group=rank, world_size=2), SimpleNamespace(rank_in_group=stage)
+            monkeypatch.setattr(parallel_state, "get_tp_group", lambda tensor=tensor: tensor)
+            monkeypatch.setattr(parallel_state, "get_pp_group", lambda pipeline=pipeline: pipeline)
+            found[stage, rank] = this_rank(group)
+    if mla:
+        assert found == {(0, 0): (0, True), (0, 1): (0, False), (1, 0): (1, True), (1, 1): (1, False)}
+    else:
+        assert found == {(0, 0): (0, True), (0, 1): (1, True), (1, 0): (2, True), (1, 1): (3, True)}

@@ -122,6 +122,30 @@ def write_llama_weights(folder: Path, std: float = 0.08) -> None:
     save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
+def write_adapter(folder: Path, seed: int) -> Path:
+    """A LoRA adapter for the tiny Llama, strong enough to show."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    hidden, rank = LLAMA["hidden_size"], 8
+    outputs = {
+        "q_proj": LLAMA["num_attention_heads"] * LLAMA["head_dim"],
+        "v_proj": LLAMA["num_key_value_heads"] * LLAMA["head_dim"],
+    }
+    weights = {}
+    for layer in range(LLAMA["num_hidden_layers"]):
+        for name, size in outputs.items():
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{prefix}.lora_A.weight"] = torch.randn(rank, hidden, generator=generator) * 0.2
+            weights[f"{prefix}.lora_B.weight"] = torch.randn(size, rank, generator=generator) * 0.2
+    save_file(weights, str(folder / "adapter_model.safetensors"))
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 16, "target_modules": list(outputs), "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"task_type": "CAUSAL_LM"}))
+    return folder
+
+
 def draw_strong_weights(std: float = 0.08) -> None:
     """Make `load_format="dummy"` draw N(0, std), the same in every process; vLLM's own +-1e-3 hides wrong KV."""
     import torch

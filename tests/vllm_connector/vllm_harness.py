@@ -59,7 +59,7 @@ def managers(address: str) -> list[int]:
 class EngineProcess:
     """`engine_process.py` as a child. Calls block until it answers or `timeout` seconds are over."""
 
-    def __init__(self, folder: Path, name: str, **env: str) -> None:
+    def __init__(self, folder: Path, name: str, *arguments: str, **env: str) -> None:
         self.log = folder / f"{name}.log"
         settings = {
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -74,7 +74,7 @@ class EngineProcess:
         }
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(HERE / "engine_process.py")],
+                [sys.executable, str(HERE / "engine_process.py"), *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -22,7 +22,7 @@ from .report import percentile
 _START_TIMEOUT = 20.0
 _RUN_TIMEOUT = 300.0
 _THREADS = (1, 4, 8)
-_HOW_TO = "pip install 'vcache[mooncake]' (and the system library libibverbs1), then run this again"
+_HOW_TO = "pip install 'vcache[mooncake]' (and the system libraries libibverbs1, libcurl4, libnuma1), then run this again"
 
 
 class MooncakeResult(NamedTuple):

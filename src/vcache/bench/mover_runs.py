@@ -42,8 +42,11 @@ class MoverRuns:
     Different slots and rows in each run, as far as there are any, so that a small size is not served from a cache.
     """
 
-    def __init__(self, arena: CacheArena, slots: Slots, cache: PagedCache, mover: Mover, first_generation: int) -> None:
-        """`first_generation`: even, above all that these slots carry."""
+    def __init__(
+        self, arena: CacheArena, slots: Slots, cache: PagedCache, mover: Mover, first_generation: int, seconds: float = 0.5
+    ) -> None:
+        """`first_generation`: even, above all that these slots carry. `seconds`: about how long one thing is repeated."""
+        self._budget = seconds
         self.arena, self.slots, self.cache, self.mover = arena, slots, cache, mover
         self.generation = first_generation
         self._device = cache.device
@@ -90,7 +93,7 @@ class MoverRuns:
             transfers = self.slots.transfers(tokens, self.generation)
             begin = time.perf_counter()
             finish(self.mover.store(self.cache, mapping, transfers, WRITER))
-        return repeats_for(time.perf_counter() - begin)
+        return repeats_for(time.perf_counter() - begin, budget=self._budget)
 
     def _mapping(self, mapping: Mapping, tokens: int, seed: int) -> torch.Tensor:
         if mapping == "random":

@@ -73,6 +73,47 @@ def draw(curves: Sequence[Curve], path: Path, *, title: str) -> None:
     figure.savefig(path, dpi=160)
 
 
+class Bar(NamedTuple):
+    """One way, over several cases. `values`: (median, low, high) by case; None where it was not measured."""
+
+    label: str
+    values: Sequence[tuple[float, float, float] | None]
+    group: str
+    """As `Curve.group`."""
+
+
+def draw_bars(cases: Sequence[str], bars: Sequence[Bar], path: Path, *, title: str, unit: str) -> None:
+    """Write horizontal bars on a logarithmic axis to `path`, a panel for each case. Raises `ConfigError` without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("a plot needs matplotlib; install vcache[plot]") from None
+    figure = Figure(figsize=(3.1 * len(cases) + 2.2, 0.34 * len(bars) + 1.4), layout="constrained")
+    panels: Any = figure.subplots(1, len(cases), sharey=True, squeeze=False)[0]
+    for case, (name, axes) in enumerate(zip(cases, panels, strict=True)):
+        used: dict[str, int] = {}
+        for place, bar in enumerate(bars):
+            palette = _COLOURS[bar.group]
+            colour = palette[used.get(bar.group, 0) % len(palette)]
+            used[bar.group] = used.get(bar.group, 0) + 1
+            value = bar.values[case]
+            if value is None:
+                continue
+            median, low, high = value
+            axes.barh(place, median, color=colour, height=0.7, xerr=[[median - low], [high - median]], error_kw={"lw": 0.8})
+            axes.annotate(f" {median:,.0f}", (high, place), va="center", fontsize=8)
+        axes.set_xscale("log")
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel(unit, fontsize=9)
+        axes.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=8.5)
+        axes.margins(x=0.25)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=160)
+
+
 def size_text(nbytes: int) -> str:
     """`64 MiB`, `2 GiB`, `512 KiB`."""
     for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):

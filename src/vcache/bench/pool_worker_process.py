@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -96,12 +97,22 @@ class Worker:
         found["touched"] = not all(same_bytes(one, other) for one, other in zip(before, self.tensors, strict=True))
         return found
 
+    def freeze(self, frozen: bool) -> dict[str, Any]:
+        """Take what lives now out of the garbage collector's sight, or back into it."""
+        if frozen:
+            gc.collect()
+            gc.freeze()
+        else:
+            gc.unfreeze()
+        return {"objects": len(gc.get_objects()), "frozen": gc.get_freeze_count()}
+
     def time_retrieve(self, prompt: int, tokens: int, runs: int, mapping: str = "blocks") -> dict[str, Any]:
         """Seconds of `runs` retrieves of what is there, without a look at the bytes."""
         ids = prompt_tokens(prompt, tokens)
         seconds = []
-        for seed in range(runs):
-            slots = self._mapping(tokens, mapping, seed)
+        mappings = [self._mapping(tokens, mapping, seed) for seed in range(min(runs, 16))]
+        for run in range(runs):
+            slots = mappings[run % len(mappings)]
             self._settle()
             start = time.perf_counter()
             flags = self.engine.retrieve(ids, kvcaches=self.tensors, slot_mapping=slots)
@@ -184,6 +195,22 @@ class Worker:
             total["loaded"] += found["loaded"]
             total["wrong"] += found["wrong"]
             total["longest"] = max(total["longest"], found["seconds"])
+        return total
+
+    def hammer(self, prompts: list[int], tokens: int, seconds: float) -> dict[str, Any]:
+        """Retrieve the prompts in turn for some time without a look at the bytes: as much load as one process makes. As
+        `read_for`, but for `wrong`, which nobody counts here."""
+        slots = self._mapping(tokens, "blocks", 0)
+        ids = [prompt_tokens(prompt, tokens) for prompt in prompts]
+        self._settle()
+        end = time.monotonic() + seconds
+        total: dict[str, Any] = {"rounds": 0, "loaded": 0, "longest": 0.0}
+        while time.monotonic() < end:
+            start = time.perf_counter()
+            flags = self.engine.retrieve(ids[total["rounds"] % len(ids)], kvcaches=self.tensors, slot_mapping=slots)
+            total["longest"] = max(total["longest"], time.perf_counter() - start)
+            total["rounds"] += 1
+            total["loaded"] += int(flags.sum())
         return total
 
     def store_forever(self, first: int, tokens: int) -> dict[str, Any]:

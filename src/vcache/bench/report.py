@@ -22,7 +22,8 @@ from ..errors import VCacheError
 if TYPE_CHECKING:
     from rich.console import Console
 
-PACKAGES = ("msgspec", "uvloop", "numpy", "torch", "triton", "cuda-bindings", "mooncake-transfer-engine", "vllm")
+_MOONCAKE = ("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine-cuda13")
+PACKAGES = ("msgspec", "uvloop", "numpy", "torch", "triton", "cuda-bindings", "vllm", *_MOONCAKE)
 """Packages whose versions matter to a measurement; those that are installed are reported, without importing them."""
 _QUIET_LOAD = 0.7
 

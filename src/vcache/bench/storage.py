@@ -9,10 +9,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..config import ByteSize
 from ..errors import StorageError
@@ -21,65 +21,129 @@ from ..storage.guarded import GuardedStorage
 from ..storage.mooncake import MooncakeStorage
 from ..storage.mooncake_master import MooncakeMaster
 from ..storage.mooncake_options import MooncakeOptions, load_store
-from .processes import clean_environment, running
+from .processes import clean_environment, pinned, running
 from .report import Column, Report
 
 TARGET = 0.85
-_VALUE = 4 * 2**20
+VALUE = 4 * 2**20
 _BATCH = 8
+_SPARE = 3
+"""The store has room for so many times what a round moves, so that nothing is evicted."""
+_MORE_ROUNDS = 4
+"""Small sizes get up to so many times more rounds: they are short."""
 _Call = Callable[[range], list[Any]]
 _COLUMNS = (
+    Column("size", "bytes"),
     Column("operation", "operation"),
     Column("raw", "Mooncake GB/s", ".2f"),
     Column("tier", "storage tier GB/s", ".2f"),
     Column("ratio", "ratio", ".2f"),
+    Column("low", "from", ".2f"),
+    Column("high", "to", ".2f"),
 )
 
 
-def bench_storage(size: int, rounds: int, progress: Callable[[str], None]) -> Report:
-    """Move `size` bytes in values of 4 MiB, eight in a call, `rounds` times each way. Starts a master and a lender of its own.
+class BenchStore(NamedTuple):
+    """A Mooncake store of one lender, on this machine."""
+
+    options: dict[str, str]
+    master: MooncakeMaster
+
+
+@contextmanager
+def bench_store(nbytes: int, *, core: int | None = None, flags: Sequence[str] = ()) -> Iterator[BenchStore]:
+    """A master and a lender of `nbytes`, on `core` if given. Raises `ConfigError` without Mooncake, `StorageError` when it does
+    not work here. `flags`: further flags of the master."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        options = {"master": f"127.0.0.1:{probe.getsockname()[1]}"}
+    with ExitStack() as stack:
+        with ExitStack() as here:
+            if core is not None:
+                here.enter_context(pinned(core))
+            master = MooncakeMaster(MooncakeOptions.parse(options), flags=flags)
+        stack.callback(master.close)
+        command = [sys.executable, "-m", "vcache.cli", "lend", "--tier", "storage", "--size", str(nbytes)]
+        env = clean_environment(VCACHE_STORAGE_OPTIONS=json.dumps(options))
+        stack.enter_context(running(command, "lending", core=core, env=env))
+        yield BenchStore(options, master)
+
+
+def bench_storage(sizes: Sequence[int], rounds: int, progress: Callable[[str], None]) -> Report:
+    """Move each of `sizes` bytes in values of 4 MiB, eight in a call, `rounds` times each way. Starts a master and a lender of
+    its own.
 
     Blocks. Raises `ConfigError` without Mooncake, `StorageError` when it does not work here.
     """
-    count = max(_BATCH, size // _VALUE)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        settings = {"master": f"127.0.0.1:{probe.getsockname()[1]}"}
-    options = MooncakeOptions.parse(settings)
+    counts = sorted({max(_BATCH, size // VALUE) for size in sizes})
+    rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         progress("starting a master and a lender")
-        master = MooncakeMaster(options, flags=["--default_kv_lease_ttl=5000"])
-        stack.callback(master.close)
-        command = [sys.executable, "-m", "vcache.cli", "lend", "--tier", "storage", "--size", str(3 * count * _VALUE)]
-        env = clean_environment(VCACHE_STORAGE_OPTIONS=json.dumps(settings))
-        stack.enter_context(running(command, "lending", env=env))
+        # Values that were just read must be there in the next round.
+        store = stack.enter_context(bench_store(_SPARE * counts[-1] * VALUE, flags=["--default_kv_lease_ttl=5000"]))
         raw = load_store()()
-        options.setup(raw)
+        MooncakeOptions.parse(store.options).setup(raw)
         stack.callback(raw.close)
-        tier = GuardedStorage(MooncakeStorage(settings), 30.0)
+        tier = GuardedStorage(MooncakeStorage(store.options), 30.0)
         stack.callback(tier.close)
-        buffers = [memoryview(mmap.mmap(-1, _VALUE)) for _ in range(count)]
+        buffers = [memoryview(mmap.mmap(-1, VALUE)) for _ in range(counts[-1])]
         for number, buffer in enumerate(buffers):
             buffer[:8] = number.to_bytes(8, "little")
             tier.register(buffer)
-            raw.register_buffer(_address(buffer), _VALUE)
-        times = _measure(raw, tier, buffers, rounds, progress)
-    rows: list[dict[str, Any]] = []
-    for operation in ("put", "get"):
-        speeds = {who: count * _VALUE / 1e9 / median(times[operation, who]) for who in ("raw", "tier")}
-        rows.append({"operation": operation, **speeds, "ratio": speeds["tier"] / speeds["raw"]})
+            raw.register_buffer(_address(buffer), VALUE)
+        progress("touching the memory of the store")
+        _touch(raw, buffers)
+        for count in counts:
+            more = min(_MORE_ROUNDS, counts[-1] // count)
+            rows += _rows(_measure(raw, tier, buffers[:count], more * rounds, progress), count)
     met = all(row["ratio"] >= TARGET for row in rows)
     notes = [
-        f"{count} values of {ByteSize(_VALUE)}, {_BATCH} in a call; median of {rounds} rounds in turns, after one more",
+        f"values of {ByteSize(VALUE)}, {_BATCH} in a call; raw Mooncake and the tier in turns, {rounds} rounds after one more "
+        f"(smaller sizes: up to {_MORE_ROUNDS} times as many); ratio: median of the rounds' ratios, and the quarter points",
         f"target: a ratio of {TARGET} or more: {'met' if met else 'missed'}",
     ]
     return Report(
         title="Storage tier beside raw Mooncake calls",
-        command=f"vcache bench storage --size {ByteSize(size)}",
+        command="vcache bench storage "
+        + " ".join(f"--size {ByteSize(count * VALUE)}" for count in counts)
+        + f" --rounds {rounds}",
         columns=_COLUMNS,
         rows=rows,
         notes=notes,
     )
+
+
+def _rows(times: dict[tuple[str, str], list[float]], count: int) -> Iterator[dict[str, Any]]:
+    for operation in ("put", "get"):
+        speeds = {who: count * VALUE / 1e9 / median(times[operation, who]) for who in ("raw", "tier")}
+        ratios = [raw / tier for raw, tier in zip(times[operation, "raw"], times[operation, "tier"], strict=True)]
+        low, high = quarters(ratios)
+        yield {
+            "size": str(ByteSize(count * VALUE)),
+            "operation": operation,
+            **speeds,
+            "ratio": median(ratios),
+            "low": low,
+            "high": high,
+        }
+
+
+def quarters(values: Sequence[float]) -> tuple[float, float]:
+    """The values a quarter and three quarters up. Not empty."""
+    ordered = sorted(values)
+    return ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]
+
+
+def _touch(raw: Any, buffers: list[memoryview]) -> None:
+    """Fill the store once and empty it: the first write to a page of the lender takes twenty times as long."""
+    names = []
+    for turn in range(_SPARE):
+        for number, buffer in enumerate(buffers):
+            name = f"touch/{turn}/{number}"
+            if raw.batch_put_from([name], [_address(buffer)], [VALUE])[0] == 0:
+                names.append(name)
+    for name in names:
+        raw.remove(name, True)
 
 
 def _measure(
@@ -89,17 +153,17 @@ def _measure(
     times: dict[tuple[str, str], list[float]] = {(o, w): [] for o in ("put", "get") for w in ("raw", "tier")}
     addresses = [_address(buffer) for buffer in buffers]
     batches = [range(start, min(start + _BATCH, len(buffers))) for start in range(0, len(buffers), _BATCH)]
+    sizes = [VALUE] * len(buffers)
     for number in range(rounds + 1):
-        progress(f"round {number} of {rounds}")
+        progress(f"{ByteSize(len(buffers) * VALUE)}: round {number} of {rounds}")
         keys = [CacheKey(bytes(16), os.urandom(16)) for _ in buffers]
         names = [f"raw/{key.digest.hex()}" for key in keys]
-        sizes = [_VALUE] * len(buffers)
 
-        def raw_put(part: range, names: list[str] = names, sizes: list[int] = sizes) -> list[Any]:
+        def raw_put(part: range, names: list[str] = names) -> list[Any]:
             codes = raw.batch_put_from(names[part.start : part.stop], addresses[part.start : part.stop], sizes[: len(part)])
             return list(codes)
 
-        def raw_get(part: range, names: list[str] = names, sizes: list[int] = sizes) -> list[Any]:
+        def raw_get(part: range, names: list[str] = names) -> list[Any]:
             codes = raw.batch_get_into(names[part.start : part.stop], addresses[part.start : part.stop], sizes[: len(part)])
             return list(codes)
 
@@ -110,15 +174,17 @@ def _measure(
             return tier.get(keys[part.start : part.stop], 0, buffers[part.start : part.stop])
 
         order: list[tuple[str, _Call, _Call]] = [("raw", raw_put, raw_get), ("tier", tier_put, tier_get)]
-        for who, put, get in order if number % 2 else order[::-1]:
-            for operation, call in (("put", put), ("get", get)):
+        for which, operation in enumerate(("put", "get")):
+            # The two side by side: what disturbs this machine for a second disturbs both.
+            for who, *calls in order if number % 2 else order[::-1]:
                 began = time.perf_counter()
-                answers = [answer for part in batches for answer in call(part)]
-                good = _VALUE if operation == "get" else {"raw": 0, "tier": True}[who]
+                answers = [answer for part in batches for answer in calls[which](part)]
+                seconds = time.perf_counter() - began
+                good = VALUE if operation == "get" else {"raw": 0, "tier": True}[who]
                 if any(answer != good for answer in answers):
                     raise StorageError(f"mooncake: a {operation} failed during the benchmark ({who}): {answers}")
                 if number:
-                    times[operation, who].append(time.perf_counter() - began)
+                    times[operation, who].append(seconds)
         tier.remove(keys, 0)
         for name in names:
             raw.remove(name, True)

@@ -7,30 +7,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from ..config import TransferConfig
-from ..errors import DeviceUnavailableError, VCacheError
+from ..errors import DeviceUnavailableError, IntegrityError, VCacheError
 from ..paged.select import mover_for
 from ..spec import KVCacheSpec
 from .copies import RawCopies
-from .mover_runs import Mapping, MoverRuns
-from .paged_data import CHUNK, LLAMA_8B, CacheArena, Slots, slab_size
+from .mover_runs import Mapping, MoverResult, MoverRuns
+from .paged_data import CHUNK, LLAMA_8B, CacheArena, Slots, block_mapping, slab_size
 from .plot import size_text
 from .remote_slab import RemoteSlabs
 from .report import Report
+from .timing import event_seconds, wall_seconds
 from .transfer_rows import COLUMNS, USUAL_PAGE, add_ratios, curves, judge, mover_row, raw_row
 
 if TYPE_CHECKING:
     import torch
+
+    from .batch_copy import BatchCopier, BatchPlan
+    from .moves import Move
 
 __all__ = ["PAGE_SIZES", "SIZES", "TransferOptions", "curves", "run"]
 
 MIB = 2**20
 SIZES = tuple(n * MIB for n in (1, 4, 16, 64, 256, 1024, 2048))
 PAGE_SIZES = tuple(n * 1024 for n in (4, 8, 16, 32, 64, 128, 256))
+COPY_ENGINE_PAGES = tuple(n * 1024 for n in (16, 32, 256))
+COPY_ENGINE_SIZES = tuple(n * MIB for n in (64, 1024))
 _SLAB_SLOTS = 8
 _ONE_HEAD = msgspec.structs.replace(LLAMA_8B, model="bench/one-head", num_kv_heads=1)
 """Rows of 256 bytes."""
@@ -51,8 +57,14 @@ class TransferOptions(NamedTuple):
     """Measure by size and page size; False where only the parts below are wanted."""
     full: bool = False
     """Also 4 GiB."""
+    paths: Sequence[str] = ("vram", "peer", "dram")
+    """Which of the pool's paths."""
+    seconds: float = 0.5
+    """About how long each row of a path is measured, twice: on the device's clock and on the host's."""
+    copy_engines: bool = False
+    """Also copy engines over the pages of each path."""
     interference: bool = False
-    """Also what a matrix product loses."""
+    """Also what a matrix product and decoding lose."""
     end_to_end: bool = False
     """Also `VCacheEngine` with a manager and a lender in processes of their own."""
     grid: int = 0
@@ -103,16 +115,18 @@ def _sweep(options: TransferOptions, report: Report, device: torch.device, progr
 
     sizes = sorted({*options.sizes, *([4096 * MIB] if options.full else [])})
     others = [torch.device("cuda", i) for i in range(torch.cuda.device_count()) if i != device.index]
-    for source in (device, *others[:1]):
+    sources = [device] if "vram" in options.paths or not others else []
+    for source in (*sources, *others[:1]):
         progress(f"plain copies, {source} to {device}")
-        _attempt(report, f"plain copies from {source}", partial(_raw, report, sizes, source, device))
+        _attempt(report, f"plain copies from {source}", partial(_raw, report, sizes, source, device, bool(sources)))
     arena = CacheArena(LLAMA_8B, max(sizes) // LLAMA_8B.token_bytes, device)
     places = [("vram", "cuda", device), *(("peer", "cuda", other) for other in others[:1]), ("dram", "host", device)]
-    for path, kind, place in places:
+    for path, kind, place in [each for each in places if each[0] in options.paths]:
         _attempt(report, f"path {path}", partial(_pool_path, options, report, arena, path, kind, place, sizes, progress))
     del arena
     torch.cuda.empty_cache()
-    _attempt(report, "rows of 256 bytes", partial(_small_rows, options, report, device, sizes, progress))
+    if "vram" in options.paths:
+        _attempt(report, "rows of 256 bytes", partial(_small_rows, options, report, device, sizes, progress))
 
 
 def _attempt(report: Report, what: str, action: Callable[[], None]) -> None:
@@ -123,12 +137,13 @@ def _attempt(report: Report, what: str, action: Callable[[], None]) -> None:
         report.notes.append(f"NOT MEASURED: {what}: {type(error).__name__}: {' '.join(str(error).split())[:400]}")
 
 
-def _raw(report: Report, sizes: Sequence[int], source: torch.device, target: torch.device) -> None:
+def _raw(report: Report, sizes: Sequence[int], source: torch.device, target: torch.device, both: bool) -> None:
+    """`both`: copies on the target alone are measured too, and those that begin at a peer are named so."""
     copies = RawCopies(max(sizes), source, target)
     for size in sizes:
         for found in copies.measure(size):
             row = raw_row(found)
-            if source != target and found.path != "peer copy":
+            if both and source != target and found.path != "peer copy":
                 row["path"] += " from a peer"
             report.rows.append(row)
     if not copies.check():
@@ -158,6 +173,51 @@ def _pool_path(
                 for size in sizes:
                     report.rows += [mover_row(path, page, found) for found in runs.measure(size, "random")]
             generation = runs.generation + 2
+            if options.copy_engines and page in COPY_ENGINE_PAGES:
+                what = f"copy engines, {path}, pages of {size_text(page)}"
+                few = [size for size in sizes if size in COPY_ENGINE_SIZES]
+                _attempt(report, what, partial(_copy_engines, report, arena, path, lent_slots, page, few))
+
+
+def _copy_engines(report: Report, arena: CacheArena, path: str, slots: Slots, page: int, sizes: Sequence[int]) -> None:
+    """The same bytes between the same places, a copy for each page. Only the payloads: no headers, no checks."""
+    import torch
+
+    from .batch_copy import BatchCopier, plan
+
+    block = page // arena.spec.row_bytes
+    cache, copier = arena.cache(block), BatchCopier(arena.device)
+    for size in sizes:
+        tokens = size // arena.spec.token_bytes
+        mapping = block_mapping(tokens, block, arena.tokens, arena.device)
+        entries = plan(cache, mapping, slots.transfers(tokens, 2))
+        for operation in ("store", "retrieve"):
+            start = partial(_start, copier, entries, operation == "store")
+            with torch.cuda.stream(copier.stream):
+                device = event_seconds(start, arena.device, 7)
+            call = wall_seconds(lambda run, start=start: (start(run), copier.stream.synchronize()), 5)  # type: ignore[misc]
+            found = MoverResult("store" if operation == "store" else "retrieve", "blocks", size, device, call)
+            report.rows.append(mover_row(f"{path} copy engines", page, found))
+        _check_copies(copier, arena, entries, mapping)
+
+
+def _start(copier: BatchCopier, entries: BatchPlan, store: bool, run: int) -> None:
+    copier.start(entries, store=store)
+
+
+def _check_copies(copier: BatchCopier, arena: CacheArena, entries: BatchPlan, mapping: torch.Tensor) -> None:
+    """There and back again. Raises `IntegrityError` when the last layer's bytes differ."""
+    import torch
+
+    last = arena.spec.num_layers - 1
+    expected = arena.rows(mapping, last).clone()
+    torch.cuda.current_stream(arena.device).synchronize()
+    copier.copy(entries, store=True)
+    arena.clear([last])
+    torch.cuda.current_stream(arena.device).synchronize()
+    copier.copy(entries, store=False)
+    if not torch.equal(arena.rows(mapping, last), expected):
+        raise IntegrityError(f"I1: {len(mapping)} tokens came back from the copy engines with other bytes")
 
 
 def _small_rows(
@@ -191,39 +251,29 @@ def _on_cpu(options: TransferOptions, report: Report, progress: Progress) -> Non
 
 
 def _interference(report: Report, device: torch.device) -> None:
-    import torch
-
-    from .interference import measure
+    """One GPU: VRAM of another process, pinned host memory, and plain copies."""
+    from .interference import Decoding, Products, measure
+    from .moves import mover_moves, plain_moves
 
     nbytes = 1024 * MIB
     arena = CacheArena(LLAMA_8B, nbytes // LLAMA_8B.token_bytes, device)
     slots = nbytes // LLAMA_8B.payload_bytes(CHUNK)
-    copies = RawCopies(nbytes, device, device)
-
-    def copy(target: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream) -> None:
-        with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
-        stream.synchronize()
-
-    make: Any = torch.cuda.Stream
-    stream = make(device)
-    raw = [
-        ("d2d copy", partial(copy, copies.target, copies.source, stream)),
-        ("h2d copy engine", partial(copy, copies.target, copies.pinned, stream)),
-        ("d2h copy engine", partial(copy, copies.pinned, copies.source, stream)),
-    ]
     with _lent(LLAMA_8B, "cuda", device, device, slots) as vram, _lent(LLAMA_8B, "host", device, device, slots) as dram:
-        places = [("vram", Slots(LLAMA_8B, vram.slabs)), ("dram", Slots(LLAMA_8B, dram.slabs))]
-        for found in measure(arena, places, nbytes, 2, raw):
-            row = {"path": f"matrix product beside {found.path}", "operation": "interference", "grid": found.grid}
-            row |= {"size": size_text(nbytes), "nbytes": nbytes, "gbps": found.gbps, "gbps_alone": found.gbps_alone}
-            row |= {"tflops": found.tflops, "tflops_alone": found.tflops_alone, "loss": found.loss}
-            report.rows.append(row)
-            report.notes.append(
-                f"matrix product beside {found.path} (grid {found.grid or '-'}): {found.tflops:.0f} of "
-                f"{found.tflops_alone:.0f} TFLOP/s ({found.loss:.1%} lost), moving {found.gbps:.0f} GB/s "
-                f"({found.gbps_alone:.0f} alone)"
-            )
+        moves: list[Move] = []
+        for name, lent in (("vram", vram), ("dram", dram)):
+            own = Slots(LLAMA_8B, lent.slabs)
+            moves += mover_moves(arena, name, own, nbytes, 2)
+            _attempt(report, f"copy engines, {name}", partial(_engine_moves, moves, arena, name, own, nbytes))
+        moves += plain_moves(RawCopies(nbytes, device, device), nbytes)
+        for found in measure(moves, [Products(device), Decoding(device)]):
+            report.rows.append(found.row() | {"size": size_text(nbytes), "nbytes": nbytes})
+            report.notes.append(found.line())
+
+
+def _engine_moves(moves: list[Move], arena: CacheArena, name: str, slots: Slots, nbytes: int) -> None:
+    from .moves import copy_engine_moves
+
+    moves += copy_engine_moves(arena, name, slots, nbytes)
 
 
 def _lent(spec: KVCacheSpec, kind: str, place: torch.device, through: torch.device, slots: int) -> RemoteSlabs:
@@ -236,7 +286,7 @@ def _lent(spec: KVCacheSpec, kind: str, place: torch.device, through: torch.devi
 
 def _runs(options: TransferOptions, arena: CacheArena, slots: Slots, block_size: int, generation: int) -> MoverRuns:
     cache = arena.cache(block_size)
-    return MoverRuns(arena, slots, cache, mover_for(cache, TransferConfig(grid=options.grid)), generation)
+    return MoverRuns(arena, slots, cache, mover_for(cache, TransferConfig(grid=options.grid)), generation, options.seconds)
 
 
 def _gpu_facts(device: torch.device) -> dict[str, str]:

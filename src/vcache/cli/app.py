@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -55,6 +56,15 @@ def serve(
         bool,
         typer.Option("--with-mooncake", help="Also run a mooncake_master, at storage.options.master (127.0.0.1:50051)."),
     ] = False,
+    mooncake_ssd: Annotated[
+        bool, typer.Option("--mooncake-ssd", help="With --with-mooncake: the master takes lenders with an SSD, and only such.")
+    ] = False,
+    idle_exit: Annotated[
+        float,
+        typer.Option(
+            "--idle-exit", min=0, metavar="SECONDS", help="End when nothing has been connected for so long; 0 = never."
+        ),
+    ] = 0.0,
 ) -> None:
     """Run the manager, one for each host.
 
@@ -63,8 +73,12 @@ def serve(
     """
     from .serve import serve_until_stopped
 
+    if mooncake_ssd and not with_mooncake:
+        raise typer.BadParameter("--mooncake-ssd: only with --with-mooncake")
     manager = {"address": address, "metrics_port": metrics_port, "eviction": eviction}
-    serve_until_stopped(load_config(config, manager=manager), with_mooncake=with_mooncake)
+    serve_until_stopped(
+        load_config(config, manager=manager), with_mooncake=with_mooncake, mooncake_ssd=mooncake_ssd, idle_exit=idle_exit
+    )
 
 
 @app.command()
@@ -97,6 +111,26 @@ def lend(
         Literal["pool", "storage"],
         typer.Option(help="Lend to the pool of this host, or to the Mooncake store at storage.options.master."),
     ] = "pool",
+    remote: Annotated[
+        Literal["off", "tcp", "rdma"] | None,
+        typer.Option(help="Let engines on other hosts read it, by Mooncake's transfer engine. Default: segment.remote."),
+    ] = None,
+    remote_host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="With --remote: address of this host for the others. Default: segment.remote_host."
+        ),
+    ] = None,
+    ssd: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="With --tier storage: what is evicted from the memory lent goes to this folder."),
+    ] = None,
+    ssd_size: Annotated[
+        ByteSize | None,
+        typer.Option(
+            "--ssd-size", parser=parse_size, metavar="SIZE", help="How much of it, such as 500GiB. Needed with --ssd."
+        ),
+    ] = None,
 ) -> None:
     """Lend memory to the pool until Ctrl-C or SIGTERM.
 
@@ -112,15 +146,24 @@ def lend(
             "--slab-size": slab_size,
             "--prefault": prefault or None,
             "--name": name,
+            "--remote": remote,
+            "--remote-host": remote_host,
         }
         wrong = [option for option, value in pool_only.items() if value is not None]
         if wrong:
             raise typer.BadParameter(f"{', '.join(wrong)}: only without --tier storage")
-        lend_storage_until_stopped(load_config(config, manager={"address": address}, segment={"size": size}))
+        if (ssd is None) != (ssd_size is None):
+            raise typer.BadParameter("--ssd FOLDER and --ssd-size SIZE go together")
+        from ..storage.ssd import Ssd
+
+        below = Ssd(ssd.absolute(), ssd_size) if ssd is not None and ssd_size is not None else None
+        lend_storage_until_stopped(load_config(config, manager={"address": address}, segment={"size": size}), below)
         return
+    if ssd is not None or ssd_size is not None:
+        raise typer.BadParameter("--ssd and --ssd-size: only with --tier storage")
     from .lend import lend_until_stopped
 
-    segment = {"kind": kind, "size": size, "slab_size": slab_size}
+    segment = {"kind": kind, "size": size, "slab_size": slab_size, "remote": remote, "remote_host": remote_host}
     settings = load_config(config, manager={"address": address}, segment=segment)
     lend_until_stopped(settings, device=device, prefault=prefault, name=name)
 
@@ -213,17 +256,24 @@ def doctor(
 @app.command()
 @guarded
 def demo(
+    engine: Annotated[
+        Literal["auto", "vllm", "torch"],
+        typer.Option(help="vllm: two vLLM servers; torch: the demo's own runner; auto: vLLM if it is installed."),
+    ] = "auto",
     device: Annotated[
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs; auto: a GPU if there is one.")
     ] = "auto",
     tokens: Annotated[int, typer.Option(metavar="N", help="About how long the shared document is.")] = 5800,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the folder with the logs of all processes.")] = False,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the folder with the logs of all processes; on failure it stays anyway.")
+    ] = False,
 ) -> None:
-    """Two language models share one document.
+    """Two inference engines share one document.
 
-    Two processes, each with a real model: what the first computes, the second retrieves and continues; then the manager is
-    killed and restarted, and the hit is shown again. Takes about a minute on a CPU.
+    Two processes, each with a real model: what the first computes, the second loads and continues; then the first and the
+    manager are killed and started anew, and the hit is shown again. Fails when an answer differs or a hit is missing. Takes two
+    to four minutes with vLLM on a CPU, one with torch.
     """
     from ..demo.main import run
 
-    raise typer.Exit(run(device=device, tokens=tokens, keep=keep))
+    raise typer.Exit(run(engine=engine, device=device, tokens=tokens, keep=keep))

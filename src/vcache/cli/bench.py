@@ -66,21 +66,31 @@ def memory(
 @bench.command()
 @guarded
 def storage(
-    size: Annotated[
-        ByteSize, typer.Option(parser=parse_size, metavar="SIZE", help="Bytes moved in each round.")
-    ] = _QUARTER_GIB,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 5,
+    sizes: Annotated[
+        list[ByteSize] | None,
+        typer.Option("--size", parser=parse_size, metavar="SIZE", help="Bytes moved in each round; may be repeated."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds that count.")] = 9,
+    hits: Annotated[
+        int, typer.Option(min=0, help="Instead: calls in a round, of hits of the pool, with and without a storage tier.")
+    ] = 0,
     json: JsonFile = None,
     csv: CsvFile = None,
 ) -> None:
     """Storage tier: put and get, beside raw Mooncake.
 
-    Starts a mooncake_master and a lender of its own; batched calls with the same buffers, in turns. Needs Mooncake.
+    Starts a mooncake_master and a lender of its own; batched calls with the same buffers, in turns. With --hits: what hits of
+    the pool lose while the store is idle, saturated or dead. Needs Mooncake.
     """
-    from ..bench.storage import bench_storage
-
     with _progress() as progress:
-        report = bench_storage(size, rounds, progress)
+        if hits:
+            from ..bench.storage_hits import bench_storage_hits
+
+            report = bench_storage_hits(rounds, hits, progress)
+        else:
+            from ..bench.storage import bench_storage
+
+            report = bench_storage(sizes or [_QUARTER_GIB], rounds, progress)
     _finish(report, json, csv)
 
 
@@ -135,8 +145,8 @@ def transfer(
         list[ByteSize] | None,
         typer.Option("--page", parser=parse_size, metavar="SIZE", help="Bytes of a block in a region; may be repeated."),
     ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Also 4 GiB.")] = False,
-    interference: Annotated[bool, typer.Option("--interference", help="Also what a running matrix product loses.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Also 4 GiB, and copy engines.")] = False,
+    interference: Annotated[bool, typer.Option("--interference", help="Also what running work loses.")] = False,
     end_to_end: Annotated[bool, typer.Option("--end-to-end", help="Also whole engines in processes of their own.")] = False,
     grid: Annotated[int, typer.Option(min=0, help="Programs of the mover's launch; 0 = its default for the link.")] = 0,
     device: Annotated[int, typer.Option(min=-1, help="GPU that holds the paged cache; -1 = the first, or the CPU.")] = -1,
@@ -152,7 +162,9 @@ def transfer(
 
     from ..bench.transfer import TransferOptions, curves, run
 
-    chosen = TransferOptions(full=full, interference=interference, end_to_end=end_to_end, grid=grid, device=device)
+    chosen = TransferOptions(
+        full=full, copy_engines=full, interference=interference, end_to_end=end_to_end, grid=grid, device=device
+    )
     chosen = chosen._replace(command=" ".join(["vcache", *sys.argv[1:]]))
     if sizes:
         chosen = chosen._replace(sizes=tuple(sizes))

@@ -219,26 +219,24 @@ def gpu(config: VCacheConfig) -> Iterator[Check]:
 
 
 def mooncake(config: VCacheConfig) -> Iterator[Check]:
+    from ..storage.mooncake_options import LIBRARIES, MISSING, find_master
+
     name, wanted = "Mooncake", config.storage.kind == "mooncake"
     why = "it is the storage tier: DRAM and SSD of this and other hosts"
     wheels = _versions(("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine-cuda13"))
     if not wheels:
         detail = "not installed (needed only for storage.kind mooncake)"
-        advice = "pip install 'vcache[mooncake]', and the system library libibverbs1"
-        yield Check(name, "fail", "not installed", why, advice) if wanted else Check(name, "ok", detail)
+        yield Check(name, "fail", "not installed", why, MISSING) if wanted else Check(name, "ok", detail)
         return
     detail = ", ".join(f"{wheel} {version}" for wheel, version in wheels.items())
-    try:
-        ctypes.CDLL("libibverbs.so.1")
-    except OSError:
-        yield Check(
-            name, "fail" if wanted else "warn", f"{detail}, but libibverbs.so.1 is missing", why, "apt install libibverbs1"
-        )
+    missing = [library for library in LIBRARIES if not _loadable(library)]
+    if missing:
+        advice = f"apt install {' '.join(LIBRARIES[library] for library in missing)}"
+        absent = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        yield Check(name, "fail" if wanted else "warn", f"{detail}, but {absent}", why, advice)
         return
-    from ..storage.mooncake_options import find_master
-
     master = find_master()
-    yield Check(name, "ok", f"{detail}, libibverbs, mooncake_master {'at ' + master if master else 'not on the path'}")
+    yield Check(name, "ok", f"{detail}, its libraries, mooncake_master {'at ' + master if master else 'not on the path'}")
     yield from _mooncake_store(config, wanted)
 
 
@@ -262,9 +260,20 @@ def _mooncake_store(config: VCacheConfig, wanted: bool) -> Iterator[Check]:
     except ConfigError as error:
         yield Check(name, "fail", str(error), why, "correct storage.options")
     except StorageError as error:
-        yield Check(name, bad, str(error), why, "lend memory to it: vcache lend --tier storage --size SIZE")
+        advice = "look at the output of the master and of those who lend to it; restart what does not answer"
+        if "no room" in str(error):
+            advice = "lend memory to it: vcache lend --tier storage --size SIZE"
+        yield Check(name, bad, str(error), why, advice)
     else:
         yield Check(name, "ok", f"master at {options.master}: a put and a get work")
+
+
+def _loadable(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _versions(names: Sequence[str]) -> dict[str, str]:

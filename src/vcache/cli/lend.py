@@ -11,9 +11,11 @@ import typer
 
 from ..config import ByteSize, VCacheConfig
 from ..errors import ConfigError, DeviceUnavailableError
+from ..manager.address import parse_address
 from ..manager.connect import connect
 from ..segment.backing import SlabBacking
 from ..segment.lender import Lender
+from ..segment.remote_export import RemoteExport, open_export
 from .signals import run_until_stopped
 
 logger = logging.getLogger("vcache.cli")
@@ -28,16 +30,19 @@ def lend_until_stopped(config: VCacheConfig, *, device: str | None, prefault: bo
     def start(stack: ExitStack) -> None:
         backing = open_backing(config.segment.kind, device, prefault)
         stack.callback(backing.close)
+        export = open_export(config.segment, parse_address(config.manager.address).endpoint)
+        if export is not None:
+            stack.callback(export.close)
         api = connect(config, name=name or f"lend-{os.getpid()}", role="lender")
         stack.callback(api.close)
         with _progress(f"allocating {config.segment.size} of {_describe(backing)}"):
-            lender = Lender(api, backing, config.segment, on_resize=_say_resized)
+            lender = Lender(api, backing, config.segment, export=export, on_resize=_say_resized)
         stack.callback(lender.close)
         connected = lender.wait_mounted(_MOUNT_TIMEOUT) if api.epoch else False
         manager = config.manager.address if connected else f"{config.manager.address} (not there yet; mounts when it is)"
         typer.echo(
             f"lending {ByteSize(lender.payload_bytes)} of {_describe(backing)} in {len(lender.info.slabs)} slab(s): "
-            f"segment {lender.uuid.hex()}, manager {manager}"
+            f"segment {lender.uuid.hex()}, manager {manager}{_describe_export(lender, export)}"
         )
 
     run_until_stopped(start)
@@ -85,6 +90,13 @@ def _progress(text: str) -> AbstractContextManager[object]:
 
 def _describe(backing: SlabBacking) -> str:
     return "host memory" if backing.kind == "host" else f"VRAM of {backing.device}"
+
+
+def _describe_export(lender: Lender, export: RemoteExport | None) -> str:
+    if export is None:
+        return ""
+    readable = sum(slab.address != 0 for slab in lender.info.slabs)
+    return f", read by other hosts at {export.endpoint} ({readable} slab(s))"
 
 
 def _say_resized(nbytes: int) -> None:

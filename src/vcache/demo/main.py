@@ -1,49 +1,87 @@
-"""`vcache demo`: what the command line calls. Imports neither torch nor transformers: the workers do."""
+"""`vcache demo`: what the command line calls. Imports neither torch, vLLM nor transformers: the processes do."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
 from ..errors import ArgumentError
-from . import document, model, report
+from . import document, engines, model, report, scenario, vllm_demo
 from .messages import DemoError
-from .scenario import BLOCK_SIZES, play
 from .stage import Stage
+from .stops import stop_signals
 
 DEVICES = ("auto", "cpu", "cuda")
 
 
-def run(*, device: str = "auto", tokens: int = 5800, keep: bool = False, console: Console | None = None) -> int:
-    """Play the demo, print its table; 0 when everything was as promised, else 1. Blocks for about a minute.
+def run(
+    *, engine: str = "auto", device: str = "auto", tokens: int = 5800, keep: bool = False, console: Console | None = None
+) -> int:
+    """Play the demo, print its table; 0 when everything was as promised, else 1. Blocks for one to four minutes.
 
-    `device`: `auto` takes a GPU when torch finds one. `tokens`: about how long the shared document is. `keep`: leave the
-    folder with the logs of all processes. Raises `ArgumentError` for wrong options and `DemoError` (both `VCacheError`s) when
-    the demo cannot be played. All processes it started are gone when it returns or raises.
+    `engine`: `vllm`, `torch` (the demo's own runner), or `auto`: vLLM if it is installed. `device`: `auto` takes a GPU when
+    the engine finds one. `tokens`: about how long the shared document is. `keep`: leave the folder with the logs of all
+    processes; it also stays when something fails. Raises `ArgumentError` for wrong options, `DemoError` (both `VCacheError`s)
+    when the demo cannot be played, and `KeyboardInterrupt` on SIGINT, SIGTERM and SIGHUP. All processes it started are gone
+    when it returns or raises.
     """
     if device not in DEVICES:
         raise ArgumentError(f"--device: must be one of {', '.join(DEVICES)}, got {device!r}")
     if not document.MIN_TOKENS <= tokens <= document.MAX_TOKENS:
         raise ArgumentError(f"--tokens: must be in [{document.MIN_TOKENS}, {document.MAX_TOKENS}], got {tokens}")
+    choice = engines.choose(engine, engines.installed_vllm())
     if missing := model.missing_packages():
         raise DemoError(f"the demo needs the packages {', '.join(missing)}; {model.INSTALL}")
     console = console or Console()
+    console.print(choice.line, highlight=False)
+    play = _play_vllm if choice.engine == "vllm" else _play_torch
+    with stop_signals(), _logs(console, keep) as (folder, keep_logs):
+        problems = play(Stage(console), folder, device, tokens)
+        for problem in problems:
+            console.print(f"[red]FAILED[/red] {problem}", highlight=False)
+        if problems:
+            keep_logs()
+    return 1 if problems else 0
+
+
+def _play_vllm(stage: Stage, folder: Path, device: str, tokens: int) -> list[str]:
+    hardware = engines.find_hardware(device)
+    results = vllm_demo.run(stage, folder, hardware=hardware, tokens=tokens, cache=model.cache_folder())
+    return vllm_demo.verdict(stage, results)
+
+
+def _play_torch(stage: Stage, folder: Path, device: str, tokens: int) -> list[str]:
+    results = scenario.play(stage, folder, device=device, tokens=tokens, cache_dir=model.cache_folder())
+    questions = (document.FIRST_QUESTION.text, document.SECOND_QUESTION.text)
+    stage.console.print(report.render(results, scenario.BLOCK_SIZES, questions))
+    problems = report.problems(results)
+    if not problems:
+        stage.console.print("[green]All answers are equal to the ones without a cache, before and after the restart.[/green]")
+    return problems
+
+
+@contextmanager
+def _logs(console: Console, keep: bool) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A folder for sockets and logs, and what to call to keep it. It also stays, and is named, when the block fails."""
     folder = Path(tempfile.mkdtemp(prefix="vcache-demo-"))
+    kept = keep
+
+    def keep_logs() -> None:
+        nonlocal kept
+        kept = True
+
     try:
-        results = play(Stage(console), folder, device=device, tokens=tokens, cache_dir=model.cache_folder())
+        yield folder, keep_logs
+    except Exception:  # not Ctrl-C: whoever stops the demo wants nothing of it
+        keep_logs()
+        raise
     finally:
-        if keep:
-            console.print(f"logs: {folder}", highlight=False)
+        if kept:
+            console.print(f"logs of all processes: {folder}", highlight=False)
         else:
             shutil.rmtree(folder)
-    questions = (document.FIRST_QUESTION.text, document.SECOND_QUESTION.text)
-    console.print(report.render(results, BLOCK_SIZES, questions))
-    problems = report.problems(results)
-    for problem in problems:
-        console.print(f"[red]FAILED[/red] {problem}", highlight=False)
-    if not problems:
-        console.print("[green]All answers are equal to the ones without a cache, before and after the restart.[/green]")
-    return 1 if problems else 0

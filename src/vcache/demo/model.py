@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from hashlib import blake2b
@@ -94,13 +95,14 @@ def convert_gguf(source: Path, out: Path) -> None:
     """Read a GGUF file, write a transformers folder with bfloat16 weights. Takes ten to twenty seconds."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.quantization_config import GgufConfig
+    from transformers.utils import quantization_config
 
     folder, name = str(source.parent), source.name
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    network = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
+    options: dict[str, Any] = {"gguf_file": name, "torch_dtype": torch.bfloat16}
+    if hasattr(quantization_config, "GgufConfig"):  # older releases, as vLLM may bring along, always dequantise
+        options["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
+    network = AutoModelForCausalLM.from_pretrained(folder, **options)
     network.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
@@ -139,3 +141,7 @@ def _complete(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
+
+
+if __name__ == "__main__":  # in a process of its own, by `vllm_demo`
+    convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

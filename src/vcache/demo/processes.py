@@ -1,9 +1,10 @@
-"""The processes of the demo: manager, lender and workers, started, spoken to and ended."""
+"""The processes of the demo: manager, lender, workers, servers: started, spoken to and ended."""
 
 from __future__ import annotations
 
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from typing import Self
 import msgspec
 
 from .messages import DemoError, Failed, Progress, Reply, Request
+from .sessions import kill_session
+
+_ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b.*:")
 
 
 def child_environment(env: Mapping[str, str]) -> dict[str, str]:
@@ -28,46 +32,61 @@ def child_environment(env: Mapping[str, str]) -> dict[str, str]:
     return {"OMP_WAIT_POLICY": "PASSIVE", **kept, **quiet}
 
 
-class Child:
-    """A process whose stdout is read line by line and whose stderr goes to `<name>.log` in `folder`. A context manager.
+def guarded(module: str, *arguments: str) -> list[str]:
+    """Command that runs a Python module, and gets SIGTERM when this process is killed."""
+    return [sys.executable, "-m", "vcache.demo.guard", str(os.getpid()), module, *arguments]
+
+
+class Process:
+    """A child process that writes to `<name>.log` in `folder`. A context manager: it is gone, with all that it started, after.
 
     It has a session of its own: Ctrl-C reaches the demo alone, which then ends its children.
     """
 
-    def __init__(self, name: str, command: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        folder: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        stdout: int | None = None,
+    ) -> None:
+        """`env`: added to `child_environment`. `stdout`: where it goes, default the log."""
         self.name = name
-        self._log = folder / f"{name.replace(' ', '-')}.log"
-        with self._log.open("ab") as log:
+        self.log = folder / f"{name.replace(' ', '-')}.log"
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=log if stdout is None else stdout,
                 stderr=log,
-                env=child_environment(os.environ),
+                env=child_environment(os.environ) | dict(env or {}),
                 start_new_session=True,
             )
-        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._reader = threading.Thread(target=self._read, name=f"read-{name}", daemon=True)
-        self._reader.start()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
-    def line(self, timeout: float) -> bytes:
-        """The next line of its stdout. Raises `DemoError` when it ends or says nothing for `timeout` seconds."""
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def finish(self, timeout: float) -> None:
+        """Wait for its end. Raises `DemoError` when it fails or takes longer than `timeout` seconds."""
         try:
-            line = self._lines.get(timeout=timeout)
-        except queue.Empty:
-            raise DemoError(f"{self.name} (pid {self.pid}) said nothing for {timeout:.0f} s; {self._evidence()}") from None
-        if line is None:
-            code = self._process.wait()
-            raise DemoError(f"{self.name} (pid {self.pid}) ended with code {code}; {self._evidence()}")
-        return line
+            code = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise DemoError(f"{self.name} (pid {self.pid}) takes longer than {timeout:.0f} s; {self.evidence()}") from None
+        if code:
+            raise self.ended()
 
     def kill(self) -> None:
-        """SIGKILL, as a crash would end it; returns when it is gone. Idempotent."""
-        self._process.kill()
+        """SIGKILL for it and what it started, as a crash would end them; returns when they are gone. Idempotent."""
+        if self.alive:
+            self._process.kill()
+        kill_session(self.pid)
         self._process.wait()
 
     def stop(self, timeout: float = 10.0) -> None:
@@ -76,17 +95,50 @@ class Child:
             with suppress(BrokenPipeError):  # unsent bytes for a process that is dead already
                 self._process.stdin.close()
         self._process.send_signal(signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self.kill()
-        self._reader.join()
+        self.kill()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
+
+    def ended(self) -> DemoError:
+        """What to raise when it is found dead."""
+        return DemoError(f"{self.name} (pid {self.pid}) ended with code {self._process.wait()}; {self.evidence()}")
+
+    def evidence(self) -> str:
+        """The last error in its log, else the last line, and where the rest is."""
+        lines = [line.strip() for line in self.log.read_text(errors="replace").split("\n") if line.strip()]
+        errors = [line for line in lines[-200:] if _ERROR.search(line) and "root cause" not in line]
+        last = (errors or lines or ["it logged nothing"])[-1]
+        return f"{last} (log: {self.log})"
+
+
+class Child(Process):
+    """A process whose stdout is read line by line."""
+
+    def __init__(self, name: str, command: Sequence[str], folder: Path, *, env: Mapping[str, str] | None = None) -> None:
+        super().__init__(name, command, folder, env=env, stdout=subprocess.PIPE)
+        self._lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, name=f"read-{name}", daemon=True)
+        self._reader.start()
+
+    def line(self, timeout: float) -> bytes:
+        """The next line of its stdout. Raises `DemoError` when it ends or says nothing for `timeout` seconds."""
+        try:
+            line = self._lines.get(timeout=timeout)
+        except queue.Empty:
+            raise DemoError(f"{self.name} (pid {self.pid}) said nothing for {timeout:.0f} s; {self.evidence()}") from None
+        if line is None:
+            raise self.ended()
+        return line
+
+    def stop(self, timeout: float = 10.0) -> None:
+        super().stop(timeout)
+        self._reader.join()
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -95,18 +147,12 @@ class Child:
                 self._lines.put(line)
         self._lines.put(None)
 
-    def _evidence(self) -> str:
-        """The last line it wrote to stderr, and where the rest is."""
-        lines = self._log.read_text(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it logged nothing")
-        return f"{last} (log: {self._log}; --keep keeps it)"
-
 
 class Service(Child):
     """`vcache serve` or `vcache lend`."""
 
-    def __init__(self, name: str, arguments: Sequence[str], folder: Path) -> None:
-        super().__init__(name, [sys.executable, "-m", "vcache.cli", *arguments], folder)
+    def __init__(self, name: str, arguments: Sequence[str], folder: Path, *, env: Mapping[str, str] | None = None) -> None:
+        super().__init__(name, guarded("vcache.cli", *arguments), folder, env=env)
 
     def wait_ready(self, timeout: float = 30.0) -> None:
         """Both print one line when they are ready. Raises `DemoError`."""
@@ -117,7 +163,7 @@ class WorkerProcess(Child):
     """`python -m vcache.demo.worker`. Not thread-safe: one request at a time."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        super().__init__(name, [sys.executable, "-m", "vcache.demo.worker"], folder)
+        super().__init__(name, guarded("vcache.demo.worker"), folder)
 
     def send(self, request: Request) -> None:
         """Does not wait for the answer. Raises `DemoError` when the process is gone."""
@@ -126,7 +172,7 @@ class WorkerProcess(Child):
             self._process.stdin.write(msgspec.json.encode(request) + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise DemoError(f"{self.name} (pid {self.pid}) is gone; {self._evidence()}") from None
+            raise DemoError(f"{self.name} (pid {self.pid}) is gone; {self.evidence()}") from None
 
     def receive(self, timeout: float, on_progress: Callable[[Progress], None] = lambda progress: None) -> Reply:
         """The answer to the request sent last; `timeout` is the longest silence. Raises `DemoError`."""

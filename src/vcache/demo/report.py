@@ -65,14 +65,14 @@ def render(results: Results, block_sizes: tuple[int, int], questions: tuple[str,
     )
     for name, run, cached in rows:
         speed_up = f"{control.first_token / run.first_token:.1f} x"
-        equal = (_yes(run.ids == control.ids), _yes(run.logits_digest == control.logits_digest))
+        equal = (yes_or_no(run.ids == control.ids), yes_or_no(run.logits_digest == control.logits_digest))
         compared = (speed_up, _speed(run), *equal) if cached else ("", "", "", "")
         hit = "none" if run is control else f"{run.hit_tokens:,}"
-        table.add_row(name, f"{run.prompt_tokens:,}", hit, _seconds(run.first_token), *compared)
+        table.add_row(name, f"{run.prompt_tokens:,}", hit, seconds(run.first_token), *compared)
     shared = results.shared
     notes = (
-        f"first token: from the prompt's token ids, look-up ({_seconds(shared.lookup)}) and retrieve "
-        f"({shared.retrieved_bytes / 2**20:,.0f} MiB in {_seconds(shared.retrieve)}) included. "
+        f"first token: from the prompt's token ids, look-up ({seconds(shared.lookup)}) and retrieve "
+        f"({shared.retrieved_bytes / 2**20:,.0f} MiB in {seconds(shared.retrieve)}) included. "
         f"Paged caches: blocks of {block_sizes[0]} tokens in worker 1, of {block_sizes[1]} in worker 2."
     )
     return Group(table, Text(notes, "dim"), Text(), *_answers(results, questions), Text())
@@ -90,7 +90,8 @@ def _answers(results: Results, questions: tuple[str, str]) -> list[RenderableTyp
     ]
 
 
-def _seconds(value: float) -> str:
+def seconds(value: float) -> str:
+    """A duration for a table."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.0f} ms"
 
 
@@ -98,5 +99,6 @@ def _speed(run: Answer) -> str:
     return f"{run.retrieved_bytes / run.retrieve / 1e9:.2f}"
 
 
-def _yes(equal: bool) -> Text:
+def yes_or_no(equal: bool) -> Text:
+    """`yes`, or a `NO` that cannot be missed."""
     return Text("yes", "green") if equal else Text("NO", "bold red")

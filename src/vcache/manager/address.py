@@ -26,6 +26,11 @@ class Address(NamedTuple):
     host: str = ""
     port: int = 0
 
+    @property
+    def endpoint(self) -> tuple[str, int] | None:
+        """Host and port of `tcp`; None for the others."""
+        return (self.host, self.port) if self.kind == "tcp" else None
+
     def __str__(self) -> str:
         if self.kind == "unix":
             return f"unix://{self.path}"

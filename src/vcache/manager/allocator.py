@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from ..errors import IntegrityError
 from ..segment.slots import SegmentInfo, SlabGeometry, SlabInfo, SlotLocation, slab_geometry
+from .hosts import HostMemory, tier_of
 from .messages import Placement
 from .records import FREE, USED, Owner, Record, Wipe, state_of
 
@@ -24,6 +25,7 @@ class Slab:
     """One slab and its slots. Attached to a segment, or detached while its lender is away and somebody may still write."""
 
     __slots__ = (
+        "address",
         "buried",
         "counter",
         "counts",
@@ -34,12 +36,17 @@ class Slab:
         "nbytes",
         "owners",
         "segment",
+        "share",
         "stale",
     )
 
-    def __init__(self, index: int, nbytes: int, counter: int) -> None:
+    def __init__(self, index: int, nbytes: int, counter: int, address: int = 0) -> None:
         self.index = index
         self.nbytes = nbytes
+        self.address = address
+        """Where the lender's transfer engine has it registered; 0: nowhere."""
+        self.share = 0
+        """Bytes of the slab for each slot, its part of what the geometry wastes included."""
         self.segment: Segment | None = None
         self.counter = counter
         """Highest generation given out in this slab (rule I4); even."""
@@ -89,6 +96,7 @@ class Slab:
     def layout(self, geometry: SlabGeometry, format_generation: int) -> None:
         """Forget all slots and start with free ones of this geometry."""
         self.geometry = geometry
+        self.share = self.nbytes // geometry.slots if geometry.slots else 0
         self.format_generation = format_generation
         self.owners = [None] * geometry.slots
         self.recount()
@@ -126,9 +134,12 @@ class Slab:
 class Segment:
     """A mounted segment."""
 
-    def __init__(self, number: int, info: SegmentInfo) -> None:
+    def __init__(self, number: int, info: SegmentInfo, memory: HostMemory) -> None:
         self.number = number
         self.info = info
+        self.memory = memory
+        """Sums of its host, to which it adds as `tier`."""
+        self.tier = tier_of(info)
         self.slabs: dict[int, Slab] = {}
         self.dropped: set[int] = set()
         """Indices that were given back and never return while mounted."""
@@ -142,7 +153,7 @@ class Segment:
 
     def describe(self) -> SegmentInfo:
         """What every client is told."""
-        slabs = tuple(SlabInfo(slab.index, slab.nbytes) for slab in self.slabs.values())
+        slabs = tuple(SlabInfo(slab.index, slab.nbytes, slab.address) for slab in self.slabs.values())
         old = self.info
         return SegmentInfo(
             uuid=old.uuid,
@@ -153,6 +164,7 @@ class Segment:
             owner=old.owner,
             slabs=slabs,
             number=self.number,
+            endpoint=old.endpoint,
         )
 
     def load(self) -> float:
@@ -169,6 +181,10 @@ class Allocator:
         self.by_uuid: dict[bytes, Segment] = {}
         self.slabs: dict[int, Slab] = {}
         """Attached slabs, by `slab_key`."""
+        self.hosts: dict[str, HostMemory] = {}
+        """Hosts on which segments are mounted."""
+        self.version = 0
+        """Grows whenever slabs come or go, or can be read by others than before."""
         self.floor = floor
         self._last_number = 0
 
@@ -184,35 +200,69 @@ class Allocator:
     def add_segment(self, info: SegmentInfo) -> Segment:
         """A new segment without slabs."""
         self._last_number += 1
-        segment = Segment(self._last_number, info)
+        segment = Segment(self._last_number, info, self._join_host(info))
         self.segments[segment.number] = self.by_uuid[info.uuid] = segment
         return segment
 
     def remove_segment(self, segment: Segment) -> None:
         """The caller has detached its slabs."""
         del self.segments[segment.number], self.by_uuid[segment.info.uuid]
+        self._leave_host(segment)
+
+    def redefine(self, segment: Segment, info: SegmentInfo) -> None:
+        """The segment's lender describes it anew. The caller has detached its slabs."""
+        self._leave_host(segment)
+        segment.info, segment.memory, segment.tier = info, self._join_host(info), tier_of(info)
+
+    def _join_host(self, info: SegmentInfo) -> HostMemory:
+        memory = self.hosts.get(info.host)
+        if memory is None:
+            memory = self.hosts[info.host] = HostMemory()
+        memory.segments += 1
+        return memory
+
+    def _leave_host(self, segment: Segment) -> None:
+        segment.memory.segments -= 1
+        if not segment.memory.segments:
+            del self.hosts[segment.info.host]
+
+    def readdress(self, slab: Slab, address: int) -> None:
+        """Others read an attached slab there now."""
+        slab.address = address
+        self.version += 1
 
     def attach(self, segment: Segment, slab: Slab) -> None:
+        self.version += 1
         slab.segment = segment
         segment.slabs[slab.index] = slab
         self.slabs[self.slab_key(segment.number, slab.index)] = slab
         segment.nbytes += slab.nbytes
+        segment.memory.nbytes[segment.tier] += slab.nbytes
         self.refresh(slab)
-        if slab.geometry is not None:
-            segment.busy += slab.busy * slab.geometry.stride
+        self._occupy(slab, slab.busy)
 
     def detach(self, slab: Slab) -> None:
         """Later slabs in the same memory will start above its generations."""
         segment = slab.segment
         assert segment is not None
+        self.version += 1
         self.floor = max(self.floor, slab.counter)
         del segment.slabs[slab.index], self.slabs[self.slab_key(segment.number, slab.index)]
         segment.nbytes -= slab.nbytes
+        segment.memory.nbytes[segment.tier] -= slab.nbytes
         segment.empty.pop(slab.index, None)
         if slab.geometry is not None:
             self._close(segment, slab, slab.geometry.stride)
-            segment.busy -= slab.busy * slab.geometry.stride
+        self._occupy(slab, -slab.busy)
         slab.segment = None
+
+    @staticmethod
+    def _occupy(slab: Slab, slots: int) -> None:
+        """So many more slots of an attached slab are not free."""
+        segment, geometry = slab.segment, slab.geometry
+        if geometry is not None and segment is not None:
+            segment.busy += slots * geometry.stride
+            segment.memory.busy[segment.tier] += slots * slab.share
 
     def refresh(self, slab: Slab) -> None:
         """Sort an attached slab among the open and the empty ones, after `layout` or `recount`."""
@@ -231,8 +281,7 @@ class Allocator:
         """Owners of an attached slab were changed by hand: bring everything else in line. O(slots)."""
         before = slab.busy
         slab.recount()
-        if slab.geometry is not None and slab.segment is not None:
-            slab.segment.busy += (slab.busy - before) * slab.geometry.stride
+        self._occupy(slab, slab.busy - before)
         self.refresh(slab)
 
     @staticmethod
@@ -296,7 +345,7 @@ class Allocator:
         slab.owners[slot] = owner
         slab.counts[FREE] -= 1
         slab.counts[state_of(owner)] += 1
-        segment.busy += geometry.stride
+        self._occupy(slab, 1)
         if not slab.counts[FREE]:
             self._close(segment, slab, geometry.stride)
 
@@ -311,7 +360,7 @@ class Allocator:
         segment, geometry = slab.segment, slab.geometry
         if segment is None or geometry is None:
             return
-        segment.busy -= geometry.stride
+        self._occupy(slab, -1)
         if not slab.busy or slab.counts[FREE] == 1:
             self.refresh(slab)
 
@@ -330,8 +379,11 @@ class Allocator:
         """Raises `IntegrityError` naming the rule. O(slots)."""
         if sum(len(segment.slabs) for segment in self.segments.values()) != len(self.slabs):
             raise IntegrityError("I5: slabs of segments and slabs in the table differ")
+        sums = {host: ([0, 0], [0, 0]) for host in self.hosts}
         for segment in self.segments.values():
             nbytes = busy = 0
+            if segment.memory is not self.hosts.get(segment.info.host) or segment.tier != tier_of(segment.info):
+                raise IntegrityError(f"I5: segment {segment.number} is counted for another host or kind of memory")
             for index, slab in segment.slabs.items():
                 slab.check_integrity()
                 where = f"I5: segment {segment.number}, slab {index}"
@@ -345,10 +397,16 @@ class Allocator:
                 if listed != expected:
                     raise IntegrityError(f"{where}: open for slot sizes {listed}, expected {expected}")
                 busy += slab.busy * (slab.geometry.stride if slab.geometry else 0)
+                sums[segment.info.host][0][segment.tier] += slab.nbytes
+                sums[segment.info.host][1][segment.tier] += slab.busy * slab.share
             if (nbytes, busy) != (segment.nbytes, segment.busy):
                 raise IntegrityError(
                     f"I5: segment {segment.number}: bytes {nbytes}/{busy}, recorded {segment.nbytes}/{segment.busy}"
                 )
+
+        for host, memory in self.hosts.items():
+            if (memory.nbytes, memory.busy) != sums[host]:
+                raise IntegrityError(f"I5: host {host}: bytes {sums[host]}, recorded {memory.nbytes}, {memory.busy}")
 
     def change(self, slab: Slab, slot: int, before: int) -> None:
         """The state of the slot's owner was `before` and is now another one."""

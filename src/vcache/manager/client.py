@@ -16,13 +16,13 @@ import msgspec
 
 from ..config import ManagerConfig
 from ..errors import DeadlineExceededError, ManagerUnavailableError, ProtocolError, VCacheError
-from ..segment.slots import SegmentInfo, SlabInventory
+from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory
 from . import protocol
 from .address import load_token, parse_address
 from .breaker import CircuitBreaker
 from .connection import Connection, Late
 from .dispatch import Audience, Dispatcher
-from .messages import AcquireReply, Listener, PutGrant, PutRequest, Role, StatsReply, Ticket
+from .messages import AcquireReply, Listener, MovePlan, PutGrant, PutRequest, Role, SpillPlan, StatsReply, Ticket
 
 logger = logging.getLogger("vcache.manager")
 
@@ -53,8 +53,11 @@ class ManagerClient:
         name: str = "",
         role: Role = "engine",
         token: bytes | None = None,
+        host: str = "",
+        remote: bool = False,
     ) -> None:
-        """Start connecting to `config.address` and return at once. `client_id`: 16 bytes, random by default.
+        """Start connecting to `config.address` and return at once. `client_id`: 16 bytes, random by default. `host`,
+        `remote`: as in `protocol.Hello`.
 
         `token` defaults to `load_token(config)` for TCP. Raises `ConfigError` for a bad address or token file.
         """
@@ -62,7 +65,7 @@ class ManagerClient:
         self._address = parse_address(config.address)
         if token is None:
             token = load_token(config) if self._address.kind == "tcp" else b""
-        self._hello = protocol.Hello(client_id or secrets.token_bytes(16), name[:256], role, token)
+        self._hello = protocol.Hello(client_id or secrets.token_bytes(16), name[:256], role, token, host, remote)
         self._breaker = CircuitBreaker(
             time.monotonic, threshold=_MISSES, cooldown=_FIRST_PAUSE, max_cooldown=_LONGEST_PAUSE, jitter=random.random
         )
@@ -144,7 +147,7 @@ class ManagerClient:
         payload = protocol.encode_acquire(protocol.join_keys(keys), shard, number)
         late = None if lease else self._late_lease
         answer = protocol.decode_acquired(self._call(protocol.ACQUIRE, payload, late=late, connection=connection))
-        return answer._replace(lease=answer.lease + connection.session.epoch) if answer.lease else answer
+        return answer._replace(lease=_public_lease(answer.lease, connection))
 
     def release(self, lease: int) -> None:
         """Also returns quietly without a session: its end has ended the lease."""
@@ -168,6 +171,26 @@ class ManagerClient:
 
     def put_revoke(self, tickets: Sequence[Ticket]) -> None:
         self._ask(protocol.PutRevoke(list(tickets)), protocol.NOTHING_REPLY)
+
+    def demote(self, nbytes: int, avoid: Sequence[int] = ()) -> MovePlan:
+        connection = self._live()
+        plan = self._ask(
+            protocol.Demote(nbytes, list(avoid)), protocol.MOVE_PLAN_REPLY, late=self._late_moves, connection=connection
+        )
+        return msgspec.structs.replace(plan, lease=_public_lease(plan.lease, connection))
+
+    def spill(self, nbytes: int, avoid: Sequence[int] = ()) -> SpillPlan:
+        connection = self._live()
+        plan = self._ask(
+            protocol.PlanSpill(nbytes, list(avoid)), protocol.SPILL_PLAN_REPLY, late=self._late_spills, connection=connection
+        )
+        return msgspec.structs.replace(plan, lease=_public_lease(plan.lease, connection))
+
+    def spilled(self, lease: int, keys: Sequence[bytes]) -> None:
+        """Also with a lease of an earlier manager: what is in storage is there."""
+        connection = self._live()
+        number = _lease_number(lease, connection)
+        self._ask(protocol.Spilled(number, list(keys)), protocol.NOTHING_REPLY, connection=connection)
 
     def tiers(self, keys: Sequence[bytes]) -> list[int]:
         return self._ask(protocol.Tiers(list(keys)), protocol.NUMBERS_REPLY)
@@ -199,7 +222,7 @@ class ManagerClient:
     def unmount(self, uuid: bytes) -> None:
         self._ask(protocol.Unmount(uuid), protocol.NOTHING_REPLY)
 
-    def add_slabs(self, uuid: bytes, slabs: Sequence[tuple[int, int]]) -> None:
+    def add_slabs(self, uuid: bytes, slabs: Sequence[SlabInfo]) -> None:
         self._ask(protocol.AddSlabs(uuid, list(slabs)), protocol.NOTHING_REPLY)
 
     def drop_slabs(self, uuid: bytes, nbytes: int) -> list[int]:
@@ -265,7 +288,19 @@ class ManagerClient:
             )
 
     def _late_lease(self, payload: bytes | bytearray) -> None:
-        number = protocol.decode_acquired(payload).lease
+        self._release_late(protocol.decode_acquired(payload).lease)
+
+    def _late_spills(self, payload: bytes | bytearray) -> None:
+        self._release_late(protocol.decode_value(protocol.SPILL_PLAN_REPLY, payload).lease)
+
+    def _late_moves(self, payload: bytes | bytearray) -> None:
+        plan = protocol.decode_value(protocol.MOVE_PLAN_REPLY, payload)
+        tickets = [Ticket(move.key, move.shard, move.grant.location.generation) for move in plan.moves if move.grant.location]
+        if tickets:
+            self._dispatcher.post(lambda: self._revoke_late(tickets))
+        self._release_late(plan.lease)
+
+    def _release_late(self, number: int) -> None:
         connection = self._connection
         if number and connection is not None:
             lease = number + connection.session.epoch
@@ -395,6 +430,11 @@ def _lease_number(lease: int, connection: Connection) -> int:
     """The manager counts leases from 1 in each epoch; callers get that number plus the epoch. Since epochs are nanoseconds of
     wall-clock time, a lease of an earlier manager falls below 1 here, and can never be mistaken for one of this manager."""
     return max(0, lease - connection.session.epoch)
+
+
+def _public_lease(number: int, connection: Connection) -> int:
+    """What the caller gets for the manager's number (see `_lease_number`); 0 stays 0."""
+    return number + connection.session.epoch if number else 0
 
 
 def _inventory_parts(inventory: Sequence[SlabInventory], limit: int) -> Iterator[list[SlabInventory]]:

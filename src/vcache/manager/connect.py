@@ -6,6 +6,7 @@ import logging
 
 from ..config import VCacheConfig
 from ..errors import ManagerUnavailableError
+from ..segment.hostinfo import host_id
 from .address import parse_address
 from .client import ManagerClient
 from .embedded import EmbeddedManager
@@ -28,12 +29,15 @@ def connect(
     Blocks until connected, at most `timeout` seconds (default `manager.connect_timeout`). When there is no manager by then:
     with `require`, raises `ManagerUnavailableError`; else warns once and returns a client whose calls raise at once until its
     background reconnect succeeds. A manager that refuses (wrong token, other user, other protocol version) always raises,
-    `ManagerRefusedError` or `ProtocolError`. `client_id`: 16 bytes, random by default. Raises `ConfigError` for a bad address.
+    `ManagerRefusedError` or `ProtocolError`. `client_id`: 16 bytes, random by default. Raises `ConfigError` for a bad address,
+    and `SegmentError` where this host has no identity (a tool needs none: it is shown everything).
     """
     address = parse_address(config.manager.address)
+    host = host_id() if role != "tool" else ""
+    remote = config.cache.remote != "off"
     if address.kind == "embedded":
-        return EmbeddedManager(config.manager, client_id=client_id, name=name, role=role)
-    client = ManagerClient(config.manager, client_id=client_id, name=name, role=role)
+        return EmbeddedManager(config.manager, client_id=client_id, name=name, role=role, host=host, remote=remote)
+    client = ManagerClient(config.manager, client_id=client_id, name=name, role=role, host=host, remote=remote)
     if client.wait_connected(config.manager.connect_timeout if timeout is None else timeout):
         return client
     failure = client.last_failure or ManagerUnavailableError(f"manager {address}: does not answer")

@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 from ..config import ManagerConfig
 from ..errors import ManagerRefusedError
-from ..segment.slots import ALIGNMENT, HEADER_BYTES
+from ..segment.slots import ALIGNMENT, HEADER_BYTES, LOCATION_BYTES, SlotLocation
 from .allocator import Allocator, Slab
 from .chunks import ChunkTable
 from .eviction import make_policy
 from .leases import LeaseTable
-from .messages import Push, Role, WipeSlots
-from .records import FREE, Record, Space, Wipe, state_of
+from .messages import Push, PutGrant, Role, WipeSlots
+from .reach import unreadable_slabs
+from .records import FREE, Record, Space, Wipe, Write, state_of
 from .writes import WriteTable
 
 WIPE_BATCH = 1024
@@ -55,6 +56,12 @@ class Counters:
     """Complete shards dropped because the others never came."""
     evictions: int = 0
     """Chunks that went for lack of room, because their slab was returned, or with their segment."""
+    demotions: int = 0
+    """Shards that moved from VRAM to host memory."""
+    demotions_refused: int = 0
+    """Copied shards that stayed where they were: leased by others, gone, or moved before."""
+    spills: int = 0
+    """Chunks that an engine wrote to storage before their eviction."""
     slab_reclaims: int = 0
     """Slabs emptied to hold another slot size."""
     removed: int = 0
@@ -73,14 +80,21 @@ class Counters:
 class Session:
     """One client's session."""
 
-    __slots__ = ("client", "name", "opened", "role", "seen")
+    __slots__ = ("client", "host", "name", "opened", "remote", "role", "seen", "unreadable", "version")
 
-    def __init__(self, client: bytes, name: str, role: Role, now: float) -> None:
+    def __init__(self, client: bytes, name: str, role: Role, now: float, host: str = "", remote: bool = False) -> None:
         self.client = client
         self.name = name
         self.role: Role = role
+        self.host = host
+        """Empty: it did not say; it is shown everything, and asked for nothing."""
+        self.remote = remote
+        """Whether it reads memory of other hosts."""
         self.opened = now
         self.seen = now
+        self.unreadable: frozenset[bytes] = frozenset()
+        """Slabs that it cannot read; as of `version` of the allocator."""
+        self.version = -1
 
 
 class Core:
@@ -120,16 +134,74 @@ class Core:
         session.seen = now
         return session
 
+    def unreadable(self, session: Session) -> frozenset[bytes]:
+        """Slabs that the session cannot read (`reach.unreadable_slabs`)."""
+        if session.version != self.allocator.version:
+            session.version = self.allocator.version
+            session.unreadable = unreadable_slabs(self.allocator, session.host, session.remote)
+        return session.unreadable
+
     def push(self, target: bytes | None, push: Push) -> None:
         self.outbox.append(Instruction(target, push))
 
     # Chunks and slots
 
+    def begin_write(
+        self,
+        slab: Slab,
+        client: bytes,
+        key: bytes,
+        shard: int,
+        tokens: int,
+        space: Space | None,
+        now: float,
+        source: bytes = b"",
+    ) -> tuple[Write, PutGrant]:
+        """A ticket for a free slot of this slab."""
+        slot = self.allocator.take(slab)
+        generation = slab.next_generation()
+        while self.writes.get(client, key, shard, generation) is not None:
+            generation = slab.next_generation()
+        location = slab.location(slot, tokens, generation)
+        write = Write(slab, slot, key, shard, generation, space=space, writer=client, packed=location.pack(), source=source)
+        self.allocator.hold(slab, slot, write)
+        self.writes.add(write)
+        self.writes.time(write, now + self.config.ticket_ttl)
+        return write, PutGrant("granted", location, slab.format_generation, slab.slots)
+
+    def replace(self, record: Record, shard: int, packed: bytes) -> None:
+        """Another copy takes the place of a visible chunk's shard: trace and free the old slot. The new slot is the caller's
+        affair."""
+        old = SlotLocation.unpack_many(record.place(shard))[0]
+        spilled = record.spilled
+        self.mark_spilled(record, False)
+        at = LOCATION_BYTES * shard
+        record.packed = record.packed[:at] + packed + record.packed[at + LOCATION_BYTES :]
+        self.mark_spilled(record, spilled)
+        slab = self.allocator.slab_at(old)
+        slab.trace(old.slot, record.key, name_of(record.space))
+        self.free(slab, old.slot)
+
+    def mark_spilled(self, record: Record, spilled: bool) -> None:
+        """A visible chunk is in the storage tier as well, or we no longer say so."""
+        if record.spilled is spilled:
+            return
+        record.spilled = spilled
+        for place in record.places():
+            slab = self.allocator.slab_at(place)
+            assert slab.segment is not None
+            slab.segment.memory.spilled += slab.share if spilled else -slab.share
+
+    def hide(self, record: Record) -> None:
+        """A visible chunk is gone. Its slots are the caller's affair."""
+        self.mark_spilled(record, False)
+        self.chunks.hide(record)
+
     def forget(self, record: Record) -> None:
         """A visible chunk goes; all its slots are free. Their headers stay until somebody overwrites them."""
         places = list(record.places())
         name = name_of(record.space)
-        self.chunks.hide(record)
+        self.hide(record)
         for place in places:
             slab = self.allocator.slab_at(place)
             slab.trace(place.slot, record.key, name)

@@ -13,25 +13,31 @@ from typing import NamedTuple
 from ..config import ManagerConfig
 from ..errors import ProtocolError
 from ..keys import DIGEST_BYTES
-from ..segment.slots import LOCATION_BYTES, SegmentInfo, SlabInventory, SlotLocation
+from ..segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation
 from .core import Core, Instruction, Session
 from .integrity import check_core
 from .lending import Lending
 from .messages import (
     AcquireReply,
+    MovePlan,
     PutGrant,
     PutRequest,
     Role,
+    RoomWanted,
     SegmentMounted,
     SegmentStats,
     SessionInfo,
     SessionStats,
+    SpillPlan,
     StatsReply,
     Ticket,
 )
+from .moves import MoveDesk
 from .puts import PutDesk
+from .reach import readable, readable_prefix
 from .records import FREE, PROCESSING, QUARANTINED, USED, Record
 from .removal import Removal
+from .spills import SpillDesk
 
 
 class PackedReply(NamedTuple):
@@ -59,7 +65,9 @@ class Directory:
         """`epoch`: even, above every generation that an earlier manager gave out (nanoseconds since 1970)."""
         config = config if config is not None else ManagerConfig()
         self._core = core = Core(config, epoch + (epoch & 1))
-        self._puts = PutDesk(core)
+        self._moves = MoveDesk(core)
+        self._spills = SpillDesk(core)
+        self._puts = PutDesk(core, self._moves)
         self._removal = Removal(core)
         self._lending = Lending(core, self._puts, self._removal)
         self._started = now
@@ -73,16 +81,19 @@ class Directory:
 
     # Sessions
 
-    def open_session(self, client: bytes, name: str, role: Role, now: float) -> SessionInfo:
+    def open_session(
+        self, client: bytes, name: str, role: Role, now: float, *, host: str = "", remote: bool = False
+    ) -> SessionInfo:
         """Hello: the client states that it has no writes in flight. Ends an older session of the same client id first.
-        Instructs to send it the mounted segments."""
+        Instructs to send it the mounted segments. `host`: its `SegmentInfo.host`; chunks on others are present for it only if
+        they can be read there with a transfer engine and it has one (`remote`). Without a host it sees everything."""
         if len(client) != DIGEST_BYTES:
             raise ProtocolError(f"hello: a client id is {DIGEST_BYTES} bytes, got {len(client)}")
         core = self._core
         if client in core.sessions:
             self.close_session(client, now, goodbye=False)
         self._puts.writer_idle(client)
-        core.sessions[client] = Session(client, name, role, now)
+        core.sessions[client] = Session(client, name, role, now, host, remote)
         core.counters.sessions += 1
         for segment in core.allocator.segments.values():
             core.push(client, SegmentMounted(info=segment.info))
@@ -146,8 +157,7 @@ class Directory:
     def lookup(self, client: bytes, keys: Sequence[bytes], now: float) -> int:
         """See `ManagerApi.lookup`."""
         core = self._core
-        core.session(client, now)
-        found = self._prefix(keys)
+        found = self._prefix(core.session(client, now), keys)
         if found:
             self._touch(found, core.tick_clock(now))
         return len(found)
@@ -160,12 +170,12 @@ class Directory:
     def acquire_packed(self, client: bytes, keys: Sequence[bytes], shard: int, lease: int, now: float) -> PackedReply:
         """As `acquire`, with the locations as bytes that lie ready. Raises `ProtocolError` for a negative shard."""
         core = self._core
-        core.session(client, now)
+        session = core.session(client, now)
         if shard < 0:
             raise ProtocolError(f"acquire: shard {shard}")
         if lease:
-            return self._locate(client, keys, shard, lease, now)
-        found = self._prefix(keys)
+            return self._locate(session, keys, shard, lease, now)
+        found = self._prefix(session, keys)
         packed = b"".join([record.packed for record in found])
         if shard or len(packed) != LOCATION_BYTES * len(found):
             packed = self._places(found, shard)
@@ -184,23 +194,26 @@ class Directory:
 
     def tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> list[int]:
         """See `ManagerApi.tiers`."""
-        self._core.session(client, now)
+        unreadable = self._core.unreadable(self._core.session(client, now))
         segments = self._core.allocator.segments
         levels: list[int] = []
         for key in keys:
             record = self._find(key)
-            if record is None:
+            if record is None or (unreadable and not readable(record, unreadable)):
                 levels.append(-1)
             else:
                 levels.append(max(int(segments[place.segment].info.kind == "host") for place in record.places()))
         return levels
 
-    def _prefix(self, keys: Sequence[bytes]) -> list[Record]:
-        """Records of the leading keys that are visible; counts hits and misses."""
+    def _prefix(self, session: Session, keys: Sequence[bytes]) -> list[Record]:
+        """Records of the leading keys that are visible and that the session can read; counts hits and misses."""
         counters, asked = self._counters, len(keys)
         found: list[Record] = list(map(self._find, keys))  # type: ignore[arg-type]
         if not all(found):
             del found[found.index(None) :]  # type: ignore[arg-type]
+        unreadable = self._core.unreadable(session)
+        if unreadable:
+            del found[readable_prefix(found, unreadable) :]
         hits = len(found)
         counters.lookups += asked
         counters.hits += hits
@@ -220,14 +233,14 @@ class Directory:
             del found[cut:], places[cut:]
         return b"".join(places)
 
-    def _locate(self, client: bytes, keys: Sequence[bytes], shard: int, number: int, now: float) -> PackedReply:
+    def _locate(self, session: Session, keys: Sequence[bytes], shard: int, number: int, now: float) -> PackedReply:
         counters = self._counters
-        lease = self._core.leases.get(number, client, now)
+        lease = self._core.leases.get(number, session.client, now)
         if lease is None:
             counters.lookups += len(keys)
             counters.errors += len(keys)
             return PackedReply(0, 0.0, b"")
-        found = self._prefix(keys)
+        found = self._prefix(session, keys)
         cover = lease.cover()
         cut = next((place for place, record in enumerate(found) if record.key not in cover), len(found))
         counters.hits -= len(found) - cut
@@ -239,9 +252,15 @@ class Directory:
     # Writing
 
     def put_start(self, client: bytes, request: PutRequest, now: float) -> list[PutGrant]:
-        """See `ManagerApi.put_start`."""
-        self._core.session(client, now)
-        return self._puts.start(client, request, now)
+        """See `ManagerApi.put_start`. `exists` also when the writer cannot read the copy that exists, on another host: one
+        copy of a chunk is all that the pool keeps. May instruct to ask the writer for room."""
+        core = self._core
+        session = core.session(client, now)
+        grants = self._puts.start(client, request, now)
+        memory = core.allocator.hosts.get(session.host) if session.host and session.role == "engine" else None
+        if memory is not None and memory.wants_room(core.config.high_watermark, now):
+            core.push(client, RoomWanted())
+        return grants
 
     def put_end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
         """See `ManagerApi.put_end`. Idempotent."""
@@ -252,6 +271,21 @@ class Directory:
         """See `ManagerApi.put_revoke`."""
         self._core.session(client, now)
         self._puts.revoke(client, tickets)
+
+    # Making room
+
+    def demote(self, client: bytes, nbytes: int, avoid: Sequence[int], now: float) -> MovePlan:
+        """See `ManagerApi.demote`."""
+        return self._moves.plan(self._core.session(client, now), _plan_bytes(nbytes), frozenset(avoid), now)
+
+    def spill(self, client: bytes, nbytes: int, avoid: Sequence[int], now: float) -> SpillPlan:
+        """See `ManagerApi.spill`."""
+        return self._spills.plan(self._core.session(client, now), _plan_bytes(nbytes), frozenset(avoid), now)
+
+    def spilled(self, client: bytes, lease: int, keys: Sequence[bytes], now: float) -> None:
+        """See `ManagerApi.spilled`. Also counts for keys that the lease does not cover, and when it has ended."""
+        self._core.session(client, now)
+        self._spills.done(client, lease, keys, now)
 
     # Removing
 
@@ -286,7 +320,7 @@ class Directory:
         self._core.session(client, now)
         self._lending.unmount(client, uuid, now)
 
-    def add_slabs(self, client: bytes, uuid: bytes, slabs: Sequence[tuple[int, int]], now: float) -> None:
+    def add_slabs(self, client: bytes, uuid: bytes, slabs: Sequence[SlabInfo], now: float) -> None:
         """See `ManagerApi.add_slabs`."""
         self._core.session(client, now)
         self._lending.add_slabs(client, uuid, slabs)
@@ -368,3 +402,9 @@ class Directory:
     def check_integrity(self) -> None:
         """Raises `IntegrityError` naming the rule (I2-I6, I9, I10) that does not hold. O(everything)."""
         check_core(self._core, list(self._lending.away_slabs()))
+
+
+def _plan_bytes(nbytes: int) -> int:
+    if nbytes < 0:
+        raise ProtocolError(f"demote, spill: {nbytes} bytes")
+    return nbytes

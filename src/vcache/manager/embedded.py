@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 from ..config import ManagerConfig
 from ..errors import ManagerUnavailableError
-from ..segment.slots import SegmentInfo, SlabInventory
+from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory
 from .directory import Directory, RemovalReply
 from .dispatch import Audience, Dispatcher
-from .messages import AcquireReply, Listener, PutGrant, PutRequest, Role, StatsReply, Ticket
+from .messages import AcquireReply, Listener, MovePlan, PutGrant, PutRequest, Role, SpillPlan, StatsReply, Ticket
 from .protocol import WIPE_TIMEOUT
 
 
@@ -31,9 +31,12 @@ class EmbeddedManager:
         client_id: bytes | None = None,
         name: str = "",
         role: Role = "engine",
+        host: str = "",
+        remote: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`client_id`: 16 bytes, random by default. `clock`: seconds, never backwards."""
+        """`client_id`: 16 bytes, random by default. `host`, `remote`: as in `protocol.Hello`. `clock`: seconds, never
+        backwards."""
         self._client = client_id or secrets.token_bytes(16)
         self._clock = clock
         self._lock = threading.Lock()
@@ -42,7 +45,8 @@ class EmbeddedManager:
         self._dispatcher = Dispatcher("vcache-manager-events")
         self._audience = Audience(self._dispatcher)
         self._directory = Directory(config, epoch=time.time_ns() & ~1, now=clock())
-        self._audience.session_began(self._directory.open_session(self._client, name, role, clock()))
+        session = self._directory.open_session(self._client, name, role, clock(), host=host, remote=remote)
+        self._audience.session_began(session)
 
     # -- session ---------------------------------------------------------------------------------------------------
 
@@ -97,6 +101,18 @@ class EmbeddedManager:
         with self._turn() as now:
             self._directory.put_revoke(self._client, tickets, now)
 
+    def demote(self, nbytes: int, avoid: Sequence[int] = ()) -> MovePlan:
+        with self._turn() as now:
+            return self._directory.demote(self._client, nbytes, avoid, now)
+
+    def spill(self, nbytes: int, avoid: Sequence[int] = ()) -> SpillPlan:
+        with self._turn() as now:
+            return self._directory.spill(self._client, nbytes, avoid, now)
+
+    def spilled(self, lease: int, keys: Sequence[bytes]) -> None:
+        with self._turn() as now:
+            self._directory.spilled(self._client, lease, keys, now)
+
     def tiers(self, keys: Sequence[bytes]) -> list[int]:
         with self._turn() as now:
             return self._directory.tiers(self._client, keys, now)
@@ -121,7 +137,7 @@ class EmbeddedManager:
         with self._turn() as now:
             self._directory.unmount(self._client, uuid, now)
 
-    def add_slabs(self, uuid: bytes, slabs: Sequence[tuple[int, int]]) -> None:
+    def add_slabs(self, uuid: bytes, slabs: Sequence[SlabInfo]) -> None:
         with self._turn() as now:
             self._directory.add_slabs(self._client, uuid, slabs, now)
 

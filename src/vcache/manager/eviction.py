@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Literal
 
 from ..errors import IntegrityError
@@ -18,9 +19,12 @@ MAX_STEPS = 1 << 16
 
 
 class Queue:
-    """A circular list of records of one slot size around a sentinel. Not thread-safe."""
+    """A circular list of records of one slot size around a sentinel. Not thread-safe.
 
-    __slots__ = ("end", "hand", "size")
+    Between the records may lie markers: records without a key that stay where they are while all around them moves.
+    """
+
+    __slots__ = ("end", "hand", "markers", "size")
 
     def __init__(self) -> None:
         end = Record(b"", None, 0)
@@ -29,32 +33,70 @@ class Queue:
         """Sentinel: `end.newer` is the oldest record, `end.older` the newest."""
         self.hand: Record | None = None
         """SIEVE: where the next search begins."""
+        self.markers: dict[str, Record] = {}
+        """By name: how far a sweep has come. `index`: when it last began at the oldest record; `used`: the time before."""
         self.size = 0
+        """Records, without the markers."""
 
     def insert(self, record: Record, before: Record) -> None:
         """Put `record` on the older side of `before` (the sentinel: make it the newest)."""
-        older = before.older
-        assert older is not None
-        record.older, record.newer = older, before
-        older.newer = before.older = record
+        self._link(record, before)
         record.queue = self
         self.size += 1
 
     def remove(self, record: Record) -> None:
+        self._unlink(record)
+        record.queue = None
+        self.size -= 1
+
+    def marker(self, name: str) -> Record:
+        """The marker of this name; a new one lies before the oldest record."""
+        marker = self.markers.get(name)
+        if marker is None:
+            marker = self.markers[name] = Record(b"", None, 0)
+            self._link(marker, self.oldest)
+        return marker
+
+    def put_marker(self, marker: Record, before: Record) -> None:
+        """Move a marker to the older side of `before`."""
+        if marker.newer is not before and marker is not before:
+            self._unlink(marker)
+            self._link(marker, before)
+
+    def drop_marker(self, name: str) -> None:
+        """Its sweep starts again at the oldest record. Idempotent."""
+        marker = self.markers.pop(name, None)
+        if marker is not None:
+            self._unlink(marker)
+
+    @property
+    def oldest(self) -> Record:
+        """The oldest record or marker; the sentinel when there is none."""
+        oldest = self.end.newer
+        assert oldest is not None
+        return oldest
+
+    def _link(self, record: Record, before: Record) -> None:
+        older = before.older
+        assert older is not None
+        record.older, record.newer = older, before
+        older.newer = before.older = record
+
+    def _unlink(self, record: Record) -> None:
         older, newer = record.older, record.newer
         assert older is not None
         assert newer is not None
         if self.hand is record:
             self.hand = newer
         older.newer, newer.older = newer, older
-        record.older = record.newer = record.queue = None
-        self.size -= 1
+        record.older = record.newer = None
 
     def __iter__(self) -> Iterator[Record]:
         """Oldest to newest."""
         record = self.end.newer
         while record is not None and record is not self.end:
-            yield record
+            if record.key:
+                yield record
             record = record.newer
 
 
@@ -78,6 +120,8 @@ class EvictionPolicy(ABC):
         queue = self.queues.get(slot_bytes)
         if queue is None:
             queue = self.queues[slot_bytes] = Queue()
+        for name in list(queue.markers):
+            queue.drop_marker(name)
         place = queue.end.newer
         for record in records:
             while place is not None and place is not queue.end and not place.used and place.index >= record.index:
@@ -89,6 +133,20 @@ class EvictionPolicy(ABC):
         if record.queue is not None:
             record.queue.remove(record)
         record.visited = False
+
+    def forget_sweeps(self, name: str) -> None:
+        """Nobody will sweep under this name any more."""
+        for queue in self.queues.values():
+            queue.drop_marker(name)
+
+    @abstractmethod
+    def next_victims(self, queue: Queue, steps: int) -> Iterator[Record]:
+        """Records in about the order in which they would be evicted, all states; looks at `steps` of them at most. The queue
+        must not change meanwhile."""
+
+    @abstractmethod
+    def cool(self, records: Sequence[Record]) -> None:
+        """These, in this order, shall be looked at before all others when room is needed."""
 
     @abstractmethod
     def touch(self, records: Sequence[Record], clock: int) -> None:
@@ -103,12 +161,15 @@ class EvictionPolicy(ABC):
         """Raises `IntegrityError` when a queue is not a proper list."""
         for slot_bytes, queue in self.queues.items():
             count, before, hand = 0, queue.end, queue.hand is None or queue.hand is queue.end
-            for record in queue:
-                if record.older is not before or record.queue is not queue:
+            markers, record = 0, queue.oldest
+            while record is not queue.end:
+                if record.older is not before or (record.queue is not queue if record.key else record.queue is not None):
                     raise IntegrityError(f"eviction queue of {slot_bytes} bytes: broken link at {record.key.hex()}")
                 hand = hand or record is queue.hand
-                count, before = count + 1, record
-            if count != queue.size or queue.end.older is not before or not hand:
+                count, markers, before = count + bool(record.key), markers + (not record.key), record
+                assert record.newer is not None
+                record = record.newer
+            if (count, markers) != (queue.size, len(queue.markers)) or queue.end.older is not before or not hand:
                 raise IntegrityError(
                     f"eviction queue of {slot_bytes} bytes: size {queue.size}, {count} linked, hand found: {hand}"
                 )
@@ -156,6 +217,9 @@ class LruPolicy(EvictionPolicy):
         record, steps, seen, count = queue.end.newer, 0, 0, queue.size
         while record is not None and record is not queue.end and seen < 4 * count and steps < MAX_STEPS:
             following = record.newer
+            if not record.key:
+                record = following
+                continue
             tail, depth = tail_of(record)
             if evictable(tail, allowed):
                 if tail.used <= record.used or tail.queue is not queue:
@@ -170,6 +234,16 @@ class LruPolicy(EvictionPolicy):
             seen += 1
             steps += 1 + depth
         return None
+
+    def next_victims(self, queue: Queue, steps: int) -> Iterator[Record]:
+        return islice(queue, steps)
+
+    def cool(self, records: Sequence[Record]) -> None:
+        for record in reversed(records):
+            queue = record.queue
+            if queue is not None:
+                queue.remove(record)
+                queue.insert(record, queue.oldest)
 
     @staticmethod
     def _lift(record: Record, tail: Record) -> None:
@@ -192,6 +266,24 @@ class LruPolicy(EvictionPolicy):
 class SievePolicy(EvictionPolicy):
     """SIEVE (Zhang et al., NSDI 2024): a hand goes from old to new, spares what was used since it last came by."""
 
+    def next_victims(self, queue: Queue, steps: int) -> Iterator[Record]:
+        start = queue.hand if queue.hand is not None else queue.end
+        for spared in (False, True):
+            record = start
+            for _ in range(min(steps, queue.size + len(queue.markers) + 1)):
+                if record.key and record.visited is spared:
+                    yield record
+                assert record.newer is not None
+                record = record.newer
+
+    def cool(self, records: Sequence[Record]) -> None:
+        for record in reversed(records):
+            queue = record.queue
+            if queue is not None:
+                queue.remove(record)
+                queue.insert(record, queue.hand if queue.hand is not None and queue.hand is not queue.end else queue.oldest)
+                queue.hand = record
+
     def touch(self, records: Sequence[Record], clock: int) -> None:
         for record in records:
             record.visited = True
@@ -204,7 +296,7 @@ class SievePolicy(EvictionPolicy):
         end = queue.end
         record, steps, spared, seen = queue.hand or end, 0, 0, 0
         # The first round may only clear marks, so two rounds see every record unmarked.
-        limit = 2 * queue.size
+        limit = 2 * (queue.size + len(queue.markers))
         while seen < limit and steps < MAX_STEPS:
             if record is end:
                 assert end.newer is not None

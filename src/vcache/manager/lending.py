@@ -18,6 +18,7 @@ from .removal import Removal
 
 AWAY_SECONDS = 3600.0
 """How long unfinished writes in a segment are remembered whose lender vanished."""
+MAX_NAME = 256
 
 
 class _Away:
@@ -53,7 +54,7 @@ class Lending:
         if segment is not None:
             self._owned(client, info.uuid)
             away = self._vacate(segment, now)
-            segment.info = info
+            core.allocator.redefine(segment, info)
             segment.dropped.clear()
         else:
             known = self._away.pop(info.uuid, None)
@@ -89,20 +90,25 @@ class Lending:
                 if goodbye:
                     self._drop_away(segment.info.uuid)
 
-    def add_slabs(self, client: bytes, uuid: bytes, slabs: Iterable[tuple[int, int]]) -> None:
-        """See `ManagerApi.add_slabs`. Raises `ManagerRefusedError` for an index that was given back or has another size."""
-        segment = self._owned(client, uuid)
-        fresh: dict[int, int] = {}
-        for index, nbytes in slabs:
-            _check_slab(index, nbytes)
-            known = segment.slabs.get(index)
-            size = known.nbytes if known is not None else fresh.setdefault(index, nbytes)
-            if index in segment.dropped or size != nbytes:
-                raise ManagerRefusedError(f"add_slabs: slab {index} was given back before, or has another size")
-        for index, nbytes in fresh.items():
-            floor = self._core.allocator.floor
-            self._core.allocator.attach(segment, Slab(index, nbytes, floor + (floor & 1)))
-        if fresh:
+    def add_slabs(self, client: bytes, uuid: bytes, slabs: Iterable[SlabInfo]) -> None:
+        """See `ManagerApi.add_slabs`. Raises `ManagerRefusedError` for an index that was given back or has another size. A
+        known slab's address may change."""
+        segment, allocator = self._owned(client, uuid), self._core.allocator
+        fresh: dict[int, SlabInfo] = {}
+        changed: dict[int, SlabInfo] = {}
+        for info in slabs:
+            _check_slab(info)
+            known = segment.slabs.get(info.index)
+            size = known.nbytes if known is not None else fresh.setdefault(info.index, info).nbytes
+            if info.index in segment.dropped or size != info.nbytes:
+                raise ManagerRefusedError(f"add_slabs: slab {info.index} was given back before, or has another size")
+            if known is not None and known.address != info.address:
+                changed[info.index] = info
+        for info in fresh.values():
+            allocator.attach(segment, Slab(info.index, info.nbytes, allocator.floor + (allocator.floor & 1), info.address))
+        for info in changed.values():
+            allocator.readdress(segment.slabs[info.index], info.address)
+        if fresh or changed:
             self._announce(segment)
 
     def drop_slabs(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> list[int]:
@@ -187,6 +193,8 @@ class Lending:
     def _remove(self, segment: Segment, now: float) -> None:
         self._away[segment.info.uuid] = self._vacate(segment, now)
         self._core.allocator.remove_segment(segment)
+        if segment.info.host not in self._core.allocator.hosts:
+            self._core.chunks.policy.forget_sweeps(segment.info.host)
         self._core.push(None, SegmentGone(number=segment.number, uuid=segment.info.uuid))
 
     def _vacate(self, segment: Segment, now: float) -> _Away:
@@ -241,9 +249,9 @@ def _worth(slab: Slab) -> tuple[bool, bool, float, float]:
     return bool(writing), pinned, slab.busy / max(1, slab.slots), sum(used) / max(1, len(used))
 
 
-def _check_slab(index: int, nbytes: int) -> None:
-    if not 0 <= index < 2**16 or not 0 < nbytes < 2**48:
-        raise ProtocolError(f"slab {index} of {nbytes} bytes: index or size is out of range")
+def _check_slab(slab: SlabInfo) -> None:
+    if not 0 <= slab.index < 2**16 or not 0 < slab.nbytes < 2**48 or not 0 <= slab.address < 2**64:
+        raise ProtocolError(f"slab {slab.index} of {slab.nbytes} bytes: index, size or address is out of range")
 
 
 def _check_info(client: bytes, info: SegmentInfo) -> None:
@@ -252,6 +260,8 @@ def _check_info(client: bytes, info: SegmentInfo) -> None:
     if info.owner != client:
         raise ManagerRefusedError("mount: the owner of a segment is the client that mounts it")
     for slab in info.slabs:
-        _check_slab(slab.index, slab.nbytes)
+        _check_slab(slab)
+    if max(len(info.endpoint), len(info.host)) > MAX_NAME:
+        raise ProtocolError(f"mount: endpoint and host have at most {MAX_NAME} characters each")
     if len({slab.index for slab in info.slabs}) != len(info.slabs):
         raise ProtocolError("mount: a slab index comes twice")

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple, Protocol
 
 import msgspec
 
-from ..segment.slots import SegmentInfo, SlabInventory, SlotLocation
+from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory, SlotLocation
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 Placement = Literal["local", "spread"]
 PutStatus = Literal["granted", "exists", "busy", "no_space"]
@@ -69,6 +69,41 @@ class PutGrant(msgspec.Struct, frozen=True, array_like=True):
     """For the slab header, which the writer writes when it differs from what is there."""
     slots: int = 0
     """Slots in that slab."""
+
+
+class Move(msgspec.Struct, frozen=True, array_like=True):
+    """One shard that shall move down: copy `source`'s header and payload into the slot of `grant`, then `put_end` its ticket
+    (or `put_revoke`). Until then the chunk is where it was."""
+
+    key: bytes
+    shard: int
+    source: SlotLocation
+    grant: PutGrant
+
+
+class MovePlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of `demote`."""
+
+    lease: int = 0
+    """Covers all sources; `release` it when the moves are over. 0: nothing to do."""
+    moves: list[Move] = []
+
+
+class Spill(msgspec.Struct, frozen=True, array_like=True):
+    """One shard that shall be written to the storage tier before it may be evicted."""
+
+    key: bytes
+    shard: int
+    source: SlotLocation
+
+
+class SpillPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of `spill`."""
+
+    lease: int = 0
+    """Covers all sources; ended by `spilled`. 0: nothing to do."""
+    spills: list[Spill] = []
+    """All shards of each chunk, one chunk after the other."""
 
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
@@ -146,7 +181,13 @@ class WriterLost(msgspec.Struct, frozen=True, tag=True):
     client: bytes
 
 
-Push = SegmentMounted | SegmentGone | WipeSlots | ResizeRequested | WriterLost
+class RoomWanted(msgspec.Struct, frozen=True, tag=True):
+    """Push to an engine whose `put_start` left memory of its host used above the high watermark: VRAM although there is host
+    memory, or the whole pool, not counting what is in storage as well. It calls `demote`, and `spill` if it writes to storage
+    on eviction, until they have nothing more to do. Comes again when one of them had nothing to do, or after two seconds."""
+
+
+Push = SegmentMounted | SegmentGone | WipeSlots | ResizeRequested | WriterLost | RoomWanted
 
 
 class Listener(Protocol):
@@ -165,7 +206,8 @@ class ManagerApi(Protocol):
     """The manager as its clients see it. Implemented by `client.ManagerClient` (remote) and `embedded.EmbeddedManager`.
 
     Thread-safe. Every call blocks at most for its deadline, then raises `DeadlineExceededError`; without a connection it
-    raises `ManagerUnavailableError` at once. Keys are 16-byte digests.
+    raises `ManagerUnavailableError` at once. Keys are 16-byte digests. A chunk of which a shard lies in memory of another host
+    is absent for a client that cannot read it there (`protocol.Hello.host`, `remote`).
     """
 
     @property
@@ -187,13 +229,28 @@ class ManagerApi(Protocol):
         """End a lease. Idempotent; unknown leases are ignored. Does not wait for an answer."""
 
     def put_start(self, request: PutRequest) -> list[PutGrant]:
-        """Tickets for the keys that nobody stored or is storing. May evict."""
+        """Tickets for the keys that nobody stored or is storing. May evict. A chunk that lies on another host exists, even if
+        this client cannot read it there."""
 
     def put_end(self, tickets: Sequence[Ticket]) -> list[bool]:
         """Publish after all bytes landed (rule I2). False: the ticket had lapsed; the chunk stays invisible."""
 
     def put_revoke(self, tickets: Sequence[Ticket]) -> None:
         """Give the slots back unwritten or half written. Idempotent."""
+
+    def demote(self, nbytes: int, avoid: Sequence[int] = ()) -> MovePlan:
+        """Plan moves of the coldest chunks, together at most `nbytes` of payload (at least one), from VRAM to host memory of
+        the caller's host, while VRAM there is used above the low watermark. `avoid`: numbers of segments that the caller
+        cannot map. A move whose chunk somebody else leases meanwhile is refused by `put_end`."""
+
+    def spill(self, nbytes: int, avoid: Sequence[int] = ()) -> SpillPlan:
+        """Plan writes to storage of the coldest chunks in the lowest tier of the caller's host that are not there yet, together
+        at most `nbytes` (at least one chunk), until what is used on that host and not in storage is at the low watermark.
+        Without `spilled`, `release` ends the plan."""
+
+    def spilled(self, lease: int, keys: Sequence[bytes]) -> None:
+        """These chunks are in storage with all their shards: not planned again, and first to go when room is needed. The
+        others of the plan are left alone for two seconds. Ends the lease of the plan; right also when that has ended."""
 
     def tiers(self, keys: Sequence[bytes]) -> list[int]:
         """Per key: 0 complete in VRAM, 1 complete in a lower tier, -1 absent. Does not count as use."""
@@ -210,8 +267,8 @@ class ManagerApi(Protocol):
     def unmount(self, uuid: bytes) -> None:
         """Stop lending. Its chunks become misses. Idempotent."""
 
-    def add_slabs(self, uuid: bytes, slabs: Sequence[tuple[int, int]]) -> None:
-        """Grow: (index, nbytes) of new, empty slabs. Idempotent by index."""
+    def add_slabs(self, uuid: bytes, slabs: Sequence[SlabInfo]) -> None:
+        """Grow by new, empty slabs. Idempotent by index."""
 
     def drop_slabs(self, uuid: bytes, nbytes: int) -> list[int]:
         """Shrink by at least `nbytes` (or all there is): indices of slabs that hold nothing any more and will get no new

@@ -25,8 +25,20 @@ import msgspec
 
 from ..errors import ArgumentError, ManagerRefusedError, ProtocolError, SegmentError, VCacheError
 from ..keys import DIGEST_BYTES
-from ..segment.slots import LOCATION_BYTES, SegmentInfo, SlabInventory, SlotLocation
-from .messages import PROTOCOL_VERSION, AcquireReply, Push, PutGrant, PutRequest, Role, SessionInfo, StatsReply, Ticket
+from ..segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation
+from .messages import (
+    PROTOCOL_VERSION,
+    AcquireReply,
+    MovePlan,
+    Push,
+    PutGrant,
+    PutRequest,
+    Role,
+    SessionInfo,
+    SpillPlan,
+    StatsReply,
+    Ticket,
+)
 
 T = TypeVar("T")
 
@@ -54,6 +66,8 @@ Id = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 Size = Annotated[int, msgspec.Meta(ge=0, lt=2**48)]
 """Bytes of a segment or slab: anything larger is a mistake, not memory."""
 Name = Annotated[str, msgspec.Meta(max_length=256)]
+Avoid = Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]], msgspec.Meta(max_length=2**16)]
+"""Numbers of segments."""
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -63,9 +77,13 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=
     name: Name
     role: Role
     token: Annotated[bytes, msgspec.Meta(max_length=4096)] = b""
+    host: Name = ""
+    """`SegmentInfo.host` of the client's host. Empty: it is shown every chunk, wherever it lies."""
+    remote: bool = False
+    """Whether it reads memory of other hosts by transfer engine."""
 
     def __repr__(self) -> str:
-        return f"Hello(client={self.client.hex()}, name={self.name!r}, role={self.role!r})"
+        return f"Hello(client={self.client.hex()}, name={self.name!r}, role={self.role!r}, host={self.host!r})"
 
 
 class HelloReply(msgspec.Struct, frozen=True):
@@ -88,6 +106,21 @@ class PutEnd(_Request, frozen=True):
 
 class PutRevoke(_Request, frozen=True):
     tickets: list[Ticket]
+
+
+class Demote(_Request, frozen=True):
+    nbytes: Size
+    avoid: Avoid
+
+
+class PlanSpill(_Request, frozen=True):
+    nbytes: Size
+    avoid: Avoid
+
+
+class Spilled(_Request, frozen=True):
+    lease: Annotated[int, msgspec.Meta(ge=0)]
+    keys: list[Digest]
 
 
 class Tiers(_Request, frozen=True):
@@ -120,7 +153,7 @@ class Unmount(_Request, frozen=True):
 
 class AddSlabs(_Request, frozen=True):
     uuid: Id
-    slabs: list[tuple[Size, Size]]
+    slabs: list[SlabInfo]
 
 
 class DropSlabs(_Request, frozen=True):
@@ -162,6 +195,9 @@ Request = (
     PutStart
     | PutEnd
     | PutRevoke
+    | Demote
+    | PlanSpill
+    | Spilled
     | Tiers
     | Remove
     | Clear
@@ -186,6 +222,8 @@ _PUSH: msgspec.msgpack.Decoder[Push] = msgspec.msgpack.Decoder(Push)
 
 HELLO_REPLY = msgspec.msgpack.Decoder(HelloReply)
 GRANTS_REPLY = msgspec.msgpack.Decoder(list[PutGrant])
+MOVE_PLAN_REPLY = msgspec.msgpack.Decoder(MovePlan)
+SPILL_PLAN_REPLY = msgspec.msgpack.Decoder(SpillPlan)
 FLAGS_REPLY = msgspec.msgpack.Decoder(list[bool])
 NUMBERS_REPLY = msgspec.msgpack.Decoder(list[int])
 NUMBER_REPLY = msgspec.msgpack.Decoder(int)

@@ -11,6 +11,7 @@ from .allocator import MAX_SLOTS, Segment, Slab, geometry_of
 from .chunks import deepest_first
 from .core import Core, name_of, stride_of
 from .messages import PutGrant, PutRequest, Ticket
+from .moves import MoveDesk
 from .records import PROCESSING, QUARANTINED, USED, Record, Write
 
 EVICTION_ATTEMPTS = 64
@@ -150,8 +151,10 @@ class _Placer:
 class PutDesk:
     """Grants and ends writes."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: Core, moves: MoveDesk) -> None:
+        """`moves`: asked when a ticket of its plans ends."""
         self._core = core
+        self._moves = moves
 
     # Verbs
 
@@ -205,20 +208,10 @@ class PutDesk:
                 chunks.abandon(pending)
             counters.puts_no_space += 1
             return PutGrant("no_space")
-        slot = core.allocator.take(slab)
-        generation = slab.next_generation()
-        while core.writes.get(client, key, request.shard, generation) is not None:
-            generation = slab.next_generation()
-        location = slab.location(slot, request.tokens[offset], generation)
-        write = Write(
-            slab, slot, key, request.shard, generation, space=pending.record.space, writer=client, packed=location.pack()
-        )
-        core.allocator.hold(slab, slot, write)
-        core.writes.add(write)
-        core.writes.time(write, now + core.config.ticket_ttl)
+        write, grant = core.begin_write(slab, client, key, request.shard, request.tokens[offset], pending.record.space, now)
         pending.parts[request.shard] = write
         counters.puts += 1
-        return PutGrant("granted", location, slab.format_generation, slab.slots)
+        return grant
 
     def end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
         """See `ManagerApi.put_end`. Idempotent: a ticket whose bytes are published is True again."""
@@ -233,12 +226,19 @@ class PutDesk:
                 write.slab.buried.clear()
                 self.release(write)
                 done = False
+            elif write.source:
+                done = self._moves.end(write)
+                if not done:
+                    self.release(write)
             else:
                 done = True
                 record = self._finish(write, now)
                 if record is not None:
                     published.append(record)
-            core.counters.late_ends += not done
+            if not done and write is not None and write.source:
+                core.counters.demotions_refused += 1
+            else:
+                core.counters.late_ends += not done
             results.append(done)
         self.enqueue(published, now)
         return results

@@ -46,6 +46,7 @@ class Record:
         "pins",
         "queue",
         "space",
+        "spilled",
         "used",
         "visited",
     )
@@ -62,6 +63,8 @@ class Record:
         self.used = 0
         """Coarse time of the last use, comparable between records."""
         self.visited = False
+        self.spilled = False
+        """Whether all of it is in the storage tier as well; ends with its bytes here."""
         self.older: Record | None = None
         self.newer: Record | None = None
         self.queue: Queue | None = None
@@ -81,9 +84,26 @@ class Record:
 
 
 class Write:
-    """One granted write, from the ticket until its slot is published or free again."""
+    """One granted write, from the ticket until its slot is published or free again.
 
-    __slots__ = ("deadline", "generation", "key", "packed", "shard", "slab", "slot", "space", "state", "ticket", "writer")
+    With a `source` it is a move: its chunk is visible all the time, elsewhere, so it is part of no `Pending`.
+    """
+
+    __slots__ = (
+        "deadline",
+        "generation",
+        "key",
+        "lease",
+        "packed",
+        "shard",
+        "slab",
+        "slot",
+        "source",
+        "space",
+        "state",
+        "ticket",
+        "writer",
+    )
 
     def __init__(
         self,
@@ -96,6 +116,7 @@ class Write:
         space: Space | None = None,
         writer: bytes = b"",
         packed: bytes = b"",
+        source: bytes = b"",
     ) -> None:
         self.slab = slab
         self.slot = slot
@@ -108,6 +129,10 @@ class Write:
         self.writer = writer
         """Client id; empty for a shard that was found complete in an inventory."""
         self.packed = packed
+        self.source = source
+        """Packed location from which a move copies; empty for every other write."""
+        self.lease = 0
+        """Of a move: number of the lease that its plan took."""
         self.state = PROCESSING
         self.deadline = 0.0
         """Processing: when the ticket lapses. Used: when the chunk must be complete. Quarantined: when the slot is free, or 0

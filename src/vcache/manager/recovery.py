@@ -59,8 +59,9 @@ class Recovery:
         if held is not None:
             # Its format stands even if the memory shows an older one: the writer that we wait for may be about to write it.
             slab = held
+            slab.address = info.address
         else:
-            slab = Slab(info.index, info.nbytes, 0)
+            slab = Slab(info.index, info.nbytes, 0, info.address)
             if found.geometry is not None:
                 slab.layout(found.geometry, found.format_generation)
         counter = max(core.allocator.floor, found.top, slab.counter)
@@ -126,9 +127,7 @@ class Recovery:
         old, new = places[header.shard], SlotLocation.unpack_many(packed)[0]
         if old.generation >= new.generation or old.slot_bytes != new.slot_bytes:
             return False
-        places[header.shard] = new
-        record.packed = b"".join([place.pack() for place in places])
-        self._supersede(self._core.allocator.slab_at(old), old.slot, record.key, header.namespace)
+        self._core.replace(record, header.shard, packed)
         return True
 
     def _supersede(self, slab: Slab, slot: int, key: bytes, namespace: bytes) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from ..segment.slots import SlotHeader
 from .allocator import Slab, Traces
-from .core import Core
+from .core import Core, name_of
 from .records import Record
 
 MAX_FORGOTTEN = 1 << 16
@@ -60,7 +60,7 @@ class Removal:
         deferred: list[Slab] = []
         for record in victims:
             slots += [(core.allocator.slab_at(place), place.slot) for place in record.places()]
-            core.chunks.hide(record)
+            core.hide(record)
         for slab in core.allocator.slabs.values():
             stale, buried = _matches(slab.stale, keys, namespace), _matches(slab.buried, keys, namespace)
             if buried and not slab.busy:
@@ -75,6 +75,12 @@ class Removal:
                     slab.stale[slot] = None
             if None in slab.stale.values() or None in slab.buried.values():
                 deferred.append(slab)
+        for write in core.writes.moves:
+            # The copy may be complete before its mover hears that the chunk is gone.
+            if write.key in keys if keys is not None else not namespace or name_of(write.space) in (namespace, b""):
+                write.slab.stale[write.slot] = None
+                if write.slab.segment is not None:
+                    deferred.append(write.slab)
         core.counters.removed += len(victims)
         return len(victims), tokens + core.wipe(slots) + core.defer_wipe(deferred)
 

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 from ..config import VCacheConfig
 from ..errors import ConfigError
@@ -92,6 +93,11 @@ class ManagerServer:
             self._socket.close()
             logger.info("manager at %s stopped", self.address)
 
+    async def idle_for(self, seconds: float) -> None:
+        """Return once nobody has been connected for so long."""
+        while (rest := seconds - self._service.idle()) > 0:
+            await asyncio.sleep(rest)
+
     def _scrape(self, loop: asyncio.AbstractEventLoop) -> StatsReply:
         """For the HTTP thread: statistics are taken on the loop."""
 
@@ -101,17 +107,19 @@ class ManagerServer:
         return asyncio.run_coroutine_threadsafe(take(), loop).result(_SCRAPE_TIMEOUT)
 
 
-def run_server(config: VCacheConfig, *, ready: Callable[[str], None] | None = None) -> None:
-    """Serve until SIGINT or SIGTERM, then stop cleanly. Blocks; for the main thread of a process of its own.
+def run_server(config: VCacheConfig, *, ready: Callable[[str], None] | None = None, idle_exit: float = 0.0) -> bool:
+    """Serve until SIGINT or SIGTERM, or, when `idle_exit` is above 0, until nobody has been connected for so many seconds:
+    then the answer is False. Stops cleanly. Blocks; for the main thread of a process of its own.
 
     `ready` is called once with the address when clients can connect. Raises `ConfigError` and `AddressInUseError` before.
     """
     import uvloop
 
-    uvloop.run(_serve(config, ready))
+    stopped: bool = uvloop.run(_serve(config, ready, idle_exit))
+    return stopped
 
 
-async def _serve(config: VCacheConfig, ready: Callable[[str], None] | None) -> None:
+async def _serve(config: VCacheConfig, ready: Callable[[str], None] | None, idle_exit: float) -> bool:
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
     server = ManagerServer(config)
@@ -122,7 +130,13 @@ async def _serve(config: VCacheConfig, ready: Callable[[str], None] | None) -> N
         _spare_the_collector()
         if ready is not None:
             ready(server.address)
-        await stopping.wait()
+        waits: list[asyncio.Task[Any]] = [loop.create_task(stopping.wait())]
+        if idle_exit:
+            waits.append(loop.create_task(server.idle_for(idle_exit)))
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for task in waits:
+            task.cancel()
+        return stopping.is_set()
     finally:
         await server.stop()
 

@@ -55,6 +55,7 @@ class Service:
         self._clock = clock
         self._sessions: dict[bytes, Peer] = {}
         self._gone = asyncio.Event()
+        self._last_seen = clock()
         self._parts: dict[Peer, list[protocol.InventoryPart]] = {}
         self._held: set[_Held] = set()
         self._counters: Counter[str] = Counter()
@@ -67,7 +68,9 @@ class Service:
 
     def hello(self, peer: Peer, hello: protocol.Hello) -> bytes:
         """Begin a session. An older one of the same client is over, and its connection is closed."""
-        session = self._directory.open_session(hello.client, hello.name, hello.role, self._clock())
+        session = self._directory.open_session(
+            hello.client, hello.name, hello.role, self._clock(), host=hello.host, remote=hello.remote
+        )
         before = self._sessions.get(hello.client)
         self._sessions[hello.client] = peer
         if before is not None:
@@ -79,6 +82,7 @@ class Service:
     def peer_gone(self, peer: Peer) -> None:
         """Its connection is lost, and with it its session if it still has one."""
         self.peers.discard(peer)
+        self._last_seen = self._clock()
         self._gone.set()
         self._parts.pop(peer, None)
         if self._sessions.get(peer.client) is peer:
@@ -86,6 +90,10 @@ class Service:
             self._directory.close_session(peer.client, self._clock())
             logger.info("%s disconnected", peer)
             self.settle()
+
+    def idle(self) -> float:
+        """Seconds since anybody was connected; 0 while somebody is."""
+        return 0.0 if self.peers else self._clock() - self._last_seen
 
     def count(self, counter: str) -> None:
         self._counters[counter] += 1
@@ -115,6 +123,10 @@ class Service:
                 return directory.put_start(client, put, now)
             case protocol.PutEnd(tickets):
                 return directory.put_end(client, tickets, now)
+            case protocol.Demote(nbytes, avoid):
+                return directory.demote(client, nbytes, avoid, now)
+            case protocol.PlanSpill(nbytes, avoid):
+                return directory.spill(client, nbytes, avoid, now)
             case protocol.Tiers(keys):
                 return directory.tiers(client, keys, now)
             case protocol.Mount(info, inventory):
@@ -136,6 +148,8 @@ class Service:
                 directory.heartbeat(client, now)
             case protocol.PutRevoke(tickets):
                 directory.put_revoke(client, tickets, now)
+            case protocol.Spilled(lease, keys):
+                directory.spilled(client, lease, keys, now)
             case protocol.Unmount(uuid):
                 directory.unmount(client, uuid, now)
             case protocol.AddSlabs(uuid, slabs):

@@ -14,6 +14,8 @@ class WriteTable:
 
     def __init__(self) -> None:
         self.by_writer: dict[bytes, dict[tuple[bytes, int, int], Write]] = {}
+        self.moves: dict[Write, None] = {}
+        """Those that move a visible chunk's shard, in whichever state."""
         self._timed: dict[Write, None] = {}
         """In order of deadline, because all tickets live equally long."""
         self._resting: list[tuple[float, int, Write]] = []
@@ -22,6 +24,8 @@ class WriteTable:
     def add(self, write: Write) -> None:
         if write.writer:
             self.by_writer.setdefault(write.writer, {})[write.ticket] = write
+        if write.source:
+            self.moves[write] = None
 
     def get(self, writer: bytes, key: bytes, shard: int, generation: int) -> Write | None:
         writes = self.by_writer.get(writer)
@@ -33,6 +37,7 @@ class WriteTable:
 
     def remove(self, write: Write) -> None:
         self._timed.pop(write, None)
+        self.moves.pop(write, None)
         write.deadline = 0.0
         self.forget_ticket(write)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+from ..errors import SegmentError
 from .slots import SegmentKind, align_up
 
 
@@ -180,6 +182,11 @@ class SlabBacking(ABC):
         """Copy bytes of a mapped slab to host memory; complete when it returns. For headers, not for payloads."""
 
     @abstractmethod
+    def read_into(self, slab: MappedSlab, offset: int, out: memoryview) -> None:
+        """Copy `len(out)` bytes of a mapped slab into host memory `out` (bytes, writable, in one piece); complete when it
+        returns. For payloads: one copy, during which other Python threads run. Raises `SegmentError`."""
+
+    @abstractmethod
     def write(self, slab: MappedSlab, offset: int, data: bytes) -> None:
         """Write bytes into a mapped slab; visible to all importers when it returns. For headers, not for payloads."""
 
@@ -189,3 +196,11 @@ class SlabBacking(ABC):
 
     def close(self) -> None:  # noqa: B027 - most backings hold nothing
         """Release what the backing itself holds. All slabs are released or unmapped before. Idempotent."""
+
+
+def address_of(out: memoryview) -> int:
+    """Where the bytes of writable host memory lie. The address is good for as long as the caller keeps the memory alive.
+    Raises `SegmentError` for memory that is read-only, not in one piece, or not made of bytes."""
+    if out.readonly or not out.c_contiguous or out.itemsize != 1:
+        raise SegmentError("host memory to copy to must be writable bytes in one piece")
+    return ctypes.addressof(ctypes.c_char.from_buffer(out)) if out.nbytes else 0

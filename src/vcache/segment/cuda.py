@@ -6,7 +6,7 @@ import os
 import threading
 
 from ..errors import DeviceUnavailableError, SegmentError
-from .backing import MappedSlab, OwnedSlab, SlabBacking
+from .backing import MappedSlab, OwnedSlab, SlabBacking, address_of
 from .cuda_driver import CudaCallError, CudaDriver, Gpu
 from .slots import SegmentKind
 
@@ -130,6 +130,13 @@ class CudaBacking(SlabBacking):
 
     def read(self, slab: MappedSlab, offset: int, nbytes: int) -> bytes:
         return self.gpu.read(self._address(slab, offset, nbytes), nbytes) if nbytes else b""
+
+    def read_into(self, slab: MappedSlab, offset: int, out: memoryview) -> None:
+        """One copy by the GPU's copy engine, behind everything else that it does. At full speed where `out` is pinned (a
+        registered host slab or staging buffer), else through the driver's own buffers."""
+        source, target = self._address(slab, offset, out.nbytes), address_of(out)
+        if out.nbytes:
+            self.gpu.copy_to_host(target, source, out.nbytes)
 
     def write(self, slab: MappedSlab, offset: int, data: bytes) -> None:
         if data:

@@ -110,6 +110,7 @@ class Gpu:
         self._lock = threading.Lock()
         self._closed = False
         self._pinned = 0
+        self._background: Any = None
         with self.current():
             self._stream = driver.call("cuStreamCreateWithPriority", _STREAM_NON_BLOCKING, 0)
 
@@ -221,7 +222,7 @@ class Gpu:
     def _fd_type(self) -> Any:
         return self.driver.api.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
-    # Small transfers ----------------------------------------------------------------------------------------------------
+    # Transfers ---------------------------------------------------------------------------------------------------------
 
     def read(self, address: int, nbytes: int) -> bytes:
         """Copy device memory to the host, through a pinned buffer. Blocks on this object's stream only."""
@@ -234,6 +235,25 @@ class Gpu:
                 self.driver.call("cuStreamSynchronize", self._stream)
                 pieces.append(ctypes.string_at(buffer, count))
         return b"".join(pieces)
+
+    def copy_to_host(self, target: int, address: int, nbytes: int) -> None:
+        """Copy device memory to host memory on a low-priority stream of its own. Blocks until it is there, on its event, not
+        on the device; calls may overlap."""
+        call, flags = self.driver.call, self.driver.api.CUevent_flags
+        with self.current():
+            stream = self._background_stream()
+            event = call("cuEventCreate", flags.CU_EVENT_BLOCKING_SYNC.value | flags.CU_EVENT_DISABLE_TIMING.value)
+            try:
+                call("cuMemcpyDtoHAsync", target, address, nbytes, stream)
+                try:
+                    call("cuEventRecord", event, stream)
+                    call("cuEventSynchronize", event)
+                except CudaCallError:
+                    # The caller may unmap once this has returned: nothing may still be under way.
+                    call("cuStreamSynchronize", stream)
+                    raise
+            finally:
+                call("cuEventDestroy", event)
 
     def write(self, address: int, data: bytes) -> None:
         """Copy host bytes to device memory, through a pinned buffer. Blocks on this object's stream only."""
@@ -250,6 +270,14 @@ class Gpu:
         with self._lock, self.current():
             self.driver.call("cuMemsetD8Async", address, 0, nbytes, self._stream)
             self.driver.call("cuStreamSynchronize", self._stream)
+
+    def _background_stream(self) -> Any:
+        """The stream for copies that nobody waits for, made when it is first needed."""
+        with self._lock:
+            if self._background is None:
+                lowest, _ = self.driver.call("cuCtxGetStreamPriorityRange")
+                self._background = self.driver.call("cuStreamCreateWithPriority", _STREAM_NON_BLOCKING, lowest)
+            return self._background
 
     def _buffer(self) -> int:
         """Address of the pinned buffer, made when it is first needed."""
@@ -281,6 +309,8 @@ class Gpu:
                 return
             with self.current():
                 self.driver.call("cuStreamDestroy", self._stream)
+                if self._background is not None:
+                    self.driver.call("cuStreamDestroy", self._background)
                 if self._pinned:
                     self.driver.call("cuMemFreeHost", self._pinned)
             self._closed = True

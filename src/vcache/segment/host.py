@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 
 from ..errors import SegmentError
-from .backing import MappedSlab, OwnedSlab, SlabBacking
+from .backing import MappedSlab, OwnedSlab, SlabBacking, address_of
 from .hostinfo import available_memory
 from .slots import SegmentKind
 
@@ -164,6 +164,12 @@ class HostBacking(SlabBacking):
         data = bytes(_buffer(slab, offset, nbytes))
         self._fence()
         return data
+
+    def read_into(self, slab: MappedSlab, offset: int, out: memoryview) -> None:
+        source, target = _buffer(slab, offset, out.nbytes), address_of(out)
+        # Unlike a slice assignment, a call through ctypes lets other Python threads run.
+        ctypes.memmove(target, address_of(source), out.nbytes)
+        self._fence()
 
     def write(self, slab: MappedSlab, offset: int, data: bytes) -> None:
         self._fence()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,16 @@ class AvailableMemory(NamedTuple):
     """What sets the limit, for messages."""
 
 
+HOST_ID = "VCACHE_HOST_ID"
+"""Environment variable that replaces the kernel's own identity."""
+
+
 def host_id() -> str:
-    """Identity of the running kernel: equal for all processes (and containers) that could share memory, another one after
-    a reboot. Raises `SegmentError` where the system has none."""
+    """Identity of this host: processes with the same one share memory. `VCACHE_HOST_ID` where it is set, for containers that
+    run on one kernel but share no memory (or not the sockets' folder); else that of the running kernel, which is another one
+    after a reboot. Raises `SegmentError` where the system has none."""
+    if named := os.environ.get(HOST_ID, "").strip():
+        return named
     path = Path("/proc/sys/kernel/random/boot_id")
     try:
         return path.read_text().strip()

@@ -18,6 +18,7 @@ from .broker import Broker
 from .broker_protocol import prepare_broker_dir
 from .hostinfo import host_id
 from .lent import LentSlab, LentSlabs, unfinished_writers
+from .remote_export import RemoteExport
 from .slots import SegmentInfo
 
 logger = logging.getLogger(__name__)
@@ -52,10 +53,12 @@ class Lender:
         config: SegmentConfig,
         *,
         host: str = "",
+        export: RemoteExport | None = None,
         on_resize: Callable[[int], None] | None = None,
     ) -> None:
-        """Allocates `config.size` payload bytes and subscribes to `manager`; neither manager nor backing is closed by the
-        lender. `host`: default `host_id()`. `on_resize(payload bytes)`: called after each change of size.
+        """Allocates `config.size` payload bytes and subscribes to `manager`; neither manager, backing nor `export` is closed
+        by the lender. `host`: default `host_id()`. `export`: by which other hosts read what is lent. `on_resize(payload
+        bytes)`: called after each change of size.
 
         Raises `SegmentError` when the memory or the socket cannot be had; nothing is left behind then."""
         self.uuid = os.urandom(16)
@@ -63,6 +66,7 @@ class Lender:
         self._manager = manager
         self._config = config
         self._host = host or host_id()
+        self._export = export
         self._on_resize = on_resize
         self._changed = threading.Condition()
         """Guards what follows, never held while something blocks."""
@@ -79,7 +83,7 @@ class Lender:
         self._work: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._resizes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._broker = Broker(prepare_broker_dir(config.broker_dir), self.uuid, self._importer_gone)
-        self._lent = LentSlabs(backing, self._broker, int(config.slab_size), manager.client_id)
+        self._lent = LentSlabs(backing, self._broker, int(config.slab_size), manager.client_id, export)
         try:
             self._lent.create(int(config.size))
         except BaseException:
@@ -106,6 +110,7 @@ class Lender:
             broker=self._broker.path,
             owner=self._manager.client_id,
             slabs=tuple(self._lent.infos()),
+            endpoint=self._export.endpoint if self._export is not None else "",
         )
 
     @property
@@ -283,11 +288,11 @@ class Lender:
         logger.info("segment %s: mounted, %d slabs, %d bytes", self._name, len(info.slabs), info.nbytes)
 
     def _announce(self) -> None:
-        new = [(slab.index, slab.nbytes) for slab in self._lent.infos() if slab.index not in self._announced]
+        new = [slab for slab in self._lent.infos() if slab.index not in self._announced]
         if new:
             self._manager.add_slabs(self.uuid, new)
             with self._changed:
-                self._announced.update(index for index, _ in new)
+                self._announced.update(slab.index for slab in new)
                 self._changed.notify_all()
 
     # -- growing and shrinking -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ..errors import SegmentError, VCacheError
 from .backing import OwnedSlab, SlabBacking
 from .broker import Broker
+from .remote_export import RemoteExport
 from .slots import HEADER_BYTES, SlabHeader, SlabInfo, SlabInventory, SlotHeader, align_up
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class LentSlab(NamedTuple):
     memory: OwnedSlab
     payload: int
     """Bytes meant for slots; the rest is room for headers."""
+    address: int = 0
+    """For reads from other hosts; 0: there are none."""
 
 
 class TakenBack(NamedTuple):
@@ -45,12 +48,21 @@ class TakenBack(NamedTuple):
 class LentSlabs:
     """Thread-safe. Slab numbers are never reused."""
 
-    def __init__(self, backing: SlabBacking, broker: Broker, slab_payload: int, client_id: bytes) -> None:
-        """`slab_payload`: payload bytes of a whole slab. `client_id`: our own, for reports."""
+    def __init__(
+        self,
+        backing: SlabBacking,
+        broker: Broker,
+        slab_payload: int,
+        client_id: bytes,
+        export: RemoteExport | None = None,
+    ) -> None:
+        """`slab_payload`: payload bytes of a whole slab. `client_id`: our own, for reports. `export`: makes slabs readable from
+        other hosts."""
         self._backing = backing
         self._broker = broker
         self._slab_payload = slab_payload
         self._client_id = client_id
+        self._export = export
         self._lock = threading.Lock()
         self._slabs: dict[int, LentSlab] = {}
         self._next_index = 0
@@ -63,7 +75,7 @@ class LentSlabs:
     def infos(self) -> list[SlabInfo]:
         """By index."""
         with self._lock:
-            return [SlabInfo(index, slab.memory.nbytes) for index, slab in sorted(self._slabs.items())]
+            return [SlabInfo(index, slab.memory.nbytes, slab.address) for index, slab in sorted(self._slabs.items())]
 
     def find(self, index: int) -> OwnedSlab | None:
         """None when it is not lent (any more)."""
@@ -88,7 +100,10 @@ class LentSlabs:
         try:
             whole, rest = divmod(payload, self._slab_payload)
             for part in [self._slab_payload] * whole + [rest] * bool(rest):
-                created.append(LentSlab(self._backing.create(slab_bytes(part, self._backing.granularity)), part))
+                memory = self._backing.create(slab_bytes(part, self._backing.granularity))
+                created.append(LentSlab(memory, part))
+                if self._export is not None:
+                    created[-1] = LentSlab(memory, part, self._export.register(memory))
         except BaseException:
             for slab in created:
                 slab.memory.retire()
@@ -168,6 +183,8 @@ class LentSlabs:
                 memory.unpin()
 
     def _release(self, memory: OwnedSlab) -> None:
+        if self._export is not None:
+            self._export.unregister(memory)
         try:
             self._backing.release(memory)
         except VCacheError as error:

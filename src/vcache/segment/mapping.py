@@ -14,7 +14,7 @@ from .backing import MappedSlab, OwnedSlab, SlabBacking
 from .importer import Importer, Link
 from .slots import SegmentInfo, SegmentKind, SlabGeometry, SlotLocation, slab_geometry
 
-__all__ = ["BackingFactory", "MappedSlab", "OwnedSlab", "PinnedSlot", "SegmentMap", "SlabBacking"]
+__all__ = ["BackingFactory", "MappedSlab", "OwnedSlab", "PinnedSlot", "RemoteSlot", "SegmentMap", "SlabBacking"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,17 @@ class PinnedSlot(NamedTuple):
     payload_offset: int
 
 
+class RemoteSlot(NamedTuple):
+    """A slot in memory of another host, as its lender's transfer engine knows it."""
+
+    segment: bytes
+    """UUID: one lender's life. An endpoint may come to stand for another lender."""
+    endpoint: str
+    header: int
+    """Addresses in the lender's memory."""
+    payload: int
+
+
 class _Local(NamedTuple):
     """A segment lent by this process."""
 
@@ -44,10 +55,12 @@ class _Local(NamedTuple):
 class _Segment:
     """What a number stands for. Replaced, never changed, but for `stalled_until`."""
 
-    __slots__ = ("info", "link", "local", "problem", "slabs", "stalled_until")
+    __slots__ = ("addresses", "info", "link", "local", "problem", "slabs", "stalled_until")
 
-    def __init__(self, info: SegmentInfo, local: _Local | None, link: Link | None, problem: str) -> None:
+    def __init__(self, info: SegmentInfo, local: _Local | None, link: Link | None, problem: str, elsewhere: bool) -> None:
         self.info = info
+        self.addresses = {slab.index: slab.address for slab in info.slabs if slab.address} if elsewhere else {}
+        """Of slabs on another host that a transfer engine can read; never of this host's, which are mapped."""
         self.local = local
         self.link = link
         self.problem = problem
@@ -124,7 +137,8 @@ class SegmentMap:
                     problem = f"this process cannot map {info.kind} memory"
                 else:
                     link = self._link(info)
-            self._segments[info.number] = _Segment(info, local, link, problem)
+            elsewhere = local is None and info.host != self._host and bool(info.endpoint)
+            self._segments[info.number] = _Segment(info, local, link, problem, elsewhere)
             self._newest = max(self._newest, info.number)
             self._announced.notify_all()
             if link is not None:
@@ -173,6 +187,19 @@ class SegmentMap:
             return None
         return PinnedSlot(slab, geometry.header_offset(location.slot), geometry.payload_offset(location.slot))
 
+    def remote(self, location: SlotLocation) -> RemoteSlot | None:
+        """Where a transfer engine finds the slot, when it is in memory of another host that exports it; None for all others,
+        and for a location that lies in no known slab. Waits for moments when the segment has not been announced yet."""
+        segment = self._segments.get(location.segment) or self._await(location.segment)
+        address = segment.addresses.get(location.slab, 0) if segment is not None else 0
+        if segment is None or not address:
+            return None
+        geometry = self._geometry(segment.slabs[location.slab], location.slot_bytes)
+        if geometry is None or not 0 <= location.slot < geometry.slots:
+            return None
+        header, payload = geometry.header_offset(location.slot), geometry.payload_offset(location.slot)
+        return RemoteSlot(segment.info.uuid, segment.info.endpoint, address + header, address + payload)
+
     def unpin(self, slot: PinnedSlot) -> None:
         """Undo one `pin`. Nothing computed from the slot's addresses may be used afterwards. Does not block."""
         slot.slab.unpin()
@@ -180,6 +207,15 @@ class SegmentMap:
     def read(self, slab: MappedSlab, offset: int, nbytes: int) -> bytes:
         """Copy bytes of a pinned slab to host memory. Blocks until they are there. Raises `SegmentError`."""
         return self._backing(slab.kind, slab.device).read(slab, offset, nbytes)
+
+    def read_into(self, slab: MappedSlab, offset: int, out: memoryview) -> None:
+        """Copy `len(out)` bytes of a pinned slab into host memory (`SlabBacking.read_into`). Blocks until they are there.
+        Raises `SegmentError`."""
+        self._backing(slab.kind, slab.device).read_into(slab, offset, out)
+
+    def write(self, slab: MappedSlab, offset: int, data: bytes) -> None:
+        """Write bytes, such as a header, into a pinned slab; seen by all importers when it returns. Raises `SegmentError`."""
+        self._backing(slab.kind, slab.device).write(slab, offset, data)
 
     def prepare(self, number: int, timeout: float = 30.0) -> int:
         """Map all slabs of a segment now, so that no transfer pays for it. Blocks at most about `timeout` seconds; returns

@@ -150,6 +150,8 @@ class SlabInfo(msgspec.Struct, frozen=True, array_like=True):
 
     index: int
     nbytes: int
+    address: int = 0
+    """Where the lender's transfer engine has it registered; 0: cannot be read from other hosts."""
 
 
 class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,6 +171,8 @@ class SegmentInfo(msgspec.Struct, frozen=True, kw_only=True):
     slabs: tuple[SlabInfo, ...]
     number: int = 0
     """Set by the manager at mount; 0 before."""
+    endpoint: str = ""
+    """Address of the lender's transfer engine (`host:port`), by which other hosts read; empty: they cannot."""
 
     @property
     def tier(self) -> Tier:

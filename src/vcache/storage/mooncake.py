@@ -1,7 +1,7 @@
 """The storage tier on a Mooncake store: DRAM and SSD of other hosts and DPUs, found through a `mooncake_master`.
 
-Needs `vcache[mooncake]` and, with its wheels, the system library `libibverbs1`. The process that uses it lends nothing to the
-store: that is what `vcache lend --tier storage` does, in a process of its own.
+Needs `vcache[mooncake]` and, with its wheels, the system libraries `mooncake_options.LIBRARIES`. The process that uses it lends
+nothing to the store: that is what `vcache lend --tier storage` does, in a process of its own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,12 +26,16 @@ logger = logging.getLogger("vcache.storage")
 NOT_FOUND = -704
 ALREADY_EXISTS = -705
 NO_SPACE = -200
-MASTER_GONE = -900
-"""This code and those below it: the master did not answer."""
+TRANSFER_FAILED = -800
+NO_ANSWER = range(-999, -899)
+"""Somebody did not answer: the master, or the owner of a value that lies on its disk."""
 
 _WATCH_INTERVAL = 0.5
 """Seconds between two looks at the master's port."""
 _TRIAL_TIMEOUT = 15.0
+_ROOM_TIMEOUT = 2.0
+"""Seconds for which a put asks again when it finds no room. A store that gave none for so long is not waited for any more."""
+_ROOM_INTERVAL = 0.05
 _MAX_PAUSE = 30.0
 
 
@@ -52,6 +57,7 @@ class MooncakeStorage(StorageTier):
         self._store: Any = None
         self._master_up = False
         self._problem = "not connected yet"
+        self._room = True
         self._calls = 0
         self._changed = threading.Condition()
         self._looked = threading.Event()
@@ -82,19 +88,33 @@ class MooncakeStorage(StorageTier):
     def put(self, keys: Sequence[CacheKey], shard: int, values: Sequence[memoryview]) -> list[bool]:
         names = [self._name(key, shard) for key in keys]
         sizes = [value.nbytes for value in values]
-        with self._call() as store:
-            codes = store.batch_put_from(names, [_address(value) for value in values], sizes, self._replicate)
-        for code in codes:
-            if code not in (0, ALREADY_EXISTS, NO_SPACE):
-                raise StorageError(f"mooncake: put failed (error {code})")
-        return [code != NO_SPACE for code in codes]
+        addresses = [_address(value) for value in values]
+        stored = [False] * len(names)
+        give_up = time.monotonic() + (_ROOM_TIMEOUT if self._room else 0)
+        while True:
+            left = [index for index, there in enumerate(stored) if not there]
+            with self._call() as store:
+                codes = store.batch_put_from(
+                    [names[i] for i in left], [addresses[i] for i in left], [sizes[i] for i in left], self._replicate
+                )
+            for index, code in zip(left, codes, strict=True):
+                stored[index] = code in (0, ALREADY_EXISTS)
+            failed = [code for code in codes if code not in (0, ALREADY_EXISTS, NO_SPACE)]
+            # Mooncake refuses first and evicts then; with an SSD below, room comes only with the lender's next round. And it
+            # places values with an owner that died for as long as `client_ttl`: the next attempt may find another.
+            self._room = any(stored[index] for index in left) or (self._room and time.monotonic() < give_up)
+            hopeless = any(code != TRANSFER_FAILED for code in failed) or time.monotonic() >= give_up
+            if all(stored) or hopeless or self._stopping.wait(_ROOM_INTERVAL):
+                if failed:
+                    raise StorageError(f"mooncake: put failed (error {failed[0]})")
+                return stored
 
     def get(self, keys: Sequence[CacheKey], shard: int, buffers: Sequence[memoryview]) -> list[int]:
         names = [self._name(key, shard) for key in keys]
         with self._call() as store:
             codes = store.batch_get_into(names, [_address(b) for b in buffers], [b.nbytes for b in buffers])
         # Any other error (a dead owner, an expired lease) concerns these values only: a miss.
-        if codes and all(code <= MASTER_GONE for code in codes):
+        if codes and all(code in NO_ANSWER for code in codes) and not reachable(self._options.address):
             raise StorageError(f"mooncake: get failed (error {codes[0]})")
         return [code if code >= 0 else -1 for code in codes]
 

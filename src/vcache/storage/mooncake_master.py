@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 from ..errors import ConfigError, StorageError
 from .mooncake_options import MISSING, MooncakeOptions, find_master, reachable
@@ -23,6 +24,11 @@ _STEADY = 30.0
 """A master that ran for so many seconds is restarted at once, and the back-off starts anew."""
 _MAX_PAUSE = 30.0
 
+SSD_FLAGS = ("--enable_offload=true", "--offload_on_evict=true", "--promotion_on_hit=true")
+"""For lenders with an SSD: what is evicted from memory goes to the disk of the lender that held it, and what is read from there
+twice comes back to memory. Not for others: memory without a disk below it is then never evicted, and stays full. (Mooncake's
+other mode, writing to disk at once, loses whatever is evicted before its turn.)"""
+
 
 class MooncakeMaster:
     """Keeps a master answering at `options.master`. One that is there already is used and left alone; when it goes away, or
@@ -31,16 +37,20 @@ class MooncakeMaster:
     A master that restarts has forgotten every chunk: the memory of those that lend to it is kept, and used anew.
     """
 
-    def __init__(self, options: MooncakeOptions, *, log: Path | None = None, flags: Sequence[str] = ()) -> None:
-        """Start it and wait until it answers, at most 20 seconds. `log`: file for its output (default: dropped); `flags`:
-        further command line flags. Raises `ConfigError` without the wheel, `StorageError` when it does not come up."""
+    def __init__(
+        self, options: MooncakeOptions, *, ssd: bool = False, log: Path | None = None, flags: Sequence[str] = ()
+    ) -> None:
+        """Start it and wait until it answers, at most 20 seconds. `ssd`: all that lend to it do so with an SSD; `log`: file for
+        its output (default: dropped); `flags`: further command line flags. Raises `ConfigError` without the wheel,
+        `StorageError` when it does not come up."""
         program = find_master()
         if program is None:
             raise ConfigError(f"mooncake_master is not installed; {MISSING}")
         self._options = options
         host, port = options.address
         self._command = [program, f"--rpc_address={host}", f"--rpc_port={port}", f"--metrics_host={host}"]
-        self._command += [f"--metrics_port={options.metrics_port or _free_port(host)}", *flags]
+        self._command += [f"--metrics_port={options.metrics_port or _free_port(host)}"]
+        self._command += [*_metadata_flags(options), *(SSD_FLAGS if ssd else ()), *flags]
         self._log = log
         self._stopping = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
@@ -67,6 +77,14 @@ class MooncakeMaster:
         self._stopping.set()
         self._watcher.join()
         self._end()
+
+    def kill(self) -> None:
+        """SIGKILL, and start no new one: what a host that fails does to it. Idempotent."""
+        self._stopping.set()
+        self._watcher.join()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
 
     def _start(self) -> None:
         output: IO[bytes] | int = self._log.open("ab") if self._log is not None else subprocess.DEVNULL
@@ -116,6 +134,18 @@ class MooncakeMaster:
                 self._start()
             except StorageError as error:
                 logger.error("%s", error)
+
+
+def _metadata_flags(options: MooncakeOptions) -> list[str]:
+    """Metadata over HTTP at the master's own host: the master serves it."""
+    at = urlsplit(options.metadata)
+    if at.scheme != "http" or at.hostname != options.address[0]:
+        return []
+    return [
+        "--enable_http_metadata_server=true",
+        f"--http_metadata_server_host={at.hostname}",
+        f"--http_metadata_server_port={at.port or 80}",
+    ]
 
 
 def _free_port(host: str) -> int:

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import ByteSize
-from ..errors import ConfigError
+from ..errors import ConfigError, StorageError
+from .ssd import Ssd
 
-MISSING = "pip install 'vcache[mooncake]' and the system library libibverbs1"
+LIBRARIES = {"libibverbs.so.1": "libibverbs1", "libcurl.so.4": "libcurl4", "libnuma.so.1": "libnuma1"}
+"""System libraries that Mooncake's wheels need, also for TCP, and their packages in Debian and Ubuntu."""
+MISSING = f"pip install 'vcache[mooncake]' and the system libraries {', '.join(LIBRARIES.values())}"
 
 _DEFAULTS = {
     "master": "127.0.0.1:50051",
@@ -87,8 +90,9 @@ class MooncakeOptions(NamedTuple):
             probe.connect(self.address)
             return str(probe.getsockname()[0])
 
-    def setup(self, store: Any, *, segment: int = 0) -> int:
-        """Join the store; Mooncake's error code, 0 = good. `segment`: bytes of this process's memory to lend to it.
+    def setup(self, store: Any, *, segment: int = 0, ssd: Ssd | None = None) -> int:
+        """Join the store; Mooncake's error code, 0 = good. `segment`: bytes of this process's memory to lend to it; `ssd`:
+        where values go that are evicted from there. Raises `StorageError` where this Mooncake has no SSD tier.
 
         Blocks, and **holds the interpreter lock**: for milliseconds when the master answers, for seconds when it does not (90
         with Mooncake's default number of retries). Call it only after `mooncake_trial` has shown that it answers, or in a
@@ -104,13 +108,19 @@ class MooncakeOptions(NamedTuple):
             self.devices,
             self.master,
         )
-        return int(store.setup(*arguments))
+        if ssd is None:
+            return int(store.setup(*arguments))
+        os.environ.update(ssd.environment(segment))
+        try:
+            return int(store.setup(*arguments, enable_ssd_offload=True, ssd_offload_path=str(ssd.folder)))
+        except TypeError:
+            raise StorageError("mooncake: this release has no SSD tier; it needs 0.3.13 or later") from None
 
 
 def load_store() -> Any:
     """Mooncake's store class, uninstantiated. Imports neither torch nor NumPy. Raises `ConfigError` when it is missing."""
-    # Mooncake logs to stderr by itself; only what matters.
-    os.environ.setdefault("MC_LOG_LEVEL", "WARNING")
+    # Mooncake logs to stderr by itself, and every full store as a warning; what matters is counted here.
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
     try:
         from mooncake.store import MooncakeDistributedStore
     except ImportError as error:

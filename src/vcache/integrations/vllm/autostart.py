@@ -17,13 +17,16 @@ from ...segment.broker_protocol import prepare_broker_dir
 logger = logging.getLogger("vllm.vcache")
 
 START_TIMEOUT = 20.0
+IDLE_EXIT = 300.0
+"""Seconds after which a manager that was started here ends when nothing is connected any more: no engine, no lender."""
 
 
-def ensure_manager(address: str, timeout: float = START_TIMEOUT) -> bool:
+def ensure_manager(address: str, timeout: float = START_TIMEOUT, idle_exit: float = IDLE_EXIT) -> bool:
     """Make sure that something listens at a unix address; whether it does. Blocks up to `timeout` seconds.
 
     Any number of processes may call this at once: a lock file lets one of them start the manager. The manager is a process of
-    its own, which outlives the caller. Its output goes to `manager.log` beside the socket.
+    its own, which outlives the caller, and ends when nothing has been connected to it for `idle_exit` seconds. Its output goes
+    to `manager.log` beside the socket.
     """
     path = Path(parse_address(address).path)
     if _answers(path):
@@ -35,7 +38,7 @@ def ensure_manager(address: str, timeout: float = START_TIMEOUT) -> bool:
             return _answers(path)
         if _answers(path):
             return True
-        process = _start(address, folder / "manager.log")
+        process = _start(address, folder / "manager.log", idle_exit)
         while time.monotonic() < deadline:
             if _answers(path):
                 logger.info("started a VCache manager at %s (process %d, log %s)", address, process.pid, folder / "manager.log")
@@ -51,8 +54,8 @@ def ensure_manager(address: str, timeout: float = START_TIMEOUT) -> bool:
     return False
 
 
-def _start(address: str, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "vcache.cli", "serve", "--address", address]
+def _start(address: str, log: Path, idle_exit: float) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "vcache.cli", "serve", "--address", address, "--idle-exit", f"{idle_exit:g}"]
     with log.open("ab") as output:
         return subprocess.Popen(
             command,

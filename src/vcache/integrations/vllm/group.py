@@ -9,6 +9,8 @@ from ...spec import DTYPE_BYTES
 
 _PLAIN_QUANT_MODES = ("NONE", "FP8_PER_TENSOR")
 """Modes whose tokens need nothing but their own bytes and the model's constants to be read again."""
+FULL = ("FullAttentionSpec", "MLAAttentionSpec")
+"""Kinds of KV caches whose every token stays where it is, for as long as its block does."""
 _WITHOUT_HYBRID = "start vLLM with --disable-hybrid-kv-cache-manager"
 
 
@@ -44,7 +46,9 @@ def shared_group(vllm_config: Any, kv_cache_config: Any) -> KVGroup:
     groups = kv_cache_config.kv_cache_groups
     if len(groups) != 1:
         kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
-        advice = f"; {_WITHOUT_HYBRID}" if not any("Mamba" in kind for kind in kinds) else ""
+        # vLLM can make one group of those with a window only where there is full attention as well.
+        one = any(kind in FULL for kind in kinds) and not any("Mamba" in kind for kind in kinds)
+        advice = f"; {_WITHOUT_HYBRID}" if one else ""
         raise DeclinedError(f"the model has {len(groups)} KV cache groups ({', '.join(kinds)}), one can be shared{advice}")
     spec = groups[0].kv_cache_spec
     _check_spec(spec)
@@ -90,9 +94,8 @@ def _check_spec(spec: Any) -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     kind = type(spec).__name__
-    if kind not in ("FullAttentionSpec", "MLAAttentionSpec") or not isinstance(spec, FullAttentionSpec):
-        advice = f"; {_WITHOUT_HYBRID}" if "Sliding" in kind or "Chunked" in kind else ""
-        raise DeclinedError(f"KV cache of kind {kind}: only full attention and MLA are supported{advice}")
+    if kind not in FULL or not isinstance(spec, FullAttentionSpec):
+        raise DeclinedError(f"KV cache of kind {kind}: only full attention and MLA are supported")
     mode = getattr(spec, "kv_quant_mode", None)
     if mode is not None and mode.name not in _PLAIN_QUANT_MODES:
         raise DeclinedError(f"KV cache quantisation {mode.name}: scales lie apart from the tokens")

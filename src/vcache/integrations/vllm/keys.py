@@ -19,8 +19,8 @@ _PERSON = b"vcache-vllm-v1"
 class ChunkNames:
     """Digests of a request's chunks. Immutable.
 
-    vLLM chains its block hashes over the prompt; they also cover LoRA adapters, multimodal inputs and cache salts. So the
-    hash of a chunk's last block stands for the whole prefix up to there.
+    vLLM chains its block hashes over the prompt; they also cover multimodal inputs and cache salts. So the hash of a chunk's
+    last block stands for the whole prefix up to there. LoRA adapters are in the hashes by name (vLLM 0.26) or name and path.
     """
 
     def __init__(self, namespace: bytes, chunk_tokens: int, hash_block_size: int) -> None:
@@ -29,11 +29,17 @@ class ChunkNames:
         self.chunk_tokens = chunk_tokens
         self.hash_block_size = hash_block_size
 
-    def digest(self, block_hashes: Sequence[bytes], end: int) -> bytes:
+    def digest(self, block_hashes: Sequence[bytes], end: int, adapter: bytes = b"") -> bytes:
         """Digest of the chunk that ends before token `end`, a multiple of `hash_block_size`. Pure."""
         state = blake2b(self.namespace, digest_size=DIGEST_BYTES, person=_PERSON)
         state.update(block_hashes[end // self.hash_block_size - 1])
+        state.update(adapter)
         return state.digest()
+
+    def of(self, request: Any, ends: Sequence[int]) -> list[bytes]:
+        """Digests of the chunks of a vLLM request that end before these tokens. Pure."""
+        adapter = adapter_name(getattr(request, "lora_request", None))
+        return [self.digest(request.block_hashes, end, adapter) for end in ends]
 
     def whole(self, block_hashes: Sequence[bytes], tokens: int) -> int:
         """Number of whole chunks within the first `tokens` tokens whose hashes are known. Pure."""
@@ -42,6 +48,11 @@ class ChunkNames:
     def tail(self, block_hashes: Sequence[bytes], tokens: int) -> int:
         """End of the whole blocks within the first `tokens` tokens; the last whole chunk's end when there are none after it."""
         return min(tokens // self.hash_block_size, len(block_hashes)) * self.hash_block_size
+
+
+def adapter_name(lora: Any) -> bytes:
+    """What tells a LoRA adapter from others, on whatever instance it is loaded; empty without one. Pure."""
+    return b"" if lora is None else f"{lora.lora_name}\0{lora.lora_path}".encode()
 
 
 def chunk_tokens(chunk_size: int, block_size: int) -> int:

@@ -54,6 +54,10 @@ class VCacheMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """Nothing is computed in this step: workers may wait a moment for loads."""
     loads: list[LoadJob] = field(default_factory=list)
     saves: list[SaveJob] = field(default_factory=list)
+    storage: bool = True
+    """False once the cache was reset: what the storage tier holds cannot be told from what is valid."""
+    broken: list[bytes] = field(default_factory=list)
+    """Chunks whose slots hold something else, on some worker: every worker drops them before its next save."""
 
 
 class LoadOutcome(NamedTuple):
@@ -62,6 +66,8 @@ class LoadOutcome(NamedTuple):
     workers: int
     chunks: int
     """Leading chunks that all of these workers have, verified."""
+    broken: tuple[bytes, ...] = ()
+    """Chunks that failed verification on one of them."""
 
 
 class SaveOutcome(NamedTuple):
@@ -98,7 +104,10 @@ class VCacheWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
 def merge_loads(first: LoadOutcome | None, second: LoadOutcome) -> LoadOutcome:
     """The outcome over the workers of both. Pure."""
-    return second if first is None else LoadOutcome(first.workers + second.workers, min(first.chunks, second.chunks))
+    if first is None:
+        return second
+    broken = first.broken + tuple(each for each in second.broken if each not in first.broken)
+    return LoadOutcome(first.workers + second.workers, min(first.chunks, second.chunks), broken)
 
 
 def merge_saves(first: SaveOutcome | None, second: SaveOutcome) -> SaveOutcome:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ...errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, StorageError
-from ...keys import CacheKey
+from ...keys import DIGEST_BYTES, CacheKey
 from ...manager.messages import ManagerApi
 from ...storage.base import StorageTier
 from .events import EventLog
@@ -29,6 +29,10 @@ WAIT_STEP = 2e-3
 KNOWN_SECONDS = 60.0
 KNOWN_CHUNKS = 100_000
 """Chunks seen in the pool are not offered to it again for this long; so many are remembered."""
+LOOKUP_ROUNDS = 4
+"""A prefix that lies in turns in the pool and in storage is followed through so many changes."""
+RESET_RETRY = 5.0
+"""Seconds between attempts to clear the cache while the manager is away."""
 BAD_SECONDS = 10.0
 """A chunk that could not be loaded ends every prefix for this long."""
 
@@ -53,8 +57,8 @@ class Policy(NamedTuple):
 class _Found(NamedTuple):
     """Answer to a look-up, kept while the request waits."""
 
-    lease: int
-    """0: nothing in VRAM or DRAM."""
+    leases: list[int]
+    """Empty: nothing in VRAM or DRAM."""
     epoch: int
     computed: int
     """Tokens that the engine had itself when it asked."""
@@ -86,11 +90,13 @@ class _Load(NamedTuple):
     """A load under way."""
 
     state: _Request
-    lease: int
+    leases: list[int]
     epoch: int
     digests: list[bytes]
     waiting: int
     """Workers yet to report."""
+    broken: frozenset[bytes] = frozenset()
+    """Chunks that failed verification on those that have reported."""
 
 
 class _Save(NamedTuple):
@@ -133,6 +139,11 @@ class SchedulerSide:
         """Saves that were under way when the cache was reset."""
         self._known: OrderedDict[bytes, float] = OrderedDict()
         self._bad: dict[bytes, float] = {}
+        self._was_reset = False
+        self._reset_due: float | None = None
+        """When to ask the manager again to clear the cache; None: that is done."""
+        self._broken: list[bytes] = []
+        """Chunks that the workers are to drop in the next step."""
         self._step = 0
         self._failed_step = 0
         self._last_job = 0
@@ -163,7 +174,7 @@ class SchedulerSide:
         to the manager, or not at all when the answer is known.
         """
         state = self.add(request)
-        if not self._policy.loads or state.load_failed or computed % self._group.block_size:
+        if not self._policy.loads or state.load_failed or computed % self._group.block_size or self._reset_owed():
             return 0, False
         if getattr(request, "skip_reading_prefix_cache", False):
             return 0, False
@@ -199,11 +210,11 @@ class SchedulerSide:
         if found is None:
             return
         if tokens <= 0 or not found.ends:
-            self._release(found.lease, found.epoch)
+            self._release(found.leases, found.epoch)
             return
         first = found.computed // self._names.chunk_tokens
         begin = first * self._names.chunk_tokens
-        digests = [self._names.digest(request.block_hashes, end) for end in found.ends]
+        digests = self._names.of(request, found.ends)
         size = self._group.block_size
         job = self._next_job()
         self._loads.append(
@@ -218,7 +229,7 @@ class SchedulerSide:
                 blocking=self._within_step(found, request),
             )
         )
-        self._loading[job] = _Load(state, found.lease, found.epoch, digests, self._policy.workers)
+        self._loading[job] = _Load(state, found.leases, found.epoch, digests, self._policy.workers)
         state.saved = max(state.saved, found.ends[-1])
 
     def _within_step(self, found: _Found, request: Any) -> bool:
@@ -239,19 +250,26 @@ class SchedulerSide:
 
     def _look_up(self, request: Any, computed: int, ends: list[int]) -> _Found:
         began = time.perf_counter()
-        digests = [self._names.digest(request.block_hashes, end) for end in ends]
+        digests = self._names.of(request, ends)
         usable = next((i for i, digest in enumerate(digests) if self._is_bad(digest)), len(digests))
         epoch = self.manager.epoch
-        lease, count, valid = 0, 0, MISS_SECONDS
-        try:
-            reply = self.manager.acquire(digests[:usable])
-            lease, count = reply.lease, len(reply.locations)
-            if count:
-                # A waiting request renews well before the lease ends: what is loaded under it needs the rest.
-                valid = reply.expires_in / 2
-        except MANAGER_ERRORS as error:
-            logger.debug("look-up: %s", error)
-        count += self._in_storage(digests[count:usable])
+        leases: list[int] = []
+        count, valid = 0, MISS_SECONDS
+        for _ in range(LOOKUP_ROUNDS):
+            try:
+                reply = self.manager.acquire(digests[count:usable])
+            except MANAGER_ERRORS as error:
+                logger.debug("look-up: %s", error)
+            else:
+                if reply.locations:
+                    leases.append(reply.lease)
+                    count += len(reply.locations)
+                    # A waiting request renews well before the lease ends: what is loaded under it needs the rest.
+                    valid = reply.expires_in / 2
+            found = self._in_storage(digests[count:usable])
+            count += found
+            if not found or count == usable:
+                break
         self.stats.add("lookups")
         self.stats.add("lookup_seconds", time.perf_counter() - began)
         self.stats.add("queried_tokens", request.num_tokens - computed)
@@ -259,11 +277,11 @@ class SchedulerSide:
             self.stats.add("hit_tokens", ends[count - 1] - computed)
         self._remember(digests[:count])
         self._forget(digests[count:])
-        return _Found(lease, epoch, computed, ends[:count], self._clock() + valid)
+        return _Found(leases, epoch, computed, ends[:count], self._clock() + valid)
 
     def _in_storage(self, digests: Sequence[bytes]) -> int:
         """Leading chunks that the storage tier has."""
-        if self._storage is None or not digests:
+        if self._storage is None or not digests or self._was_reset:
             return 0
         try:
             return self._storage.prefix([CacheKey(self._names.namespace, digest) for digest in digests], 0)
@@ -274,17 +292,18 @@ class SchedulerSide:
     def _still_good(self, found: _Found, ends: list[int]) -> bool:
         if self._clock() >= found.valid_until:
             return False
-        return (not found.lease or found.epoch == self.manager.epoch) and found.ends == ends[: len(found.ends)]
+        return (not found.leases or found.epoch == self.manager.epoch) and found.ends == ends[: len(found.ends)]
 
     def _drop_found(self, state: _Request) -> None:
         found, state.found = state.found, None
         if found is not None:
-            self._release(found.lease, found.epoch)
+            self._release(found.leases, found.epoch)
 
-    def _release(self, lease: int, epoch: int) -> None:
-        if lease and epoch == self.manager.epoch:
+    def _release(self, leases: Sequence[int], epoch: int) -> None:
+        if epoch == self.manager.epoch:
             try:
-                self.manager.release(lease)
+                for lease in leases:
+                    self.manager.release(lease)
             except MANAGER_ERRORS as error:
                 logger.debug("release: %s", error)
 
@@ -295,6 +314,8 @@ class SchedulerSide:
         self._step += 1
         metadata = VCacheMetadata(self._step, self._failed_step, not output.num_scheduled_tokens, self._loads)
         self._loads = []
+        metadata.broken, self._broken = self._broken, []
+        metadata.storage = not self._was_reset
         tables = getattr(output, "kv_connector_block_state", None)
         for new in output.scheduled_new_reqs:
             state = self._requests.get(new.req_id)
@@ -319,6 +340,8 @@ class SchedulerSide:
             return
         # Preempted, or what was loaded turned out wrong: it is computed again, and offered again.
         state.saved = min(state.saved, computed)
+        if self._reset_owed():
+            return
         request = state.request
         name = request.request_id
         reached = min(computed + output.num_scheduled_tokens.get(name, 0), request.num_tokens)
@@ -342,9 +365,8 @@ class SchedulerSide:
 
     def _save(self, metadata: VCacheMetadata, state: _Request, ends: list[int]) -> None:
         size = self._names.chunk_tokens
-        hashes = state.request.block_hashes
         now = self._clock()
-        digests = [self._names.digest(hashes, end) for end in ends]
+        digests = self._names.of(state.request, ends)
         fresh = next((i for i, digest in enumerate(digests) if self._known.get(digest, -1e18) < now - KNOWN_SECONDS), len(ends))
         if fresh:
             state.saved = ends[fresh - 1]
@@ -362,7 +384,7 @@ class SchedulerSide:
         blocks = state.blocks[begin // block : ends[-1] // block]
         state.saved = ends[-1]
         job = self._next_job()
-        parent = self._names.digest(hashes, begin) if begin else b""
+        parent = self._names.of(state.request, [begin])[0] if begin else b""
         bound = self.pins.bound
         if bound:
             self.pins.hold(job, blocks)
@@ -399,10 +421,12 @@ class SchedulerSide:
             now = self._clock()
             self._bad = {digest: until for digest, until in self._bad.items() if until > now}
             self._bad[load.digests[outcome.chunks]] = now + BAD_SECONDS
+        broken = load.broken.union(outcome.broken)
         if load.waiting > outcome.workers:
-            self._loading[job] = load._replace(waiting=load.waiting - outcome.workers)
+            self._loading[job] = load._replace(waiting=load.waiting - outcome.workers, broken=broken)
         else:
-            self._release(load.lease, load.epoch)
+            self._release(load.leases, load.epoch)  # before they are dropped: what is leased stays
+            self._broken += sorted(broken)
 
     def _save_over(self, job: int, outcome: SaveOutcome) -> None:
         self.pins.release(job)
@@ -416,15 +440,18 @@ class SchedulerSide:
             save.state.saved = min(save.state.saved, save.start)
         elif outcome.complete:
             self._remember(save.digests)
+            for digest in save.digests:
+                self._bad.pop(digest, None)  # it was stored again
             size = self._names.hash_block_size
             self._events.stored(save.state.request, save.start // size, save.end // size)
 
     # -- the rest --------------------------------------------------------------------------------------------------
 
     def reset(self) -> bool:
-        """Forget all chunks of this model, for every instance (weights changed). False when the manager did not confirm it.
+        """Forget all chunks of this model, for every instance (weights changed). True: this instance finds none of them again.
 
-        Saves under way are removed when they end.
+        Saves under way are removed when they end. When the manager is away, nothing is looked up or saved until it has cleared
+        them.
         """
         if not self._policy.clear_on_reset:
             return True
@@ -432,13 +459,27 @@ class SchedulerSide:
         self._stale_saves |= set(self._saves)
         for state in self._requests.values():
             self._drop_found(state)
+        self._events.cleared()
+        if self._storage is not None and not self._was_reset:
+            logger.warning("storage cannot forget what was reset: this instance does without it from now on")
+        self._was_reset = True
+        self._reset_due = self._clock()
+        self._reset_owed()
+        return True
+
+    def _reset_owed(self) -> bool:
+        """Whether chunks of before the reset may still be in the pool. Asks the manager again from time to time."""
+        if self._reset_due is None or self._clock() < self._reset_due:
+            return self._reset_due is not None
         try:
+            self.manager.tiers([bytes(DIGEST_BYTES)])  # this ends within the deadline of a look-up; to clear may take longer
             self.manager.clear(self._names.namespace)
         except MANAGER_ERRORS as error:
-            logger.warning("cache not cleared: %s", error)
-            return False
-        self._events.cleared()
-        return True
+            logger.warning("the shared cache is not cleared yet, and not used until it is: %s", error)
+            self._reset_due = self._clock() + RESET_RETRY
+            return True
+        self._reset_due = None
+        return False
 
     def take_events(self) -> list[Any]:
         """KV cache events since the last call."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...lower_tier import LowerTier
 from ...metrics import EngineMetrics
 from ...pool import Chunk, ChunkPool
+from ...relief import RoomMaker
 from ...resources import Resources
 from .group import KVGroup
 from .metadata import LoadJob, SaveJob, SaveOutcome
@@ -67,8 +68,9 @@ class ShardStore:
         resources: Resources,
         metrics: EngineMetrics,
         block_size: int,
+        relief: RoomMaker | None = None,
     ) -> None:
-        """Owns `resources` and `lower`: `close` closes them. `block_size`: tokens in a block of vLLM's block table."""
+        """Owns `resources`, `lower` and `relief`: `close` closes them. `block_size`: tokens in a block of vLLM's table."""
         self.cache = cache
         self.metrics = metrics
         self.pool = pool
@@ -76,6 +78,8 @@ class ShardStore:
         self._lower = lower
         self._resources = resources
         self._block_size = block_size
+        self._relief = relief
+        self._leave_storage = False
 
     def load(self, job: LoadJob) -> int:
         """Bring the chunks of a job into its blocks; number of leading chunks that are there and verified."""
@@ -92,7 +96,7 @@ class ShardStore:
             if lease is not None:
                 flags = self.pool.load(lease, rest, self.cache, slots, self._mover).result()
                 loaded += next((i for i, ok in enumerate(flags) if not ok), len(flags))
-            if self._lower is not None and loaded < len(chunks):
+            if self._lower is not None and not self._leave_storage and loaded < len(chunks):
                 loaded += self._lower.load(chunks[loaded:], self.cache, slots, self._mover)
             if loaded == before:
                 break
@@ -107,10 +111,24 @@ class ShardStore:
             chunks.append(Chunk(digest, job.first + index, tokens, start))
             start += tokens
         report = self.pool.put(chunks, job.parent, self.cache, slots, self._mover).result()
-        if self._lower is not None:
+        if self._lower is not None and not self._leave_storage:
             self._lower.save_later(report.stored)
             self._lower.save_now(report.unplaced, self.cache, slots, self._mover)
         return SaveOutcome(1, not report.unplaced, False), report.nbytes
+
+    def leave_storage(self) -> None:
+        """Read nothing from the storage tier any more, and write nothing to it. Idempotent."""
+        self._leave_storage = True
+
+    def broken(self, job: LoadJob) -> tuple[bytes, ...]:
+        """Chunks of a job that failed verification: their slots hold something else than the manager says."""
+        return tuple(self.pool.broken(job.digests))
+
+    def drop(self, digests: list[bytes]) -> None:
+        """Take broken chunks out of the pool, so that they can be saved again. Blocks for about a round trip, at most
+        `manager.deadline` and two seconds."""
+        self.pool.mark_broken(digests)
+        self.pool.drop_broken(digests)
 
     def failed_blocks(self, job: LoadJob, loaded: int) -> list[int]:
         """Blocks of a job whose contents are not to be trusted when `loaded` leading chunks are there. Pure."""
@@ -119,6 +137,8 @@ class ShardStore:
 
     def close(self) -> None:
         """Wait for writes, give back what was lent. Bounded. Idempotent."""
+        if self._relief is not None:
+            self._relief.close(5.0)
         self.pool.wait_writes(5.0)
         if self._lower is not None:
             self._lower.close(5.0)

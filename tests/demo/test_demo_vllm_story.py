@@ -1,0 +1,161 @@
+"""The story with two servers and its verdict: good runs pass, and everything that is not as promised is found."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from vcache.demo.messages import DemoError
+from vcache.demo.stage import Stage
+from vcache.demo.vllm_instance import Run
+from vcache.demo.vllm_report import problems, render, summary
+from vcache.demo.vllm_scenario import Results, play
+
+COLD = Run(5800, 0, 0, 0, 0, 0.0, 10.0, "periwinkle", [1, 2, 3])
+HIT = COLD._replace(hit_tokens=5632, loaded_tokens=5632, load_bytes=5632 * 23040, load_seconds=0.05, first_token=0.5)
+OWN = COLD._replace(own_tokens=5760, first_token=0.2)
+GOOD = Results(COLD, COLD, HIT, OWN, HIT)
+
+
+class World:
+    """Servers and pool in one: who has what, and what goes wrong."""
+
+    def __init__(self) -> None:
+        self.stored: set[str] = set()
+        self.events: list[str] = []
+        self.off = ""
+        self.forgets = False
+
+    def start(self) -> None:
+        self.events.append("pool")
+
+    def start_manager(self) -> None:
+        self.events.append("manager")
+
+    def kill_manager(self) -> None:
+        self.events.append("kill manager")
+        if self.forgets:
+            self.stored.clear()
+
+    def wait_for_chunks(self, wanted: int) -> float:
+        if len(self.stored) * 3 < wanted:
+            raise DemoError("only 0 chunks are in the pool: VCache did not do its work")
+        return 0.0
+
+
+class Server:
+    """An instance of the world. Prompts are their document, their question and a salt."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world, self.name, self.pid = world, "ab"[number], 100 + len(world.events)
+        self.own: set[str] = set()
+        world.events.append(f"start {self.name}")
+
+    def wait_ready(self) -> None:
+        self.world.events.append(f"{self.name} ready")
+
+    def version(self) -> str:
+        return "1.2"
+
+    def count(self, text: str) -> int:
+        return len(text.split())
+
+    def kill(self) -> None:
+        self.world.events.append(f"kill {self.name}")
+
+    def ask(self, prompt: str, *, salt: str = "", max_tokens: int = 24) -> Run:
+        book, _, question = prompt.partition("Question: ")
+        key, tokens = salt + book, len(prompt.split())
+        if not question:
+            return COLD
+        run = COLD._replace(prompt_tokens=tokens, text=question)
+        whole = tokens // 256 * 256
+        if key in self.own:
+            run = run._replace(own_tokens=whole)
+        elif key in self.world.stored and self.world.off != self.name:
+            run = run._replace(hit_tokens=whole, loaded_tokens=whole)
+        elif self.world.off != self.name:
+            self.world.stored.add(key)
+        self.own.add(key)
+        return run
+
+
+def told(world: World) -> tuple[Results, str]:
+    output = io.StringIO()
+    results = play(Stage(Console(file=output, width=100)), world, lambda number: Server(world, number), 1000)
+    return results, output.getvalue()
+
+
+def test_a_good_story_has_no_problem() -> None:
+    world = World()
+    results, output = told(world)
+    assert problems(results) == []
+    assert results.first.text != results.control.text == results.restarted.text
+    assert world.events == [
+        *("pool", "start a", "start b", "a ready", "b ready"),
+        *("kill a", "kill manager", "manager", "start a", "a ready"),
+    ]
+    assert len(re.findall("^done ", output, re.MULTILINE)) == 9
+
+
+def test_a_connector_that_is_off_in_b_fails_the_demo() -> None:
+    world = World()
+    world.off = "b"
+    found = problems(told(world)[0])
+    assert any(line.startswith("B through VCache: proves nothing") or "only 0 of" in line for line in found)
+    assert {line.split(":")[0] for line in found} == {"B through VCache"}
+
+
+def test_a_connector_that_is_off_in_a_stops_the_demo() -> None:
+    world = World()
+    world.off = "a"
+    with pytest.raises(DemoError, match="VCache did not do its work"):
+        told(world)
+
+
+def test_a_pool_that_forgets_stops_the_demo() -> None:
+    world = World()
+    world.forgets = True
+    with pytest.raises(DemoError, match="VCache did not do its work"):
+        told(world)
+
+
+@pytest.mark.parametrize(
+    ("run", "changes", "text"),
+    [
+        ("first", {"own_tokens": 512}, "A, cold: not cold, 512 tokens were cached"),
+        ("control", {"hit_tokens": 5632, "loaded_tokens": 5632}, "B without VCache: not cold, 5,632 tokens"),
+        ("shared", {"hit_tokens": 0, "loaded_tokens": 0}, "B through VCache: only 0 of 5,800 prompt tokens were a hit"),
+        ("shared", {"loaded_tokens": 256}, "B through VCache: only 256 of 5,800 prompt tokens were loaded"),
+        ("shared", {"own_tokens": 5632}, "B through VCache: proves nothing, 5,632 tokens"),
+        ("shared", {"text": "tulip"}, "B through VCache: the answer differs from the one without VCache: 'tulip'"),
+        ("shared", {"ids": [1, 2]}, "B through VCache: the answer differs"),
+        ("own", {"own_tokens": 0}, "B once more: only 0 tokens were in its own prefix cache"),
+        ("own", {"ids": [9]}, "B once more: the answer differs"),
+        ("restarted", {"hit_tokens": 5120}, "A after the restart: only 5,120 of 5,800"),
+        ("restarted", {"ids": []}, "A after the restart: the answer differs"),
+    ],
+)
+def test_what_is_wrong_is_named(run: str, changes: dict[str, Any], text: str) -> None:
+    assert problems(GOOD) == []
+    bad = GOOD._replace(**{run: getattr(GOOD, run)._replace(**changes)})
+    found = problems(bad)
+    assert len(found) == 1
+    assert found[0].startswith(text)
+
+
+def test_the_table_has_every_number_and_fits_80_columns() -> None:
+    output = io.StringIO()
+    Console(width=80, file=output).print(render(GOOD._replace(restarted=HIT._replace(text="tulip"))))
+    lines = output.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = re.sub(r"[ \n]+", " ", output.getvalue())
+    for part in ("5,800", "5,632", "5,760", "10.00 s", "500 ms", "20.0 x", "50.0 x", "2.60", "124 MiB in 50 ms", "yes", "NO"):
+        assert part in text, part
+    assert "B through VCache: periwinkle" in text
+    assert "A: after kill -9 5,800 0 5,632 500 ms 20.0 x 2.60 NO" in text
+    assert "B takes 10.00 s to the first token; with it 500 ms, 20.0 times sooner" in summary(GOOD)
