@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from support.cluster import eventually
@@ -27,12 +29,25 @@ def invoke(*arguments: str) -> Result:
         logger.setLevel(level)
 
 
+@contextmanager
+def _as_in_a_terminal() -> Iterator[None]:
+    """Processes started in the block hear Ctrl-C, also when these tests run in the background of a shell, which has its
+    background ignore it."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class Process:
     """A `vcache` process. Standard output and error are kept apart, in files."""
 
     def __init__(self, folder: Path, *arguments: str, env: dict[str, str] | None = None) -> None:
         self._out, self._err = tempfile.mkstemp(dir=folder)[1], tempfile.mkstemp(dir=folder)[1]
-        with open(self._out, "wb") as out, open(self._err, "wb") as err:
+        with open(self._out, "wb") as out, open(self._err, "wb") as err, _as_in_a_terminal():
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "vcache.cli", *arguments],
                 stdin=subprocess.DEVNULL,

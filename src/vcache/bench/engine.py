@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from ..config import ByteSize
 from ..errors import ArgumentError, VCacheError
+from .asked import Worker, worker_process
 from .engine_worker import CHUNK_BYTES
-from .processes import clean_environment, manager_process, running, stop
+from .processes import clean_environment, manager_process, running
 from .report import Column, Report
 
 TARGET_RATIO = 0.7
@@ -22,6 +21,7 @@ MAPPINGS = ("blocks", "random")
 THREADS = (1, 2)
 """`transfer.threads` of the engines; the plain copy beside them uses as many."""
 
+_WORKER = "vcache.bench.engine_worker"
 COLUMNS = (
     Column("operation", "operation"),
     Column("mapping", "slot mapping"),
@@ -32,28 +32,6 @@ COLUMNS = (
     Column("ratio", "ratio", ".2f"),
     Column("fastest_ratio", "of fastest runs", ".2f"),
 )
-
-
-class Worker:
-    """A process with an engine and a paged cache, asked over its standard streams."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-
-    def __call__(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        """Ask and wait for the answer. Raises `VCacheError` with its last words when the process has died."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps({"operation": operation, **arguments}) + "\n")
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        if not answer:
-            raise VCacheError(f"bench engine: the worker ended during {operation!r}; its message is above")
-        found: dict[str, Any] = json.loads(answer)
-        return found
 
 
 def bench_engine(nbytes: int, repeats: int, progress: Callable[[str], None]) -> Report:
@@ -78,7 +56,8 @@ def bench_engine(nbytes: int, repeats: int, progress: Callable[[str], None]) -> 
             with ExitStack() as pair:
                 progress(f"starting two engines, {threads} thread(s) each")
                 writer, reader = (
-                    pair.enter_context(_worker(manager.address, chunks, name, threads)) for name in ("writer", "reader")
+                    pair.enter_context(worker_process(_WORKER, manager.address, str(chunks), name, str(threads)))
+                    for name in ("writer", "reader")
                 )
                 for mapping in MAPPINGS:
                     report.rows += _measure(writer, reader, mapping, threads, repeats, progress)
@@ -125,23 +104,3 @@ def _measure(
             "ratio": plain_copy / own,
             "fastest_ratio": min(timed["plain"]) / min(timed["vcache"]),
         }
-
-
-@contextmanager
-def _worker(address: str, chunks: int, name: str, threads: int) -> Iterator[Worker]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vcache.bench.engine_worker", address, str(chunks), name, str(threads)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=clean_environment(),
-    )
-    try:
-        worker = Worker(process)
-        worker("ready")
-        yield worker
-    finally:
-        stop(process)
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                stream.close()

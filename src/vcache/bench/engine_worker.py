@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import VCacheConfig
 from ..spec import KVCacheSpec
+from .asked import answer
 
 if TYPE_CHECKING:
     import torch
@@ -114,15 +114,7 @@ def _timed(work: Callable[[], object]) -> float:
 def main(arguments: list[str]) -> None:
     address, chunks, name, threads = arguments
     worker = EngineWorker(address, int(chunks), name, int(threads))
-    try:
-        for line in sys.stdin:
-            request: dict[str, Any] = json.loads(line)
-            operation = request.pop("operation")
-            if operation not in ("ready", "clear", "store", "retrieve", "copy"):
-                raise ValueError(f"unknown operation {operation!r}")
-            print(json.dumps(getattr(worker, operation)(**request)), flush=True)
-    finally:
-        worker.close()
+    answer(worker, ("ready", "clear", "store", "retrieve", "copy"))
 
 
 if __name__ == "__main__":

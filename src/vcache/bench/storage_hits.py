@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
 from ..config import ByteSize
 from ..errors import VCacheError
-from .engine import Worker
-from .processes import choose_cores, clean_environment, manager_process, running, stop
+from .asked import Worker, worker_process
+from .processes import choose_cores, clean_environment, manager_process, running
 from .report import Column, Report, percentile
 from .storage import bench_store, quarters
 from .storage_worker import CHUNK_BYTES, CHUNKS
 
 TARGET = 0.05
+_WORKER = "vcache.bench.storage_worker"
 _POOL = 256 * 2**20
 _STORE = 512 * 2**20
 _COLUMNS = (
@@ -50,7 +50,7 @@ def bench_storage_hits(rounds: int, hits: int, progress: Callable[[str], None]) 
         store = stack.enter_context(bench_store(_STORE, core=cores.server))
         progress("starting two engines")
         engines = {
-            name: stack.enter_context(_engine(manager.address, options))
+            name: stack.enter_context(worker_process(_WORKER, "hits", manager.address, json.dumps(options)))
             for name, options in (("without", None), ("with", store.options))
         }
         if engines["with"]("store")["tokens"] == 0:
@@ -60,7 +60,7 @@ def bench_storage_hits(rounds: int, hits: int, progress: Callable[[str], None]) 
             rows.append(_row(state, engines, rounds, hits, progress, writing))
 
         measure("idle")
-        flood = [sys.executable, "-m", "vcache.bench.storage_worker", "flood", "-", json.dumps(store.options)]
+        flood = [sys.executable, "-m", _WORKER, "flood", "-", json.dumps(store.options)]
         with running(flood, "flooding", core=cores.server, env=clean_environment()):
             measure("saturated by another process")
         measure("busy with this engine's own writes", writing=True)
@@ -126,23 +126,3 @@ def _wake(engines: _Engines) -> None:
     """Make the engine find out: its next look-ups run into the tier's trouble, and it begins to probe."""
     for _ in range(4):
         engines["with"]("miss")
-
-
-@contextmanager
-def _engine(address: str, options: dict[str, str] | None) -> Iterator[Worker]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vcache.bench.storage_worker", "hits", address, json.dumps(options)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=clean_environment(),
-    )
-    try:
-        worker = Worker(process)
-        worker("ready")
-        yield worker
-    finally:
-        stop(process)
-        for stream in (process.stdin, process.stdout):
-            if stream is not None:
-                stream.close()

@@ -15,6 +15,7 @@ from ..config import VCacheConfig
 from ..errors import StorageError
 from ..keys import CacheKey
 from ..spec import KVCacheSpec
+from .asked import answer
 
 CHUNK = 16
 BLOCK = 16
@@ -125,15 +126,7 @@ def main(arguments: list[str]) -> None:
     if kind == "flood":
         flood(options)
     worker = HitWorker(address, options)
-    try:
-        for line in sys.stdin:
-            request: dict[str, Any] = json.loads(line)
-            operation = request.pop("operation")
-            if operation not in ("ready", "store", "miss", "hits", "counters"):
-                raise ValueError(f"unknown operation {operation!r}")
-            print(json.dumps(getattr(worker, operation)(**request)), flush=True)
-    finally:
-        worker.close()
+    answer(worker, ("ready", "store", "miss", "hits", "counters"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..errors import SegmentError
 from ..segment.mapping import MappedSlab
-from ..segment.slots import HEADER_BYTES, SlabHeader, SlotHeader
+from ..segment.slots import HEADER_BYTES, SlotHeader, formatted_since
 from .checks import check_transfers
 from .layout import PagedCache, Region
 from .mover import Mover, SlotTransfer, Transfer
@@ -167,8 +167,7 @@ def _format(memory: memoryview, slab_header: bytes) -> bool:
     """Write the slab header unless it is there; False when the slab was formatted anew since the ticket was given."""
     if memory[:HEADER_BYTES] == slab_header:
         return True
-    found, ours = SlabHeader.unpack(memory[:HEADER_BYTES]), SlabHeader.unpack(slab_header)
-    if found is not None and ours is not None and found.format_generation > ours.format_generation:
+    if formatted_since(memory[:HEADER_BYTES], slab_header):
         return False
     memory[:HEADER_BYTES] = slab_header
     return True

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .mapping import PinnedSlot, SegmentMap
-from .slots import HEADER_BYTES, SlabHeader, SlotHeader, SlotLocation
+from .slots import HEADER_BYTES, SlotHeader, SlotLocation, formatted_since
 
 _PIECE_BYTES = 4 * 2**20
 """Of a payload on its way to VRAM, which goes through host memory."""
@@ -96,8 +96,7 @@ def _format(segments: SegmentMap, target: TargetSlot) -> bool:
     raw = segments.read(target.slot.slab, 0, HEADER_BYTES)
     if raw == target.slab_header:
         return True
-    found, ours = SlabHeader.unpack(raw), SlabHeader.unpack(target.slab_header)
-    if found is not None and ours is not None and found.format_generation > ours.format_generation:
+    if formatted_since(raw, target.slab_header):
         return False
     segments.write(target.slot.slab, 0, target.slab_header)
     return True

@@ -97,7 +97,8 @@ class ShardStore:
                 flags = self.pool.load(lease, rest, self.cache, slots, self._mover).result()
                 loaded += next((i for i, ok in enumerate(flags) if not ok), len(flags))
             if self._lower is not None and not self._leave_storage and loaded < len(chunks):
-                loaded += self._lower.load(chunks[loaded:], self.cache, slots, self._mover)
+                parent = chunks[loaded - 1].digest if loaded else b""
+                loaded += self._lower.load(chunks[loaded:], self.cache, slots, self._mover, parent)
             if loaded == before:
                 break
         return loaded
