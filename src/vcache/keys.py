@@ -106,9 +106,11 @@ class TokenDatabase:
             ids = array("I", ids)
             ids.byteswap()
         raw = memoryview(ids).cast("B")
+        fresh = blake2b(digest_size=DIGEST_BYTES, person=_PERSON).copy
         for start in range(begin, last, size):
-            end = min(start + size, count)
-            state = blake2b(digest, digest_size=DIGEST_BYTES, person=_PERSON)
+            end = start + size if start + size < count else count
+            state = fresh()
+            state.update(digest)
             state.update(raw[4 * start : 4 * end])
             digest = state.digest()
             spans.append(ChunkSpan(start, end, digest))

@@ -19,7 +19,7 @@ from .manager.messages import ManagerApi, Placement, PutGrant, PutRequest, Ticke
 from .metrics import EngineMetrics
 from .paged.mover import Mover, SlotTransfer, Transfer
 from .remote_pool import RemotePool, RemoteRead
-from .segment.mapping import SegmentMap
+from .segment.mapping import MappedSlab, SegmentMap
 from .segment.slots import SlabHeader, SlotHeader, SlotLocation, Tier
 from .spec import KVCacheSpec
 
@@ -166,8 +166,9 @@ class _Route(NamedTuple):
     """How the slots of one load are reached. Places are positions in the load."""
 
     mapped: list[SlotTransfer]
-    """Pinned."""
     mapped_places: list[int]
+    slabs: list[MappedSlab]
+    """Where `mapped` lies; pinned."""
     remote: list[RemoteRead]
     remote_places: list[int]
 
@@ -250,7 +251,7 @@ class ChunkPool:
         With `release`, the lease is given back when settled.
         """
         began = time.perf_counter()
-        route = _Route([], [], [], [])
+        route = _Route([], [], [], [], [])
         mapped: list[tuple[Transfer, Sequence[int]]] = []
         # The first part is under way while the rest is prepared.
         head = HEAD_CHUNKS if len(chunks) >= 2 * HEAD_CHUNKS else len(chunks)
@@ -272,8 +273,7 @@ class ChunkPool:
         joined = JoinedTransfer(mapped, None if remote is None else (remote, route.remote_places))
 
         def settle(verified: list[bool]) -> list[bool]:
-            for transfer in route.mapped:
-                self.segments.unpin(transfer.slot)
+            self.segments.unpin_all(route.slabs)
             if release:
                 self.release(lease.id)
             flags = [verified[place] for place in route.mapped_places if place < len(verified)]
@@ -419,19 +419,27 @@ class ChunkPool:
     def _route(self, locations: Sequence[SlotLocation], chunks: Sequence[Chunk], first: int, route: _Route) -> bool:
         """Add slots to `route`, up to the first one that this process cannot reach: pinned ones, and those that only a transfer
         engine reaches. `first`: place of the first. Whether all are reached."""
-        for place, (location, chunk) in enumerate(zip(locations, chunks, strict=False), start=first):
-            slot = self.segments.pin(location) if location.tokens == chunk.tokens else None
-            header = self.header(chunk, location.generation)
-            if slot is not None:
-                route.mapped.append(SlotTransfer(slot, header, chunk.start, chunk.skip))
-                route.mapped_places.append(place)
-                continue
+        count, done = min(len(locations), len(chunks)), 0
+        while done < count:
+            pinned = self.segments.pin_prefix(locations[done:count])
+            route.slabs.extend(pinned.slabs)
+            for slot in pinned.slots:
+                location, chunk = locations[done], chunks[done]
+                if location.tokens != chunk.tokens:
+                    break
+                route.mapped.append(SlotTransfer(slot, self.header(chunk, location.generation), chunk.start, chunk.skip))
+                route.mapped_places.append(first + done)
+                done += 1
+            if done == count:
+                break
+            location, chunk = locations[done], chunks[done]
             elsewhere = self.segments.remote(location) if self._remote is not None else None
             if elsewhere is None or location.tokens != chunk.tokens:
                 self.metrics.count("unreachable")
                 return False
-            route.remote.append(RemoteRead(elsewhere, header, chunk.start, chunk.skip))
-            route.remote_places.append(place)
+            route.remote.append(RemoteRead(elsewhere, self.header(chunk, location.generation), chunk.start, chunk.skip))
+            route.remote_places.append(first + done)
+            done += 1
         return len(locations) >= len(chunks)
 
     def _put_start(self, chunks: Sequence[Chunk], parent: bytes, device: str) -> list[PutGrant]:
@@ -526,21 +534,18 @@ class ChunkPool:
     def _observe(
         self, operation: Literal["store", "retrieve"], transfers: list[SlotTransfer], flags: list[bool], seconds: float
     ) -> None:
-        tokens: dict[Tier, int] = {}
-        moved = 0
-        for transfer, ok in zip(transfers, flags, strict=False):
-            if ok:
-                tier: Tier = "vram" if transfer.slot.slab.kind == "cuda" else "dram"
-                tokens[tier] = tokens.get(tier, 0) + transfer.header.tokens - transfer.skip
-                moved += 1
+        moved = [transfer for transfer, ok in zip(transfers, flags, strict=False) if ok]
         if not moved:
             return
-        total = sum(tokens.values())
-        self.metrics.count(f"{operation}_chunks", moved)
+        total = sum(transfer.header.tokens - transfer.skip for transfer in moved)
+        vram = sum(transfer.header.tokens - transfer.skip for transfer in moved if transfer.slot.slab.kind == "cuda")
+        self.metrics.count(f"{operation}_chunks", len(moved))
         self.metrics.count(f"{operation}_tokens", total)
-        for tier, count in tokens.items():
-            # The tiers of a mixed transfer share its time by their bytes.
-            self.metrics.observe(operation, tier, seconds * count / total, self._token_bytes * count)
+        tiers: tuple[tuple[Tier, int], ...] = (("vram", vram), ("dram", total - vram))
+        for tier, count in tiers:
+            if count:
+                # The tiers of a mixed transfer share its time by their bytes.
+                self.metrics.observe(operation, tier, seconds * count / total, self._token_bytes * count)
 
     def _write_over(self) -> None:
         with self._writes_changed:

@@ -100,10 +100,12 @@ def _round(what: GiveBack, lender: Lender, writer: PoolWorker, readers: list[Poo
         order = "read_for" if number == len(readers) - 1 else "hammer"
         reader.tell(order, prompts=prompts[number:] + prompts[:number], tokens=what.tokens, seconds=_LOAD)
     time.sleep(_BEFORE)  # the length of the load alone, not a synchronisation
+    # Not the figure from before the load: readers and writer took memory of their own on this GPU since then.
+    loaded = lender.backing.available_bytes()
     began = time.perf_counter()
     report = lender.shrink(what.nbytes)
     shrunk = time.perf_counter() - began
-    enough = free[1] + report.freed_bytes * 15 // 16
+    enough = loaded + report.freed_bytes * 15 // 16
     while what.kind == "cuda" and lender.backing.available_bytes() < enough and time.perf_counter() - began < _TIMEOUT:
         time.sleep(0.0005)
     back = time.perf_counter() - began
@@ -118,6 +120,6 @@ def _round(what: GiveBack, lender: Lender, writer: PoolWorker, readers: list[Poo
         "slabs": report.slabs,
         "freed_bytes": report.freed_bytes,
         "late_importers": len(report.late),
-        "free_bytes": {"before": free[0], "lent": free[1], "after": free[2]},
+        "free_bytes": {"before": free[0], "lent": free[1], "loaded": loaded, "after": free[2]},
         "reads": reads,
     }

@@ -17,7 +17,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 import triton
-import triton.language as tl
 
 from ..errors import ArgumentError, DeviceUnavailableError
 from ..segment.mapping import MappedSlab, PinnedSlot
@@ -25,9 +24,10 @@ from ..segment.slots import HEADER_BYTES, SlotHeader, align_up
 from . import kernels
 from .checks import check_transfers
 from .gpu_staging import Table, TablePool
+from .launch import CacheLaunches
 from .layout import PagedCache
 from .mover import Mover, SlotTransfer, Transfer
-from .tiling import Tiling, alignment, tiling
+from .tiling import alignment, tiling
 
 LOCAL_PROGRAMS_PER_SM = 3
 """Enough to saturate the GPU's memory."""
@@ -35,13 +35,11 @@ PEER_PROGRAMS_PER_SM = 1
 """Fills NVLink: on two H200, 16 KiB pages, 32 / 64 / 132 programs read 301 / 367 / 372 GB/s where a peer copy makes 393."""
 HOST_PROGRAMS = 32
 """More than PCIe takes; more would only disturb what else the GPU does."""
-WARPS = 8
 TILE_UNITS = 1024
 """With units of 16 bytes, a tile is 16 KiB, of which each thread moves 64 bytes."""
 INTERPRETED_PROGRAMS = 2
 INTERPRETED_TILE_UNITS = 128
 """So that even the small caches of tests take several tiles."""
-_WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
 _NOBODY = bytes(16)
 
 
@@ -51,14 +49,25 @@ class _Lane:
     def __init__(self, device: torch.device, *, priority: int, blocking: bool) -> None:
         """`blocking`: the host sleeps while it waits. It then wakes some 0.3 ms late; otherwise it spins."""
         self.stream: Any = None
+        self.handle = 0
         self._blocking = blocking
+        self._device = device
         if device.type == "cuda":
             self.stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
-        self.tables = TablePool(device)
+            self.handle = self.stream.cuda_stream
+            self._caller = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.tables = TablePool(device, self.current)
 
     def current(self) -> Any:
         """Context in which this lane's stream is current."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def follow(self) -> None:
+        """What is queued here from now on comes after all that the caller's current stream has now."""
+        if self.stream is not None:
+            # One event serves all calls: a wait is for what the event stands for when it is queued.
+            self._caller.record(torch.cuda.current_stream(self._device))
+            self.stream.wait_event(self._caller)
 
     def mark(self) -> Any:
         """An event behind everything queued on this lane; None without a stream, where all is done by now."""
@@ -94,7 +103,7 @@ class GpuMover(Mover):
         }
         self._setup = _Lane(device, priority=0, blocking=False)
         self._lock = threading.Lock()
-        self._shapes: WeakKeyDictionary[PagedCache, dict[int, tuple[Tiling, torch.Tensor]]] = WeakKeyDictionary()
+        self._shapes: WeakKeyDictionary[PagedCache, dict[int, CacheLaunches]] = WeakKeyDictionary()
 
     def reaches(self, slab: MappedSlab) -> bool:
         return slab.device_address != 0
@@ -131,36 +140,40 @@ class GpuMover(Mover):
             raise ArgumentError(f"slot_mapping: on {slot_mapping.device}, but kvcaches are on {self.device}")
         if not transfers:
             return GpuTransfer(None, None, 0, cache.num_slots)
-        with self._lock:
+        with self._lock, self._on_device():
             return self._enqueue(cache, slot_mapping, transfers, writer, store)
 
     def _enqueue(
         self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes, store: bool
     ) -> GpuTransfer:
         lane, count = self._lanes[store], len(transfers)
-        if lane.stream is not None:
-            lane.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with lane.current():
-            words = kernels.PARAMS.value + kernels.CHUNK.value * count + len(slot_mapping)
-            table = lane.tables.take(count, words)
-            extent = table.fill(transfers)
-            shape, regions = self._shape(cache, extent.addresses)
-            tiles = shape.tiles(extent.tokens)
-            table.finish(extent, slot_mapping, tiles=tiles, num_slots=cache.num_slots, writer=writer)
-            programs = min(self._programs(extent.devices), tiles * len(cache.regions) * count)
-            narrow = slot_mapping.dtype == torch.int32 and slot_mapping.device.type != "cpu"
-            rows = table.device
-            kernels.announce[(count,)](rows, STORE=store, SYSTEM=self._system, num_warps=1)
-            kernels.move[(programs,)](rows, regions, **_constants(cache, shape, store, narrow), num_warps=WARPS)
-            kernels.publish[(count,)](rows, STORE=store, SYSTEM=self._system, num_warps=1)
-            table.event = lane.mark()
+        lane.follow()
+        table = lane.tables.take(count, kernels.PARAMS.value + kernels.CHUNK.value * count + len(slot_mapping))
+        extent = table.fill(transfers)
+        shape = self._shape(cache, extent.addresses)
+        tiles = shape.tiling.tiles(extent.tokens)
+        table.finish(extent, slot_mapping, tiles=tiles, num_slots=cache.num_slots, writer=writer, stream=lane.handle)
+        programs = min(self._programs(extent.devices), tiles * len(cache.regions) * count)
+        narrow = slot_mapping.dtype == torch.int32 and slot_mapping.device.type != "cpu"
+        launches = shape.launches(store, narrow)
+        with nullcontext() if launches.warm else lane.current():
+            launches.announce(count, lane.handle, table.device)
+            launches.move(programs, lane.handle, table.device, shape.regions)
+            launches.publish(count, lane.handle, table.device)
+        table.event = lane.mark()
         transfer = GpuTransfer(table, table.event, count, cache.num_slots)
-        table.owner, table.keep = weakref.ref(transfer), (cache, slot_mapping, regions)
+        table.owner, table.keep = weakref.ref(transfer), (cache, slot_mapping, shape)
         lane.tables.put(table)
         return transfer
 
-    def _shape(self, cache: PagedCache, addresses: int) -> tuple[Tiling, torch.Tensor]:
-        """Tiling and the region table on the device, for payloads at these addresses (or-ed)."""
+    def _on_device(self) -> Any:
+        """Context in which this mover's GPU is current, as launches and copies by handle need."""
+        if not self._system or torch.cuda.current_device() == self.device.index:
+            return nullcontext()
+        return torch.cuda.device(self.device)
+
+    def _shape(self, cache: PagedCache, addresses: int) -> CacheLaunches:
+        """For payloads at these addresses (or-ed)."""
         unit = addresses & -addresses if addresses & 15 else 16
         known = self._shapes.setdefault(cache, {})
         if unit not in known:
@@ -170,7 +183,8 @@ class GpuMover(Mover):
                 for r in cache.regions
             ]
             with self._setup.current():  # the host waits for this copy: not on a stream that has other work
-                known[unit] = shape, torch.tensor(rows, dtype=torch.int64).to(self.device)
+                regions = torch.tensor(rows, dtype=torch.int64).to(self.device)
+            known[unit] = CacheLaunches(cache, shape, regions, self._system)
         return known[unit]
 
     def _programs(self, devices: set[str]) -> int:
@@ -258,18 +272,3 @@ class GpuTransfer(Transfer):
     def _fail(self, error: BaseException) -> None:
         with self._lock:
             self._failure, self._table, self._results = error, None, [(0, 0)] * self._count
-
-
-def _constants(cache: PagedCache, shape: Tiling, store: bool, narrow: bool) -> dict[str, Any]:
-    return {
-        "REGIONS": len(cache.regions),
-        "BLOCK": cache.block_size,
-        "ROW": shape.row,
-        "PIECE": shape.piece,
-        "HALVES": shape.halves,
-        "UNITS": shape.tile,
-        "WORD": _WORDS[shape.word_bytes],
-        "VECTOR": shape.unit_bytes // shape.word_bytes,
-        "NARROW": narrow,
-        "STORE": store,
-    }

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
 from ..errors import IntegrityError, SegmentError, SlabGoneError, VCacheError
 from .backing import MappedSlab, OwnedSlab, SlabBacking
 from .importer import Importer, Link
-from .slots import SegmentInfo, SegmentKind, SlabGeometry, SlotLocation, slab_geometry
+from .slots import HEADER_BYTES, SegmentInfo, SegmentKind, SlabGeometry, SlotLocation, slab_geometry
 
-__all__ = ["BackingFactory", "MappedSlab", "OwnedSlab", "PinnedSlot", "RemoteSlot", "SegmentMap", "SlabBacking"]
+__all__ = ["BackingFactory", "MappedSlab", "OwnedSlab", "PinnedSlot", "PinnedSlots", "RemoteSlot", "SegmentMap", "SlabBacking"]
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,14 @@ class PinnedSlot(NamedTuple):
     slab: MappedSlab
     header_offset: int
     payload_offset: int
+
+
+class PinnedSlots(NamedTuple):
+    """Slots whose slabs stay mapped until `SegmentMap.unpin_all`."""
+
+    slots: list[PinnedSlot]
+    slabs: list[MappedSlab]
+    """Those that they lie in, each pinned once."""
 
 
 class RemoteSlot(NamedTuple):
@@ -173,19 +181,30 @@ class SegmentMap:
         """The slot's memory, mapped until `unpin`; maps the slab if need be, which blocks for at most `timeout`.
 
         None when the location lies in no known slab or not inside it, or when the slab is gone or cannot be reached."""
-        segment = self._segments.get(location.segment) or self._await(location.segment)
-        nbytes = segment.slabs.get(location.slab) if segment is not None else None
-        if segment is None or nbytes is None:
+        found = self._pin_slab(location)
+        if found is None:
             return None
-        geometry = self._geometry(nbytes, location.slot_bytes)
-        if geometry is None or not 0 <= location.slot < geometry.slots:
-            return None
-        slab = segment.find(location.slab)
-        if slab is None:
-            slab = self._map(segment, location.slab, nbytes)
-        if slab is None or slab.nbytes != nbytes or not slab.pin():
-            return None
+        slab, geometry = found
         return PinnedSlot(slab, geometry.header_offset(location.slot), geometry.payload_offset(location.slot))
+
+    def pin_prefix(self, locations: Sequence[SlotLocation]) -> PinnedSlots:
+        """As `pin`, for all locations before the first one that it gives None for; every slab is looked up and pinned once."""
+        slots: list[PinnedSlot] = []
+        known: dict[tuple[int, int, int], tuple[MappedSlab, SlabGeometry]] = {}
+        for location in locations:
+            segment, index, _, slot, slot_bytes, _ = location
+            place = (segment, index, slot_bytes)
+            found = known.get(place)
+            if found is None:
+                found = self._pin_slab(location)
+                if found is None:
+                    break
+                known[place] = found
+            slab, (_, count, base, stride) = found
+            if not 0 <= slot < count:
+                break
+            slots.append(PinnedSlot(slab, HEADER_BYTES * (1 + slot), base + slot * stride))
+        return PinnedSlots(slots, [slab for slab, _ in known.values()])
 
     def remote(self, location: SlotLocation) -> RemoteSlot | None:
         """Where a transfer engine finds the slot, when it is in memory of another host that exports it; None for all others,
@@ -203,6 +222,11 @@ class SegmentMap:
     def unpin(self, slot: PinnedSlot) -> None:
         """Undo one `pin`. Nothing computed from the slot's addresses may be used afterwards. Does not block."""
         slot.slab.unpin()
+
+    def unpin_all(self, slabs: Iterable[MappedSlab]) -> None:
+        """Undo a `pin_prefix`, as `unpin` does for `pin`. Does not block."""
+        for slab in slabs:
+            slab.unpin()
 
     def read(self, slab: MappedSlab, offset: int, nbytes: int) -> bytes:
         """Copy bytes of a pinned slab to host memory. Blocks until they are there. Raises `SegmentError`."""
@@ -334,6 +358,21 @@ class SegmentMap:
                 self._geometries.clear()
             self._geometries[nbytes, slot_bytes] = geometry
         return geometry
+
+    def _pin_slab(self, location: SlotLocation) -> tuple[MappedSlab, SlabGeometry] | None:
+        segment = self._segments.get(location.segment) or self._await(location.segment)
+        nbytes = segment.slabs.get(location.slab) if segment is not None else None
+        if segment is None or nbytes is None:
+            return None
+        geometry = self._geometry(nbytes, location.slot_bytes)
+        if geometry is None or not 0 <= location.slot < geometry.slots:
+            return None
+        slab = segment.find(location.slab)
+        if slab is None:
+            slab = self._map(segment, location.slab, nbytes)
+        if slab is None or slab.nbytes != nbytes or not slab.pin():
+            return None
+        return slab, geometry
 
     def _map(self, segment: _Segment, index: int, nbytes: int) -> MappedSlab | None:
         link = segment.link
