@@ -163,7 +163,7 @@ def give_back_table(found: dict[str, Any]) -> list[str]:
             each["grown_ms"],
             each["shrink_ms"],
             each["free_ms"],
-            " / ".join(f"{each['free_bytes'][name] // MIB:,}" for name in ("before", "lent", "after")),
+            " / ".join(f"{each['free_bytes'][name] // MIB:,}" for name in ("before", "loaded", "after")),
             sum(read["rounds"] for read in each["reads"]),
             sum(read.get("wrong", 0) for read in each["reads"]),
         ]
@@ -174,7 +174,7 @@ def give_back_table(found: dict[str, Any]) -> list[str]:
         "lent, ms",
         "taken back, ms",
         "memory free, ms",
-        "free MiB before / lent / after",
+        "free MiB before / under load / after",
         "retrieves",
         "wrong tokens",
     ]

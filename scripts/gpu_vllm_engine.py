@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from gpu_vllm_model import strong_weights
@@ -36,7 +37,7 @@ class Engine:
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
-        strong_weights()
+        strong_weights(json.loads((Path(options["model"]) / "config.json").read_text()))
         if connector is not None:
             options["kv_transfer_config"] = KVTransferConfig(**connector)
         self.llm = LLM(**options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 SHAPE = {
@@ -38,12 +39,20 @@ TINY = {
 """For a trial of this script on a CPU (`--tiny`)."""
 
 
-def strong_weights() -> None:
-    """Make `load_format="dummy"` draw N(0, 1/fan_in), equal in every process."""
+_SHARP = 3.0
+"""Queries and keys are so much larger than unit variance: attention then looks at a few tokens. Over thousands of tokens it
+would otherwise be an average that hardly depends on them, and wrong KV would not show."""
+
+
+def strong_weights(shape: Mapping[str, object]) -> None:
+    """Make `load_format="dummy"` draw N(0, 1/fan_in), larger for queries and keys; equal in every process. `shape`: the model's
+    configuration."""
     import torch
     from vllm.model_executor.model_loader import dummy_loader
 
     drawn = [0]
+    heads = int(shape["num_attention_heads"]) + 2 * int(shape["num_key_value_heads"])  # type: ignore[call-overload]
+    projected = heads * int(shape["head_dim"])  # type: ignore[call-overload]
 
     def draw(param: Any, *args: Any, **kwargs: Any) -> None:
         if not torch.is_floating_point(param):
@@ -55,7 +64,8 @@ def strong_weights() -> None:
                 param.fill_(1.0)
             else:
                 fan_in = 1 if param.shape[0] > 100_000 or param.shape[0] == 1000 else param.shape[-1]
-                param.copy_(torch.empty_like(param).normal_(0.0, fan_in**-0.5, generator=generator))
+                scale = _SHARP if param.shape[0] == projected and param.shape[1] == shape["hidden_size"] else 1.0
+                param.copy_(torch.empty_like(param).normal_(0.0, scale * fan_in**-0.5, generator=generator))
 
     load = dummy_loader.DummyModelLoader.load_weights
 

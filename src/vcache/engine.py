@@ -19,7 +19,7 @@ from .lower_tier import LowerTier
 from .manager.messages import ManagerApi
 from .metrics import EngineMetrics
 from .pool import HEAD_CHUNKS, MANAGER_ERRORS, ChunkPool, PoolTransfer, Presence
-from .prompt import Prompt
+from .prompt import Prompt, RecentPrompts
 from .resources import Resources, open_resources
 from .spec import KVCacheSpec
 
@@ -73,6 +73,7 @@ class VCacheEngine:
         size = settings.chunk_size
         self.metrics = EngineMetrics(floor_gbps=self.config.transfer.floor_gbps)
         self._tokens = TokenDatabase(spec.namespace(size), size, partial=settings.save_partial_chunk)
+        self._recent = RecentPrompts(size)
         slot_bytes = spec.payload_bytes(size)
         self._resources: Resources = open_resources(self.config, slot_bytes, name or f"engine-{os.getpid()}", device)
         self.pool = ChunkPool(
@@ -99,12 +100,11 @@ class VCacheEngine:
         change; never longer than the deadlines. Takes no lease: what it saw may be gone when it is retrieved."""
         began = time.perf_counter()
         self._check_open()
-        spans = self._tokens.spans(tokens)
-        digests = [span.digest for span in spans]
-        present = self._present(digests)
-        self._count(len(digests), present)
+        prompt = Prompt(self._tokens, token_array(tokens), recent=self._recent)
+        present = self._present(prompt.digests())
+        self._count(prompt.length, present)
         self.metrics.observe("lookup", "", time.perf_counter() - began)
-        return spans[present.found - 1].end if present.found else 0
+        return int(prompt.tokens(0, present.found).stop)
 
     def store(
         self,
@@ -275,10 +275,10 @@ class VCacheEngine:
         return Presence(position, failed)
 
     def _load_from_pool(self, prompt: Prompt, begin: int, target: _Target, slot_mapping: torch.Tensor) -> Presence:
-        """Load what the pool holds of the chunks from `begin` on. The head of a long prompt is on its way while the tail is
-        named, leased and prepared."""
+        """Load what the pool holds of the chunks from `begin` on. The head of a long prompt that has no names yet is on its way
+        while the tail is named, leased and prepared."""
         begun: list[PoolTransfer[list[bool]]] = []
-        failed, long = False, prompt.length - begin >= 2 * HEAD_CHUNKS
+        failed, long = False, prompt.unnamed(begin) >= 2 * HEAD_CHUNKS
         try:
             for end in (begin + HEAD_CHUNKS, prompt.length) if long else (prompt.length,):
                 chunks = prompt.chunks(begin, end)
@@ -312,7 +312,7 @@ class VCacheEngine:
         if not 0 <= offset <= skipped:
             raise ArgumentError(f"offset: must be in [0, number of False in mask = {skipped}], got {offset}")
         cache.check_slot_mapping(slot_mapping, len(ids) - offset)
-        return Prompt(self._tokens, ids, skipped, offset)
+        return Prompt(self._tokens, ids, skipped, offset, recent=self._recent)
 
     def _follow(self, kvcaches: KVCaches) -> tuple[_Target, StreamFollower]:
         self._check_open()

@@ -65,6 +65,8 @@ class PutReport(NamedTuple):
     unplaced: list[Chunk]
     """Not written: no space, no reachable segment, or the manager is away."""
     nbytes: int
+    seconds: float = 0.0
+    """How long the bytes took to move (`Transfer.seconds`)."""
 
 
 class Presence(NamedTuple):
@@ -344,15 +346,17 @@ class ChunkPool:
                     self.segments.unpin(transfer.slot)
                 flags = [*verified, *[False] * (len(transfers) - len(verified))]
                 stored = self._publish(written, transfers, flags)
-                self._observe("store", transfers, flags, time.perf_counter() - began)
-                return PutReport(
-                    stored, unplaced, sum(t.header.payload_bytes for t, ok in zip(transfers, flags, strict=True) if ok)
-                )
+                # Not the time until somebody asks, nor that of the forward pass which the copy waits for.
+                seconds = started.seconds if started is not None else 0.0
+                self._observe("store", transfers, flags, seconds or time.perf_counter() - began)
+                nbytes = sum(t.header.payload_bytes for t, ok in zip(transfers, flags, strict=True) if ok)
+                return PutReport(stored, unplaced, nbytes, seconds)
             finally:
                 self._write_over()
 
         start = lambda: mover.store(cache, slot_mapping, transfers, self.manager.client_id)  # noqa: E731
-        return PoolTransfer(self._start(start, transfers), settle)
+        started = self._start(start, transfers)
+        return PoolTransfer(started, settle)
 
     @contextmanager
     def writing(self) -> Iterator[None]:

@@ -283,7 +283,7 @@ def test_page_of_two_gpus(tmp_path: Path) -> None:
     lost |= {"rate": 3000.0, "rate_alone": 4000.0, "loss": 0.25, "gbps": 300.0, "gbps_alone": 367.0}
     value["parts"]["interference"] = ok | {"found": {"rows": [lost]}}
     back = {"grown_ms": 20.0, "shrink_ms": 9.0, "free_ms": 9.5, "reads": [{"rounds": 4, "wrong": 0}]}
-    back["free_bytes"] = {"before": 10 * GIB, "lent": 2 * GIB, "after": 10 * GIB}
+    back["free_bytes"] = {"before": 10 * GIB, "lent": 2 * GIB, "loaded": 2 * GIB, "after": 10 * GIB}
     value["parts"]["return"] = ok | {"found": {"nbytes": 8 * GIB, "rounds": [back]}}
     text = page("two-gpus", value, tmp_path)
     assert "| 1 GiB | 372 (0.95) |  | 366 (0.93) | 393 | 28.0 / - / - |  | 1.7 |" in text

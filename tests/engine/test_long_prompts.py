@@ -37,8 +37,11 @@ def stored(engine: VCacheEngine) -> list[int]:
     return tokens
 
 
-def load(engine: VCacheEngine, tokens: list[int], skip: int = 0) -> int:
-    """Retrieve all but `skip` chunks; number of tokens behind them that are there, all of them checked."""
+def load(engine: VCacheEngine, tokens: list[int], skip: int = 0, *, named: bool = False) -> int:
+    """Retrieve all but `skip` chunks; number of tokens behind them that are there, all of them checked. `named`: the engine
+    still knows what the chunks are called; otherwise it names them while it loads."""
+    if not named:
+        engine._recent.clear()
     target = Paged.zeros(engine.spec, "2BNHD", CHUNKS, CHUNK)
     slots = torch.arange(TOKENS).flip(0)
     mask = None if not skip else torch.arange(TOKENS) >= skip * CHUNK
@@ -51,11 +54,12 @@ def load(engine: VCacheEngine, tokens: list[int], skip: int = 0) -> int:
     return count
 
 
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("skip", [0, 1, HEAD_CHUNKS - 1, HEAD_CHUNKS, HEAD_CHUNKS + 1, CHUNKS - 1])
-def test_all_of_a_long_prompt_comes_back(skip: int) -> None:
+def test_all_of_a_long_prompt_comes_back(skip: int, named: bool) -> None:
     with engine_on() as engine:
         tokens = stored(engine)
-        assert load(engine, tokens, skip) == TOKENS - skip * CHUNK
+        assert load(engine, tokens, skip, named=named) == TOKENS - skip * CHUNK
         assert engine.get_stats()["counters"]["misses"] == 0
 
 

@@ -64,15 +64,19 @@ class _Stores:
 
 
 def copy_engine_moves(arena: CacheArena, name: str, slots: Slots, nbytes: int) -> list[Move]:
-    """A copy for each block of 16 tokens in each region, from and to `slots`. Raises `DeviceUnavailableError`."""
+    """A copy for each block of 16 tokens in each region, from and to `slots`. Tries each once; raises `DeviceUnavailableError`
+    where the driver refuses them."""
     cache, copier = arena.cache(_BLOCK), BatchCopier(arena.device)
     tokens = nbytes // arena.spec.token_bytes
     mapping = block_mapping(tokens, cache.block_size, arena.tokens, arena.device)
     entries = plan(cache, mapping, slots.transfers(tokens, 2))
-    return [
+    moves = [
         Move(f"page copies {'to' if store else 'from'} {name}", 0, partial(copier.copy, entries, store=store), nbytes)
         for store in (False, True)
     ]
+    for move in moves:
+        move.run()
+    return moves
 
 
 def plain_moves(copies: RawCopies, nbytes: int) -> list[Move]:

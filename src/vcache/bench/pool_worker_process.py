@@ -106,13 +106,18 @@ class Worker:
             gc.unfreeze()
         return {"objects": len(gc.get_objects()), "frozen": gc.get_freeze_count()}
 
-    def time_retrieve(self, prompt: int, tokens: int, runs: int, mapping: str = "blocks") -> dict[str, Any]:
-        """Seconds of `runs` retrieves of what is there, without a look at the bytes."""
+    def time_retrieve(
+        self, prompt: int, tokens: int, runs: int, mapping: str = "blocks", unnamed: bool = False
+    ) -> dict[str, Any]:
+        """Seconds of `runs` retrieves of what is there, without a look at the bytes. `unnamed`: as if nothing had been looked
+        up or retrieved before, so that the chunks must be named."""
         ids = prompt_tokens(prompt, tokens)
         seconds = []
         mappings = [self._mapping(tokens, mapping, seed) for seed in range(min(runs, 16))]
         for run in range(runs):
             slots = mappings[run % len(mappings)]
+            if unnamed:
+                self.engine._recent.clear()
             self._settle()
             start = time.perf_counter()
             flags = self.engine.retrieve(ids, kvcaches=self.tensors, slot_mapping=slots)

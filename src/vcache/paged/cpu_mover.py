@@ -6,6 +6,7 @@ NumPy rather than torch, because gathers of long rows into a given buffer run se
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ctypes import c_char
@@ -62,12 +63,14 @@ class CpuMover(Mover):
     def store(
         self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes
     ) -> FinishedTransfer:
-        slots = self._prepare(cache, slot_mapping, transfers)
-        return FinishedTransfer(self._each(transfers, lambda transfer: self._store_one(cache, slots, transfer, writer)))
+        slots, began = self._prepare(cache, slot_mapping, transfers), time.perf_counter()
+        done = self._each(transfers, lambda transfer: self._store_one(cache, slots, transfer, writer))
+        return FinishedTransfer(done, time.perf_counter() - began)
 
     def load(self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> FinishedTransfer:
-        slots = self._prepare(cache, slot_mapping, transfers)
-        return FinishedTransfer(self._each(transfers, lambda transfer: self._load_one(cache, slots, transfer)))
+        slots, began = self._prepare(cache, slot_mapping, transfers), time.perf_counter()
+        done = self._each(transfers, lambda transfer: self._load_one(cache, slots, transfer))
+        return FinishedTransfer(done, time.perf_counter() - began)
 
     def _each(self, transfers: Sequence[SlotTransfer], move: Callable[[SlotTransfer], bool]) -> list[bool]:
         """NumPy copies long runs without the interpreter's lock, so threads share the memory bandwidth of several cores."""
@@ -144,8 +147,13 @@ class CpuMover(Mover):
 class FinishedTransfer(Transfer):
     """A transfer that was over before it was handed out."""
 
-    def __init__(self, verified: list[bool]) -> None:
+    def __init__(self, verified: list[bool], seconds: float) -> None:
         self._verified = verified
+        self._seconds = seconds
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds
 
     def done(self) -> bool:
         return True

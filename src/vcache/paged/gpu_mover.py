@@ -47,7 +47,8 @@ class _Lane:
     """A stream and its tables."""
 
     def __init__(self, device: torch.device, *, priority: int, blocking: bool) -> None:
-        """`blocking`: the host sleeps while it waits. It then wakes some 0.3 ms late; otherwise it spins."""
+        """`blocking`: the host sleeps while it waits, and transfers are timed. It then wakes some 0.3 ms late; otherwise it
+        spins."""
         self.stream: Any = None
         self.handle = 0
         self._blocking = blocking
@@ -73,7 +74,7 @@ class _Lane:
         """An event behind everything queued on this lane; None without a stream, where all is done by now."""
         if self.stream is None:
             return None
-        event = torch.cuda.Event(blocking=self._blocking)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=self._blocking, blocking=self._blocking)  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return event
 
@@ -148,6 +149,7 @@ class GpuMover(Mover):
     ) -> GpuTransfer:
         lane, count = self._lanes[store], len(transfers)
         lane.follow()
+        begin = lane.mark() if store else None
         table = lane.tables.take(count, kernels.PARAMS.value + kernels.CHUNK.value * count + len(slot_mapping))
         extent = table.fill(transfers)
         shape = self._shape(cache, extent.addresses)
@@ -161,7 +163,7 @@ class GpuMover(Mover):
             launches.move(programs, lane.handle, table.device, shape.regions)
             launches.publish(count, lane.handle, table.device)
         table.event = lane.mark()
-        transfer = GpuTransfer(table, table.event, count, cache.num_slots)
+        transfer = GpuTransfer(table, table.event, count, cache.num_slots, begin)
         table.owner, table.keep = weakref.ref(transfer), (cache, slot_mapping, shape)
         lane.tables.put(table)
         return transfer
@@ -200,8 +202,10 @@ class GpuMover(Mover):
 class GpuTransfer(Transfer):
     """A request on its way. `event`: the `torch.cuda.Event` behind its last kernel; None when there is nothing to wait for."""
 
-    def __init__(self, table: Table | None, event: Any, count: int, num_slots: int) -> None:
+    def __init__(self, table: Table | None, event: Any, count: int, num_slots: int, begin: Any = None) -> None:
+        """`begin`: an event before its first kernel, when both were made to take times."""
         self.event = event
+        self._begin = begin
         self._lock = threading.Lock()
         self._table = table
         self._count = count
@@ -243,6 +247,13 @@ class GpuTransfer(Transfer):
         if outside:
             raise ArgumentError(f"slot_mapping: {outside} slots are outside of the cache's [0, {self._num_slots})")
         return True
+
+    @property
+    def seconds(self) -> float:
+        """As `Transfer.seconds`: of stores, by the GPU's clock."""
+        if self._begin is None or self._failure is not None or not self.done():
+            return 0.0
+        return float(self._begin.elapsed_time(self.event)) / 1e3
 
     def verified(self) -> list[bool]:
         """As `Transfer.verified`. Raises `ArgumentError` before `done`."""

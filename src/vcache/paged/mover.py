@@ -41,6 +41,11 @@ class Transfer(ABC):
     def wait(self, timeout: float | None = None) -> bool:
         """Block until done; False on timeout (seconds). Raises what broke the transfer, if anything did."""
 
+    @property
+    def seconds(self) -> float:
+        """Once done: how long the bytes took to move, waiting for the caller's stream left out; 0.0 where nobody measured."""
+        return 0.0
+
     @abstractmethod
     def verified(self) -> list[bool]:
         """Per `SlotTransfer`, once done. Load: header equal before and after, so the bytes are the chunk's. Store: our odd
