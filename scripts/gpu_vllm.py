@@ -23,7 +23,7 @@ from typing import Any
 from gpu_parts import Parts, say
 from gpu_vllm_world import GIB, MIB, World, gpu_memory, installed, remove
 
-PARTS = ("pool", "start", "warm-up", "equality", "ttft", "statistics", "overhead", "throughput", "lmcache")
+PARTS = ("pool", "start", "warm-up", "equality", "ttft", "statistics", "overhead", "throughput", "decoding", "lmcache")
 LENGTHS = [8192 + 16, 32768 + 16, 65536 + 16]
 REPEATS = (7, 7, 3)
 _LAST = 600
@@ -75,6 +75,7 @@ class Run:
     def side_by_side(self) -> None:
         self.parts.run("overhead", self.overhead, need=20)
         self.parts.run("throughput", self.throughput, need=40)
+        self.parts.run("decoding", self.decoding, need=40)
 
     def pool(self, found: dict[str, Any]) -> None:
         self.world.start_manager()
@@ -221,10 +222,16 @@ class Run:
 
     def throughput(self, found: dict[str, Any]) -> None:
         """Tokens a second of prefill and decode together, all prompts new, A saving them; taking turns."""
-        world = self.world
-        requests, length, tokens = (4, 96, 16) if world.tiny else (32, 1024, 192)
+        self.generate_in_turns(found, 96 if self.world.tiny else 1024, 16 if self.world.tiny else 96)
+
+    def decoding(self, found: dict[str, Any]) -> None:
+        """The same with prompts too short to be saved: what the connector costs a step of decoding."""
+        self.generate_in_turns(found, 40, 16 if self.world.tiny else 192)
+
+    def generate_in_turns(self, found: dict[str, Any], length: int, tokens: int) -> None:
+        world, requests = self.world, 4 if self.world.tiny else 32
         found |= {"requests": requests, "length": length, "new_tokens": tokens}
-        for turn in range(2 if world.tiny else 6):
+        for turn in range(2 if world.tiny else 7):
             if turn >= 3 and self.parts.left < 90:
                 break
             for name in "AC" if turn % 2 else "CA":
