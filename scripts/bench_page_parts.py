@@ -140,13 +140,24 @@ def interference_tables(rows: Sequence[dict[str, Any]]) -> list[str]:
                 f"{row['loss']:.1%}",
                 f"{row['gbps_alone']:.0f}",
                 f"{row['gbps']:.0f}",
+                f"{max(0.0, row['loss']) / row['gbps'] * 1e3:.2f}" if row["gbps"] else "",
             ]
             for row in some
         ]
-        head = ["beside", "programs", f"alone, {unit}", f"beside it, {unit}", "lost", "GB/s moved alone", "GB/s moved"]
+        head = [
+            "beside",
+            "programs",
+            f"alone, {unit}",
+            f"beside it, {unit}",
+            "lost",
+            "GB/s moved alone",
+            "GB/s moved",
+            "ms lost a GB",
+        ]
         lines += [f"### {work.capitalize()}{place}", "", *table(head, body), ""]
     if lines:
-        text = "What running work loses while KV moves all the time; `nothing` says how much the method itself varies."
+        text = "What running work loses while KV moves all the time; `nothing` says how much the method itself varies. The last"
+        text += " column is what moving a gigabyte costs that work: the share lost, times the time that it takes."
         lines = ["## Interference", "", text, "", *lines]
     return lines
 

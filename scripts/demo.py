@@ -4,7 +4,8 @@ usage: demo.py [OPTIONS OF vcache demo]
 
 - This Python has vLLM and a usable GPU: `.venv-gpu`, a layer on top of its environment, which is not changed.
 - `--engine torch`: `.venv`, without vLLM.
-- Otherwise `.venv-vllm`, with vLLM for CPUs; where that cannot be had, `.venv` and a line that says so.
+- Otherwise `.venv-vllm`, with vLLM for CPUs; where that cannot be had, `.venv` and a line that says so, but an error for who
+  asked for vLLM or for a model of their own.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main() -> None:
         try:
             python = setup_vllm.set_up("demo")
         except SetupError as error:
-            if engine == "vllm":
+            if engine == "vllm" or any(argument.partition("=")[0] == "--model" for argument in arguments):
                 raise
             print(error, file=sys.stderr)
             print("vLLM cannot be installed here (see above): the demo goes on with its own runner, without vLLM", flush=True)

@@ -291,7 +291,7 @@ def test_page_of_two_gpus(tmp_path: Path) -> None:
     assert "| copy engines, retrieve |  | 380 (0.97) |" in text
     assert "- retrieve: 64 programs reach 95% of the fastest" in text
     assert "### Decoding, lending GPU" in text
-    assert "| retrieve from the peer | 64 | 4,000 | 3,000 | 25.0% | 367 | 300 |" in text
+    assert "| retrieve from the peer | 64 | 4,000 | 3,000 | 25.0% | 367 | 300 | 0.83 |" in text
     assert "8 GiB back to the owner, 1 process(es) reading: free after 9.5 [9.5-9.5] ms." in text
     assert "10,240 / 2,048 / 10,240" in text
     assert (tmp_path / "page" / "transfer.csv").read_text().startswith("path,operation,nbytes")
