@@ -70,8 +70,10 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         pieces = [{"delta": {"role": "assistant", "content": ""}}]
         pieces += [{"delta": {"content": word + " "}, "token_ids": [len(word)]} for word in text.split()]
-        for piece in pieces:
-            self.event({"choices": [piece], "usage": None})
+        # As vLLM does: the prompt's tokens in the first event only.
+        prompt = {"prompt_token_ids": [len(word) for word in request["messages"][0]["content"].split()]}
+        for number, piece in enumerate(pieces):
+            self.event({"choices": [piece], "usage": None} | ({} if number else prompt))
         self.event({"choices": [], "usage": {"prompt_tokens": tokens}})
         self.wfile.write(b"data: [DONE]\n\n")
 

