@@ -2,7 +2,8 @@
 recompute, own prefix hits, vLLM's native CPU offload and LMCache between two instances; overhead with nothing to hit; equal
 tokens, and controls that must differ.
 
-usage: python3 scripts/gpu_vllm.py [--out FOLDER] [--budget SECONDS] [--together yes|no|auto] [--only PART,...] [--tiny]
+usage: python3 scripts/gpu_vllm.py [--out FOLDER] [--budget SECONDS] [--together yes|no|auto] [--only PART,...] [--engines ABCD]
+                                   [--lengths TOKENS,...] [--graphs] [--tiny]
 
 Needs vLLM (0.26 or later) importable, one GPU with 80 GB or more, no network. Writes FOLDER/gpu_vllm.json after every part, and
 the ends of all logs to FOLDER/logs. `scripts/bench_pages.py vllm FOLDER/gpu_vllm.json` makes a page and a figure of it.
@@ -33,8 +34,9 @@ _LAST = 600
 class Run:
     """One run: what is measured, on a `World`, as parts."""
 
-    def __init__(self, parts: Parts, world: World, *, segment: int) -> None:
-        self.parts, self.world, self.segment = parts, world, segment
+    def __init__(self, parts: Parts, world: World, *, segment: int, engines: str = "ABCD") -> None:
+        """`engines`: which ones are started, if they are started together."""
+        self.parts, self.world, self.segment, self.engines = parts, world, segment, engines
         self.results = parts.results
         self.results |= {"ttft_ms": {}, "lengths": world.lengths, "tiny": world.tiny}
         self.repeats = (2, 2, 2) if world.tiny else REPEATS
@@ -45,7 +47,7 @@ class Run:
         """Everything. `together`: the GPU holds four engines at a time."""
         self.parts.run("pool", self.pool)
         if together:
-            self.phase("ABCD")
+            self.phase(self.engines)
             self.side_by_side()
             self.world.stop("B", "D")
         else:
@@ -183,7 +185,7 @@ class Run:
         """B's tokens after a load equal those of A, which computed the prompt, on its own prefix hit (the same shapes in both).
         Controls: another beginning gives other tokens, with the same end and the same length."""
         world = self.world
-        length = world.lengths[0] if world.tiny else world.lengths[1]
+        length = world.lengths[0] if world.tiny else world.lengths[min(1, len(world.lengths) - 1)]
         ids = world.prompt(length)
         world.mark()
         cold = world.one("A", ids, 16)["tokens"][0]
@@ -231,8 +233,8 @@ class Run:
     def generate_in_turns(self, found: dict[str, Any], length: int, tokens: int) -> None:
         world, requests = self.world, 4 if self.world.tiny else 32
         found |= {"requests": requests, "length": length, "new_tokens": tokens}
-        for turn in range(2 if world.tiny else 7):
-            if turn >= 3 and self.parts.left < 90:
+        for turn in range(2 if world.tiny else 21 if world.graphs else 7):
+            if turn >= 3 and self.parts.left < (30 if world.graphs else 90):
                 break
             for name in "AC" if turn % 2 else "CA":
                 prompts = [world.prompt(length) for _ in range(requests)]
@@ -287,25 +289,28 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--together", choices=("yes", "no", "auto"), default="auto", help="four engines on the GPU at a time")
     made.add_argument("--segment", type=float, default=12.0, help="GiB of VRAM lent to the pool")
     made.add_argument("--only", default="", help=f"parts, separated by commas, of: {', '.join(PARTS)}")
+    made.add_argument("--engines", default="ABCD", help="those that are started together: A, B: VCache, C: none, D: native")
+    made.add_argument("--lengths", default="", help="tokens of the prompts, separated by commas, rising")
+    made.add_argument("--graphs", action="store_true", help="decode with CUDA graphs, as a server does; default: eager")
     made.add_argument("--tiny", action="store_true", help="a tiny model, to try this script on a CPU")
     return made
 
 
-def chosen(only: str) -> list[str]:
+def chosen(only: str, engines: str) -> list[str]:
     """The parts of `--only` with those that they stand on. Raises `SystemExit` for an unknown one."""
     names = [name for name in only.split(",") if name]
     if unknown := [name for name in names if name not in PARTS]:
         raise SystemExit(f"gpu_vllm: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     if not names:
         return []
-    bases = ["pool", "start ABCD", "start AB", "start C", "start D"]
-    phases = ("ABCD", "AB", "C", "D", "EF")
+    bases = ["pool", f"start {engines}", "start AB", "start C", "start D"]
+    phases = (engines, "AB", "C", "D", "EF")
     return [*bases, *names, *(f"{name} {phase}" for name in (*names, "warm-up") for phase in phases), "start EF"]
 
 
 def main() -> int:
     arguments = parser().parse_args()
-    only = chosen(arguments.only)
+    only = chosen(arguments.only, arguments.engines)
     if not installed("vllm"):
         print("gpu_vllm: vLLM cannot be imported by this Python; set PYTHONPATH to where it is", file=sys.stderr)
         return 2
@@ -314,13 +319,15 @@ def main() -> int:
         print("gpu_vllm: torch sees no GPU; --tiny tries this script on a CPU", file=sys.stderr)
         return 2
     folder = Path(tempfile.mkdtemp(prefix="gpu-vllm-"))
-    world = World(folder, tiny=arguments.tiny, lengths=[256 + 32, 512 + 32] if arguments.tiny else LENGTHS)
+    lengths = [int(length) for length in arguments.lengths.split(",") if length] or LENGTHS
+    lengths = [256 + 32, 512 + 32] if arguments.tiny else lengths
+    world = World(folder, tiny=arguments.tiny, lengths=lengths, graphs=arguments.graphs)
     world.logs = arguments.out / "logs"
     parts = Parts(arguments.out / "gpu_vllm.json", arguments.budget, only)
     together = arguments.tiny or memory >= 125 * GIB if arguments.together == "auto" else arguments.together == "yes"
-    parts.results |= {"together": together, "gpu_bytes": memory}
+    parts.results |= {"together": together, "gpu_bytes": memory, "graphs": arguments.graphs}
     say("memory of the GPU:", memory // GIB, "GiB; four engines at a time:", together)
-    run = Run(parts, world, segment=256 * MIB if arguments.tiny else int(arguments.segment * GIB))
+    run = Run(parts, world, segment=256 * MIB if arguments.tiny else int(arguments.segment * GIB), engines=arguments.engines)
     try:
         run.execute(together)
     finally:

@@ -48,7 +48,7 @@ def strong_weights(shape: Mapping[str, object]) -> None:
     """Make `load_format="dummy"` draw N(0, 1/fan_in), larger for queries and keys; equal in every process. `shape`: the model's
     configuration."""
     import torch
-    from vllm.model_executor.model_loader import dummy_loader
+    from vllm.model_executor.model_loader import dummy_loader, weight_utils
 
     drawn = [0]
     heads = int(shape["num_attention_heads"]) + 2 * int(shape["num_key_value_heads"])  # type: ignore[call-overload]
@@ -74,4 +74,5 @@ def strong_weights(shape: Mapping[str, object]) -> None:
         load(loader, model, *args, **kwargs)
 
     dummy_loader.DummyModelLoader.load_weights = begin
-    dummy_loader.initialize_single_dummy_weight = draw
+    # Called through one or the other module, as the version has it.
+    dummy_loader.initialize_single_dummy_weight = weight_utils.initialize_single_dummy_weight = draw

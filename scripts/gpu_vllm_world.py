@@ -98,9 +98,10 @@ class Child:
 class World:
     """Everything that one run has started. `children` by name; `close` ends them all."""
 
-    def __init__(self, folder: Path, *, tiny: bool, lengths: list[int]) -> None:
-        """`folder`: for logs, sockets and the model's configuration. `lengths`: prompts to make room for, rising."""
-        self.folder, self.tiny, self.lengths = folder, tiny, lengths
+    def __init__(self, folder: Path, *, tiny: bool, lengths: list[int], graphs: bool = False) -> None:
+        """`folder`: for logs, sockets and the model's configuration. `lengths`: prompts to make room for, rising. `graphs`:
+        decode with CUDA graphs."""
+        self.folder, self.tiny, self.lengths, self.graphs = folder, tiny, lengths, graphs
         self.children: dict[str, Child] = {}
         self.random = random.Random(20251)
         shape = SHAPE | (TINY if tiny else {})
@@ -198,13 +199,16 @@ class World:
         }
         if self.tiny:
             return options | {"dtype": "float32", "max_model_len": 1024, "block_size": 32}
+        if self.graphs:  # captured for the number of requests that is measured, without compilation
+            compilation = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 32]}
+            options |= {"enforce_eager": False, "compilation_config": compilation}
         tokens = self.lengths[-1] + 2048
         return options | {
             "dtype": "bfloat16",
             "max_model_len": tokens,
             "max_num_batched_tokens": 8192,
             "gpu_memory_utilization": 0.1,  # only checked against what is free: the next line decides
-            "kv_cache_memory_bytes": (tokens + 6 * 1024) * TOKEN_BYTES,
+            "kv_cache_memory_bytes": max(tokens + 6 * 1024, 44 * 1024) * TOKEN_BYTES,
         }
 
     def vcache(self, **more: Any) -> dict[str, Any]:

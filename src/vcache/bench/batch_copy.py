@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _STREAM_ORDER = 1
 """CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: the source is read in the stream's order."""
 _ENTRIES = 1024
-"""Of one call: a driver for CUDA 13.0 refused 32,768 without naming an entry, and took 2,048."""
+"""Of one call: so that the host is ready with the next call while the first one runs."""
 _SINCE = 12080
 """The CUDA version whose signature of cuMemcpyBatchAsync is called, the one with `failIdx`; later drivers keep it."""
 
@@ -87,15 +87,19 @@ class BatchCopier:
         self._attributes = _Attributes(order=_STREAM_ORDER)
         make: Any = torch.cuda.Stream
         self.device, self.stream = device, make(device)
+        self._driver = driver
+        with torch.cuda.device(device):
+            self.stream.synchronize()
+            _, self._context = driver.cuCtxGetCurrent()
 
     def start(self, entries: BatchPlan, *, store: bool) -> None:
         """Queue the copies on `stream`: from the cache to the slots, or back. Raises `DeviceUnavailableError` when the driver
         refuses."""
-        import torch
-
         target, source = (entries.slots, entries.cache) if store else (entries.cache, entries.slots)
         first, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
-        with torch.cuda.device(self.device):
+        # A thread that has not used torch has no context, and the driver says no more than "invalid value".
+        self._driver.cuCtxPushCurrent(self._context)
+        try:
             for begin in range(0, len(entries.sizes), _ENTRIES):
                 part = slice(begin, begin + _ENTRIES)
                 code = self._function(
@@ -113,6 +117,8 @@ class BatchCopier:
                     raise DeviceUnavailableError(
                         f"cuMemcpyBatchAsync: error {code} at entry {failed.value} of {len(entries.sizes[part])}"
                     )
+        finally:
+            self._driver.cuCtxPopCurrent()
 
     def copy(self, entries: BatchPlan, *, store: bool) -> None:
         """As `start`, and wait."""

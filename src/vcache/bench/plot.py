@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import floor, log10
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +87,7 @@ def draw_bars(cases: Sequence[str], bars: Sequence[Bar], path: Path, *, title: s
     """Write horizontal bars on a logarithmic axis to `path`, a panel for each case. Raises `ConfigError` without matplotlib."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullFormatter
     except ImportError:
         raise ConfigError("a plot needs matplotlib; install vcache[plot]") from None
     figure = Figure(figsize=(3.1 * len(cases) + 2.2, 0.34 * len(bars) + 1.4), layout="constrained")
@@ -107,6 +109,10 @@ def draw_bars(cases: Sequence[str], bars: Sequence[Bar], path: Path, *, title: s
         axes.set_xlabel(unit, fontsize=9)
         axes.set_yticks(range(len(bars)), [bar.label for bar in bars], fontsize=8.5)
         axes.margins(x=0.25)
+        # From one power of ten on: labels at these are then enough.
+        lowest = min((bar.values[case][1] for bar in bars if bar.values[case] is not None), default=1.0)  # type: ignore[index]
+        axes.set_xlim(left=10.0 ** floor(log10(lowest)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
     panels[0].invert_yaxis()
