@@ -296,7 +296,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def chosen(only: str, engines: str) -> list[str]:
+def chosen(only: str, engines: str = "ABCD") -> list[str]:
     """The parts of `--only` with those that they stand on. Raises `SystemExit` for an unknown one."""
     names = [name for name in only.split(",") if name]
     if unknown := [name for name in names if name not in PARTS]:
