@@ -86,6 +86,7 @@ class World:
         from vllm.v1.structured_output import StructuredOutputManager
 
         from vcache.integrations.vllm import connector
+        from vcache.integrations.vllm.stats import VCacheStats
 
         self.manager = Manager()
         monkeypatch.setattr(connector, "connect", lambda *args, **kwargs: self.manager)
@@ -130,6 +131,17 @@ class World:
         self.side = self.connector._scheduler
         self.side._policy = self.side._policy._replace(sync_load_budget=budget)  # whatever this version could take back
         self.pool = self.scheduler.kv_cache_manager.block_pool
+        self.counted = VCacheStats()
+        """The connector's counters, which vLLM takes in every step."""
+        take = self.side.take_stats
+
+        def take_and_count() -> VCacheStats | None:
+            stats = take()
+            if stats is not None:
+                self.counted.aggregate(stats)
+            return stats
+
+        self.side.take_stats = take_and_count
 
     def add(self, name: str, tokens: Sequence[int], new: int = 4, **more: Any) -> Any:
         """`more`: of `Request`, such as `cache_salt`."""

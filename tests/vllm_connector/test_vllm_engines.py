@@ -195,6 +195,21 @@ def test_preemption_under_pressure(bench: Bench, pool: Pool, llama: str, referen
     engine.call("settle")
 
 
+def test_a_prompt_that_takes_most_blocks_is_saved_to_its_end(
+    bench: Bench, pool: Pool, llama: str, reference: list[list[int]]
+) -> None:
+    """As a prefill instance meets it: computed in several steps, over with its first token. Saves may withhold 3 blocks."""
+    tight = {"num_gpu_blocks_override": 12, "max_model_len": 352, "max_num_batched_tokens": 96, "max_num_seqs": 4}
+    engine = bench.engine(llama, connector(pool.address), **tight)
+    first = engine.call("generate", prompts=prompts(46, 1), tokens=1)
+    assert first["tokens"] == [reference[46][:1]]
+    assert first["cached"] == [0]
+    assert counted(first, "save_drops") == 0
+    engine.call("settle")
+    assert engine.call("reset"), "no block is held any more"
+    check(engine.call("generate", prompts=prompts(46, 1)), 46, reference, cached=WHOLE)
+
+
 def test_without_prefix_caching(bench: Bench, pool: Pool, llama: str, reference: list[list[int]]) -> None:
     engine = bench.engine(llama, connector(pool.address), enable_prefix_caching=False)
     computed_by(engine, 10, reference, count=2)

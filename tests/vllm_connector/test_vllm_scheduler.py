@@ -282,15 +282,70 @@ class TestSaves:
         assert again.saves == [], "the engine's own prefix cache has them, and the save goes on"
         w.step(**saved(job))
 
-    def test_saves_wait_when_too_many_blocks_are_held(self, world: Any) -> None:
+    @pytest.mark.parametrize("late", [0, 1, 2, 99])
+    def test_a_prompt_that_takes_most_blocks_is_saved_to_its_end(self, world: Any, late: int) -> None:
+        """It ends right after its prompt, and hears of its saves `late` steps later, or not before its end."""
+        w = world(blocks=40, batched=128)  # saves may withhold 10 of them
+        request = w.add("r", range(1, 561), new=1)  # 35 blocks, 5 steps
+        waiting: list[list[Any]] = []
+        jobs: list[Any] = []
+        while request in w.scheduler.running or not jobs:
+            over = waiting.pop(0) if len(waiting) > late else []
+            metadata = w.step(**saved(*over))
+            waiting.append(metadata.saves)
+            jobs += metadata.saves
+        assert [digest for job in jobs for digest in job.digests] == w.digests(request)
+        assert len(jobs) == 5
+        assert w.counted.data["save_drops"] == 0
+        assert w.connector.has_pending_push_work()
+        w.step(**saved(*(job for each in waiting for job in each)))
+        assert w.used() == 0
+        assert not w.scheduler.has_requests()
+
+    def test_saves_wait_while_too_many_blocks_are_held_for_them_alone(self, world: Any) -> None:
+        w = world(blocks=40)  # 10 of them
+        w.add("a", range(500, 692), new=1)  # 12 blocks
+        (slow,) = w.step().saves
+        assert not w.scheduler.running, "it has ended, and its save holds all of its blocks"
+        request = w.add("b", range(600, 696), new=10)
+        assert w.step().saves == []
+        assert w.step().saves == []
+        w.add("c", range(800, 896), new=1)
+        assert w.step().saves == []
+        assert w.counted.data["save_drops"] == 1, "c has ended before there was room"
+        w.step(**saved(slow))
+        (job,) = w.step().saves
+        assert (job.request, job.digests) == ("b", w.digests(request)[:3])
+        assert w.step().saves == []
+
+    def test_blocks_of_a_preempted_request_are_held_for_its_saves_alone(self, world: Any) -> None:
+        w = world(blocks=40, prefix_caching=False)
+        request = w.add("a", range(500, 692), new=10)
+        (slow,) = w.step().saves
+        assert w.side.pins.room()
+        w.scheduler.running.remove(request)
+        w.scheduler._preempt_request(request, 0.0)
+        assert w.connector.has_pending_block_frees()
+        assert not w.side.pins.room()
+        assert w.step().saves == [], "it is computed again, in other blocks"
+        assert w.last.num_scheduled_tokens["a"] == 193
+        w.step(**saved(slow))
+        assert w.step().saves == [], "that save has told what is in the pool"
+
+    def test_a_block_that_two_saves_hold_counts_once_and_only_when_nobody_else_does(self, world: Any) -> None:
+        from vllm.v1.request import RequestStatus
+
         w = world(blocks=40)
-        w.add("a", range(500, 596), new=10)
-        (first,) = w.step().saves  # 6 blocks; 10 of 40 may be held
-        w.add("b", range(600, 696), new=10)
-        (second,) = w.step().saves
-        assert (second.request, second.first, len(second.blocks)) == ("b", 0, 4)
-        (third,) = w.step(**saved(first)).saves or w.step().saves
-        assert (third.request, third.first, len(third.blocks)) == ("b", 2, 2)
+        w.add("a", range(500, 692), new=10)
+        (first,) = w.step().saves
+        w.side.pins.hold(-1, first.blocks)  # the save of another request with this prefix
+        assert w.side.pins.room()
+        w.scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
+        assert not w.side.pins.room()
+        w.side.pins.release(-1)
+        assert not w.side.pins.room()
+        w.side.pins.release(first.job)
+        assert w.side.pins.room()
 
     def test_a_save_dropped_after_a_failed_load_is_offered_again(self, world: Any) -> None:
         from vcache.integrations.vllm.metadata import VCacheWorkerMetadata
@@ -306,15 +361,68 @@ class TestSaves:
         assert isinstance(merged, VCacheWorkerMetadata)
         w.side.report(merged)
         w.side._requests["r"].request.num_computed_tokens = 0
-        metadata = w.side.build(
-            type(
-                "Output",
-                (),
-                {"scheduled_new_reqs": [], "scheduled_cached_reqs": cached("r", 0), "num_scheduled_tokens": {"r": 100}},
-            )
-        )
+        metadata = w.side.build(going_on("r", 0, 100))
         assert metadata.failures_known == first.step
         assert [job.first for job in metadata.saves] == [0], "all of it was computed again"
+
+    def test_a_request_with_nothing_left_to_save_costs_one_comparison(
+        self, world: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        w = world()
+        w.add("r", PROMPT, new=40)
+        assert len(w.step().saves) == 1
+        advanced: list[int] = []
+        advance = w.side._advance
+
+        def count(metadata: Any, state: Any, computed: int, *rest: Any) -> None:
+            advanced.append(computed)
+            advance(metadata, state, computed, *rest)
+
+        monkeypatch.setattr(w.side, "_advance", count)
+        for _ in range(30):
+            w.step()
+        assert advanced == []
+
+    def test_what_is_computed_again_is_offered_again_from_the_blocks_it_lies_in(self, world: Any) -> None:
+        """Without a list of all blocks from vLLM, as in 0.26, and after steps whose blocks nobody noted."""
+        w = world(prefix_caching=False)
+        request = w.add("r", PROMPT, new=200)
+        (job,) = w.step().saves
+        w.step(**saved(job, complete=False))
+        for _ in range(30):
+            w.step()
+        assert len(w.scheduler.kv_cache_manager.get_block_ids("r")[0]) > 7, "blocks were added meanwhile"
+        blocks = w.scheduler.kv_cache_manager.get_block_ids("r")[0]
+        for computed, first in ((40, 1), (0, 0)):  # what was loaded turned out wrong
+            metadata = w.side.build(going_on("r", computed, 120 - computed))
+            assert [(job.first, job.blocks) for job in metadata.saves] == [(first, blocks[2 * first : 6])]
+        w.scheduler.running.remove(request)
+        w.scheduler._preempt_request(request, 0.0)
+        other = w.add("other", range(900, 950), new=200)
+        w.scheduler.waiting.remove_request(other)
+        w.scheduler.waiting.prepend_request(other)  # takes blocks that the first one had
+        jobs = {job.request: job for job in w.step().saves}
+        new = w.scheduler.kv_cache_manager.get_block_ids("r")[0]
+        assert new[:6] != blocks[:6]
+        assert jobs["r"].blocks == new[:6]
+
+    def test_a_resumed_request_has_other_blocks_even_if_nothing_is_left_to_save(self, world: Any) -> None:
+        w = world(prefix_caching=False)
+        w.add("r", PROMPT, new=40)
+        (job,) = w.step().saves
+        w.step(**saved(job, complete=False))
+        assert w.side.build(going_on("r", 101, 1, resumed_in=list(range(20, 27)))).saves == []
+        assert [job.blocks for job in w.side.build(going_on("r", 0, 100)).saves] == [list(range(20, 26))]
+
+    def test_a_save_dropped_while_the_request_decodes_is_offered_again(self, world: Any) -> None:
+        w = world()
+        w.add("r", PROMPT, new=40)
+        (job,) = w.step().saves
+        for _ in range(20):
+            assert w.step().saves == []
+        w.step(**saved(job, dropped=True))
+        (again,) = w.step().saves
+        assert (again.digests, again.blocks) == (job.digests, job.blocks)
 
     def test_reset_clears_the_namespace_and_what_was_under_way(self, world: Any) -> None:
         w = world()
@@ -340,11 +448,16 @@ class TestSaves:
         assert not w.side._known, "one worker could not store its shard"
 
 
-def cached(name: str, computed: int) -> Any:
-    """`SchedulerOutput.scheduled_cached_reqs` of one request that goes on."""
-    return type(
-        "Cached", (), {"req_ids": [name], "new_block_ids": [None], "resumed_req_ids": set(), "num_computed_tokens": [computed]}
-    )
+def going_on(name: str, computed: int, scheduled: int, resumed_in: list[int] | None = None) -> Any:
+    """`SchedulerOutput` of one request that goes on in the blocks it has, or, after a preemption, in others."""
+    cached = {
+        "req_ids": [name],
+        "new_block_ids": [None if resumed_in is None else (resumed_in,)],
+        "resumed_req_ids": set() if resumed_in is None else {name},
+        "num_computed_tokens": [computed],
+    }
+    output = {"scheduled_new_reqs": [], "num_scheduled_tokens": {name: scheduled}}
+    return type("Output", (), output | {"scheduled_cached_reqs": type("Cached", (), cached)})
 
 
 class TestSetUp:

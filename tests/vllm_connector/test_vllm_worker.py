@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +27,9 @@ class Store:
         self.loaded: int | Exception = 2
         self.saved: Exception | None = None
         self.saves: list[Any] = []
+        self.landing: dict[int, threading.Event] = {}
+        self.broken_starts: dict[int, Exception] = {}
+        self.broken_ends: dict[int, Exception] = {}
         self.left_storage = 0
 
     def broken(self, job: Any) -> tuple[bytes, ...]:
@@ -42,13 +46,26 @@ class Store:
             raise self.loaded
         return self.loaded
 
-    def save(self, job: Any) -> Any:
+    def start_save(self, job: Any) -> Any:
+        """Its copy is under way until the test lets it land."""
         from vcache.integrations.vllm.metadata import SaveOutcome
+        from vcache.integrations.vllm.store import Saved, SaveUnderWay
 
-        if self.saved is not None:
-            raise self.saved
+        if isinstance(error := self.broken_starts.get(job.job), Exception):
+            raise error
         self.saves.append(job.job)
-        return SaveOutcome(1, True, False), 4096
+
+        def finish() -> Saved:
+            landing = self.landing.get(job.job)
+            if landing is not None and not landing.wait(10):
+                raise TimeoutError("the test did not let it land")
+            if self.saved is not None:
+                raise self.saved
+            if isinstance(error := self.broken_ends.get(job.job), Exception):
+                raise error
+            return Saved(SaveOutcome(1, True, False), 4096, 0.5)
+
+        return SaveUnderWay(lambda: job.job not in self.landing, finish)
 
     def failed_blocks(self, job: Any, loaded: int) -> list[int]:
         from vcache.integrations.vllm.store import ShardStore
@@ -87,10 +104,10 @@ def load(job: int = 1, *, blocking: bool = False, skip: int = 0) -> Any:
     return LoadJob(job, f"request {job}", [b"a" * 16, b"b" * 16], 0, [32, 32], skip, BLOCKS[skip // 16 :], blocking)
 
 
-def save(job: int = 2) -> Any:
+def save(job: int = 2, *, blocking: bool = False) -> Any:
     from vcache.integrations.vllm.metadata import SaveJob
 
-    return SaveJob(job, "r", [b"c" * 16], b"", 2, [32], [8, 9], False)
+    return SaveJob(job, "r", [b"c" * 16], b"", 2, [32], [8, 9], blocking)
 
 
 def outcome(worker: Any) -> tuple[set[str], set[int], Any]:
@@ -175,6 +192,71 @@ def test_a_save_that_breaks_is_reported_or_its_blocks_would_be_held_forever(work
     worker._store.saved = RuntimeError("out of memory")
     worker.start_saves(step(1, save()))
     assert eventually(worker.report).saves[2].dropped
+
+
+def test_all_saves_of_a_step_are_started_before_one_is_waited_for_and_each_is_reported_when_it_is_over(worker: Any) -> None:
+    store = worker._store
+    store.landing = {3: threading.Event(), 4: threading.Event()}
+    worker.start_saves(step(1, save(3), save(4), save(2)))
+    assert list(eventually(worker.report, what="the one that has landed").saves) == [2]
+    assert store.saves == [3, 4, 2]
+    assert worker.report() is None
+    for job, landed in store.landing.items():
+        landed.set()
+        assert list(eventually(worker.report, what="the next one").saves) == [job]
+    stats = worker.take_stats().data
+    assert (stats["saves"], stats["save_bytes"], stats["save_seconds"]) == (3, 3 * 4096, 1.5)
+
+
+@pytest.mark.parametrize("error", [OSError("the lender is gone"), TypeError("a mistake")])
+@pytest.mark.parametrize("when", ["broken_starts", "broken_ends"])
+@pytest.mark.parametrize("landed", [True, False])
+def test_one_save_that_breaks_does_not_lose_the_report_of_another(
+    worker: Any, when: str, error: Exception, landed: bool
+) -> None:
+    store = worker._store
+    setattr(store, when, {3: error})
+    if not landed:
+        store.landing = {job: threading.Event() for job in (2, 3, 4)}
+    worker.start_saves(step(1, save(2), save(3), save(4)))
+    for event in store.landing.values():
+        event.set()
+    found: dict[int, bool] = {}
+
+    def all_reported() -> bool:
+        report = worker.report()
+        found.update({job: saved.dropped for job, saved in report.saves.items()} if report else {})
+        return len(found) == 3
+
+    eventually(all_reported, what="three reports")
+    assert found == {2: False, 3: True, 4: False}
+    assert worker.take_stats().data["save_drops"] == 1
+
+
+def test_saves_whose_blocks_nobody_holds_are_waited_for(worker: Any) -> None:
+    store = worker._store
+    store.landing = {3: threading.Event()}
+    runner = threading.Thread(target=worker.start_saves, args=(step(1, save(2, blocking=True), save(3, blocking=True)),))
+    runner.start()
+    eventually(lambda: store.saves == [2, 3], what="the start of both")
+    assert runner.is_alive()
+    store.landing[3].set()
+    runner.join(10)
+    assert not runner.is_alive()
+    assert set(worker.report().saves) >= {3}
+
+
+def test_a_step_in_which_nothing_happens_makes_nothing(worker: Any) -> None:
+    from vcache.integrations.vllm.worker import NOTHING
+
+    report, stats = worker._report, worker._stats
+    worker.start_loads(step(1))
+    worker.start_saves(step(1))
+    assert worker.finished() is worker.finished(idle=True) is NOTHING
+    assert worker.report() is worker.take_stats() is None
+    assert worker._report is report
+    assert worker._stats is stats
+    assert not any(NOTHING)
 
 
 def test_without_a_store_everything_fails_and_nothing_hangs(worker: Any) -> None:

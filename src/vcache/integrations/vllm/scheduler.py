@@ -35,6 +35,8 @@ RESET_RETRY = 5.0
 """Seconds between attempts to clear the cache while the manager is away."""
 BAD_SECONDS = 10.0
 """A chunk that could not be loaded ends every prefix for this long."""
+UNSETTLED = 2**62
+"""More tokens than any request has."""
 
 
 class Policy(NamedTuple):
@@ -70,14 +72,17 @@ class _Found(NamedTuple):
 class _Request:
     """What is known of one unfinished request."""
 
-    __slots__ = ("blocks", "delayed", "found", "load_failed", "request", "saved", "wait_until")
+    __slots__ = ("blocks", "delayed", "found", "load_failed", "request", "saved", "settled", "wait_until")
 
     def __init__(self, request: Any) -> None:
         self.request = request
         self.blocks: list[int] = []
+        """Of its prompt at least, once it was scheduled; all of them while it is not settled."""
         self.found: _Found | None = None
         self.saved = 0
         """Tokens that are saved, or under way, or need not be."""
+        self.settled = UNSETTLED
+        """In steps that begin with so many tokens computed, or more, nothing is left to save."""
         self.delayed = False
         """Chunks wait to be saved, because too many blocks are held for other saves."""
         self.wait_until = -1.0
@@ -144,6 +149,8 @@ class SchedulerSide:
         """When to ask the manager again to clear the cache; None: that is done."""
         self._broken: list[bytes] = []
         """Chunks that the workers are to drop in the next step."""
+        self._room: bool | None = None
+        """Whether saves may begin in this step; None: not asked yet. What begins in a step changes nothing of it."""
         self._step = 0
         self._failed_step = 0
         self._last_job = 0
@@ -205,7 +212,7 @@ class SchedulerSide:
     def allocated(self, request: Any, blocks: Sequence[int], tokens: int) -> None:
         """The request got `blocks` (all it has). Load `tokens` tokens into them; 0 means that nothing is wanted from here."""
         state = self.add(request)
-        state.blocks = list(blocks)
+        state.blocks, state.settled = list(blocks), UNSETTLED
         found, state.found = state.found, None
         if found is None:
             return
@@ -316,28 +323,36 @@ class SchedulerSide:
         self._loads = []
         metadata.broken, self._broken = self._broken, []
         metadata.storage = not self._was_reset
-        tables = getattr(output, "kv_connector_block_state", None)
+        if self._policy.saves:
+            self._offer(metadata, output)
+        return metadata
+
+    def _offer(self, metadata: VCacheMetadata, output: Any) -> None:
+        """Save the chunks that this step completes. For a request that has none left: one look-up and one comparison."""
+        self._reset_owed()
+        self._room = None
+        requests, tables = self._requests, getattr(output, "kv_connector_block_state", None)
         for new in output.scheduled_new_reqs:
-            state = self._requests.get(new.req_id)
+            state = requests.get(new.req_id)
             if state is not None:
                 state.blocks = list(new.block_ids[0])
                 self._advance(metadata, state, new.num_computed_tokens, output, tables)
         cached = output.scheduled_cached_reqs
-        for index, name in enumerate(cached.req_ids):
-            state = self._requests.get(name)
-            if state is not None:
-                added = cached.new_block_ids[index]
-                if name in cached.resumed_req_ids:
-                    state.blocks = []
-                if added is not None:
-                    state.blocks.extend(added[0])
-                self._advance(metadata, state, cached.num_computed_tokens[index], output, tables)
-        return metadata
+        for name in cached.resumed_req_ids:
+            state = requests.get(name)
+            if state is not None:  # all of its blocks are new, and come below
+                state.blocks, state.settled = [], UNSETTLED
+        for name, computed, added in zip(cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True):
+            state = requests.get(name)
+            if state is None or computed >= state.settled:
+                continue
+            # If it was settled, blocks behind those of its prompt are missing. Nothing of them is saved: see `_advance`.
+            if added is not None:
+                state.blocks.extend(added[0])
+            self._advance(metadata, state, computed, output, tables)
 
     def _advance(self, metadata: VCacheMetadata, state: _Request, computed: int, output: Any, tables: Any) -> None:
         """One request is scheduled in this step: save the chunks that the step completes. Constant time when there are none."""
-        if not self._policy.saves:
-            return
         # Preempted, or what was loaded turned out wrong: it is computed again, and offered again.
         state.saved = min(state.saved, computed)
         if self._reset_owed():
@@ -347,10 +362,14 @@ class SchedulerSide:
         reached = min(computed + output.num_scheduled_tokens.get(name, 0), request.num_tokens)
         limit = request.num_tokens if self._policy.save_decoded else request.num_prompt_tokens
         ends = self._completed(state, min(reached, limit), reached >= request.num_prompt_tokens)
+        state.delayed = False
         if ends:
             if tables is not None:
                 state.blocks = list(tables.get_block_ids(name)[0])
             self._save(metadata, state, ends)
+        # Only prompts settle: what is saved of one that settled lies in blocks which it had then.
+        if reached >= limit and not self._policy.save_decoded:
+            state.settled = UNSETTLED if state.delayed else limit
 
     def _completed(self, state: _Request, reached: int, prompt_done: bool) -> list[int]:
         """Ends of the chunks that are computed when `reached` tokens are, and not saved yet."""
@@ -373,14 +392,13 @@ class SchedulerSide:
         ends, digests = ends[fresh:], digests[fresh:]
         if not ends:
             return
+        if self._room is None:
+            self._room = self.pins.room()
+        if not self._room:
+            state.delayed = True
+            return
         first = (ends[0] - 1) // size
         begin, block = first * size, self._group.block_size
-        room = begin + self.pins.room() * block
-        fitting = sum(end <= room for end in ends)
-        state.delayed = fitting < len(ends)
-        if not fitting:
-            return
-        ends, digests = ends[:fitting], digests[:fitting]
         blocks = state.blocks[begin // block : ends[-1] // block]
         state.saved = ends[-1]
         job = self._next_job()
@@ -437,7 +455,7 @@ class SchedulerSide:
             self._stale_saves.discard(job)
             self._remove(save.digests)
         elif outcome.dropped:
-            save.state.saved = min(save.state.saved, save.start)
+            save.state.saved, save.state.settled = min(save.state.saved, save.start), UNSETTLED
         elif outcome.complete:
             self._remember(save.digests)
             for digest in save.digests:
@@ -487,8 +505,10 @@ class SchedulerSide:
 
     def take_stats(self) -> VCacheStats | None:
         """Counters since the last call; None when nothing happened."""
+        if self.stats.is_empty():
+            return None
         stats, self.stats = self.stats, VCacheStats()
-        return None if stats.is_empty() else stats
+        return stats
 
     def close(self) -> None:
         """Give leases back, say goodbye to the manager. Bounded."""

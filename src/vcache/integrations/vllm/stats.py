@@ -19,7 +19,7 @@ COUNTERS = {
     "load_failures": "Loads of which at least one chunk failed; its tokens were recomputed.",
     "saves": "Saves that ended, by worker.",
     "save_bytes": "Bytes written.",
-    "save_seconds": "Time from the end of the forward pass to the published chunk, summed up.",
+    "save_seconds": "Time that the bytes took to move, without waiting for the forward pass, summed up.",
     "save_drops": "Saves given up: no room, too many blocks pinned, or computed from a failed load.",
 }
 """Name -> meaning. Prometheus: `vllm:vcache_<name>` (counters, label `engine` as vLLM adds it)."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...lower_tier import LowerTier
 from ...metrics import EngineMetrics
-from ...pool import Chunk, ChunkPool
+from ...pool import Chunk, ChunkPool, PoolTransfer, PutReport
 from ...relief import RoomMaker
 from ...resources import Resources
 from .group import KVGroup
@@ -56,8 +57,28 @@ def own_caches(kv_caches: Mapping[str, torch.Tensor], group: KVGroup) -> dict[st
     return found
 
 
+class Saved(NamedTuple):
+    """What became of a save."""
+
+    outcome: SaveOutcome
+    nbytes: int = 0
+    """Written."""
+    seconds: float = 0.0
+    """How long they took to move."""
+
+
+class SaveUnderWay(NamedTuple):
+    """A save that was started."""
+
+    landed: Callable[[], bool]
+    """Whether the bytes are in the pool. Does not block."""
+    finish: Callable[[], Saved]
+    """Publish the chunks, and hand them to the storage tier if there is one. To be called once; blocks until the blocks may be
+    reused."""
+
+
 class ShardStore:
-    """Loads and saves jobs. Thread-safe; both calls block until the bytes have landed, and neither raises for a miss."""
+    """Loads and saves jobs. Thread-safe; nothing raises for a miss."""
 
     def __init__(
         self,
@@ -82,7 +103,8 @@ class ShardStore:
         self._leave_storage = False
 
     def load(self, job: LoadJob) -> int:
-        """Bring the chunks of a job into its blocks; number of leading chunks that are there and verified."""
+        """Bring the chunks of a job into its blocks; number of leading chunks that are there and verified. Blocks until the
+        bytes have landed."""
         slots = self._slots(job.blocks)
         chunks, start = [], 0
         for index, (digest, tokens) in enumerate(zip(job.digests, job.tokens, strict=True)):
@@ -103,19 +125,22 @@ class ShardStore:
                 break
         return loaded
 
-    def save(self, job: SaveJob) -> tuple[SaveOutcome, int]:
-        """Store the chunks of a job that the pool does not have; the outcome, and bytes written. The blocks may be reused when
-        this returns."""
+    def start_save(self, job: SaveJob) -> SaveUnderWay:
+        """Start to store the chunks of a job that the pool does not have. Blocks for a round trip; on a CPU, for the copy."""
         slots = self._slots(job.blocks)
         chunks, start = [], 0
         for index, (digest, tokens) in enumerate(zip(job.digests, job.tokens, strict=True)):
             chunks.append(Chunk(digest, job.first + index, tokens, start))
             start += tokens
-        report = self.pool.put(chunks, job.parent, self.cache, slots, self._mover).result()
+        put = self.pool.put(chunks, job.parent, self.cache, slots, self._mover)
+        return SaveUnderWay(put.done, partial(self._finish_save, put, slots))
+
+    def _finish_save(self, put: PoolTransfer[PutReport], slots: Any) -> Saved:
+        report = put.result()
         if self._lower is not None and not self._leave_storage:
             self._lower.save_later(report.stored)
             self._lower.save_now(report.unplaced, self.cache, slots, self._mover)
-        return SaveOutcome(1, not report.unplaced, False), report.nbytes
+        return Saved(SaveOutcome(1, not report.unplaced, False), report.nbytes, report.seconds)
 
     def leave_storage(self) -> None:
         """Read nothing from the storage tier any more, and write nothing to it. Idempotent."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -23,14 +23,15 @@ from .lending import lendable
 from .metadata import LoadJob, LoadOutcome, SaveJob, SaveOutcome, VCacheMetadata, VCacheWorkerMetadata
 from .settings import Settings
 from .stats import VCacheStats
-from .store import Rank, ShardStore, own_caches, this_rank
+from .store import Rank, Saved, SaveUnderWay, ShardStore, own_caches, this_rank
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger("vllm.vcache")
 
-DROPPED = SaveOutcome(1, False, True)
+T = TypeVar("T")
+DROPPED = Saved(SaveOutcome(1, False, True))
 IDLE_WAIT = 1e-3
 """Seconds that an engine with nothing to compute waits for a load before it looks again. It must not spin: the threads that
 load need the interpreter."""
@@ -45,6 +46,10 @@ class Finished(NamedTuple):
     """Requests whose load is over, well or badly."""
     bad_blocks: set[int]
     """Blocks that were to be loaded and hold something else."""
+
+
+NOTHING = Finished(set(), set())
+"""Returned by every step in which nothing ended: not to be changed."""
 
 
 class WorkerSide:
@@ -99,6 +104,8 @@ class WorkerSide:
             store.leave_storage()
         if store is not None and metadata.broken:
             self._submit(self._savers, partial(store.drop, metadata.broken), _at_once)
+        if not metadata.loads:
+            return
         beside = [job for job in metadata.loads if not job.blocking]
         for job in metadata.loads:
             if job.blocking and self._load(job) < len(job.digests):
@@ -113,29 +120,30 @@ class WorkerSide:
                 self._submit(self._loaders, partial(self._load_beside, job), run)
 
     def start_saves(self, metadata: VCacheMetadata) -> None:
-        """Start the saves of a step, after its forward pass was launched."""
+        """Start the saves of a step, after its forward pass was launched. Blocks only for jobs that say so."""
         if not metadata.saves:
             return
         store = self._store
         if store is None or not self._rank.saves or self._failed_step > metadata.failures_known:
-            outcome = DROPPED if self._rank.saves else SaveOutcome(1, True, False)
+            outcome = DROPPED.outcome if self._rank.saves else SaveOutcome(1, True, False)
             with self._lock:
                 self._report.saves |= {job.job: outcome for job in metadata.saves}
                 self._stats.add("save_drops", len(metadata.saves) if outcome.dropped else 0)
             return
-        run = self._follower()
-        futures: list[Future[None]] = []
-        for job in metadata.saves:
-            future = self._submit(self._savers, partial(self._save, store, job), run)
-            if job.blocking:
-                futures.append(future)
-        wait(futures)
+        # One piece of work for all of them: threads that wake up for each contend with the runner for the interpreter.
+        future = self._submit(self._savers, partial(self._save, store, metadata.saves), self._follower())
+        if any(job.blocking for job in metadata.saves):
+            wait([future])
 
     def finished(self, *, idle: bool = False) -> Finished:
         """What ended since the last call. Does not block; in an idle step, up to `IDLE_WAIT` for the first load that ends."""
+        if not self._loading and not self._bad_blocks:
+            return NOTHING
         with self._lock:
             if idle and self._loading:
                 self._load_ended.wait_for(lambda: self._loaded, IDLE_WAIT)
+            if not self._loaded and not self._bad_blocks:
+                return NOTHING
             result = Finished(self._loaded, self._bad_blocks)
             self._loading -= len(self._loaded)
             self._loaded, self._bad_blocks = set(), set()
@@ -143,14 +151,20 @@ class WorkerSide:
 
     def report(self) -> VCacheWorkerMetadata | None:
         """For the scheduler's side: since the last call; None when there is nothing to say."""
+        report = self._report
+        if not (report.loads or report.saves or report.failed_step):
+            return None  # what comes in this moment is said in the next step
         with self._lock:
             report, self._report = self._report, VCacheWorkerMetadata()
-        return report if report.loads or report.saves or report.failed_step else None
+        return report
 
     def take_stats(self) -> VCacheStats | None:
+        """Counters since the last call; None when nothing happened."""
+        if self._stats.is_empty():
+            return None
         with self._lock:
             stats, self._stats = self._stats, VCacheStats()
-        return None if stats.is_empty() else stats
+        return stats
 
     def close(self) -> None:
         """Finish what was started, give back what was lent. Idempotent."""
@@ -192,20 +206,37 @@ class WorkerSide:
                 self._stats.add("load_seconds", time.perf_counter() - began)
         return loaded
 
-    def _save(self, store: ShardStore, job: SaveJob) -> None:
-        began = time.perf_counter()
-        outcome, nbytes = DROPPED, 0
+    def _save(self, store: ShardStore, jobs: list[SaveJob]) -> None:
+        """Start all of them, then wait for each. Each is reported as soon as it is over, whatever becomes of the others."""
+        started: list[tuple[SaveJob, SaveUnderWay]] = []
+        for job in jobs:
+            save = self._guarded(job, partial(store.start_save, job))
+            if save is None:
+                self._saved(job, DROPPED)
+            elif save.landed():
+                self._saved(job, self._guarded(job, save.finish) or DROPPED)
+            else:
+                started.append((job, save))
+        for job, save in started:
+            self._saved(job, self._guarded(job, save.finish) or DROPPED)
+
+    def _guarded(self, job: SaveJob, work: Callable[[], T]) -> T | None:
+        """The result of a part of a save; None, and a line in the log, when it breaks."""
         try:
-            outcome, nbytes = store.save(job)
+            return work()
         except EXPECTED as error:
             logger.warning("save of request %s failed: %s", job.request, error)
-        finally:  # the scheduler waits for this to free the blocks
-            with self._lock:
-                self._report.saves[job.job] = outcome
-                self._stats.add("saves")
-                self._stats.add("save_drops", not outcome.complete)
-                self._stats.add("save_bytes", nbytes)
-                self._stats.add("save_seconds", time.perf_counter() - began)
+        except Exception as error:  # noqa: BLE001 - the scheduler waits for all of them to free their blocks
+            _log_unforeseen(error)
+        return None
+
+    def _saved(self, job: SaveJob, saved: Saved) -> None:
+        with self._lock:
+            self._report.saves[job.job] = saved.outcome
+            self._stats.add("saves")
+            self._stats.add("save_drops", not saved.outcome.complete)
+            self._stats.add("save_bytes", saved.nbytes)
+            self._stats.add("save_seconds", saved.seconds)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
@@ -272,13 +303,17 @@ class WorkerSide:
             self._pending.discard(future)
         error = future.exception()
         if error is not None:
-            logger.error("a transfer ended with an error that was not foreseen; its chunks are misses", exc_info=error)
+            _log_unforeseen(error)
 
     def _drain(self) -> None:
         """Wait for all jobs that were started."""
         with self._lock:
             pending = set(self._pending)
         wait(pending)
+
+
+def _log_unforeseen(error: BaseException) -> None:
+    logger.error("a transfer ended with an error that was not foreseen; its chunks are misses", exc_info=error)
 
 
 def _at_once(work: Callable[[], None]) -> None:
