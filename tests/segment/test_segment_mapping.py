@@ -73,14 +73,6 @@ class Lent:
         assert device == "host"
         return self.importing
 
-    def importing_slabs(self) -> list[MappedSlab]:
-        """All slabs, as the importing side has them mapped."""
-        slots = [self.map.pin(at(index)) for index in self.slabs]
-        for slot in slots:
-            assert slot is not None
-            self.map.unpin(slot)
-        return [slot.slab for slot in slots if slot is not None]
-
     def close(self) -> None:
         self.map.close()
         self.broker.close()
@@ -164,33 +156,6 @@ def test_every_address_lies_inside_its_slab(lent: Lent) -> None:
             assert HEADER_BYTES <= slot.header_offset <= slot.payload_offset - HEADER_BYTES
             assert slot.payload_offset + location.slot_bytes <= slot.slab.nbytes
             lent.map.unpin(slot)
-
-    check()
-
-
-def test_pinning_a_prefix_is_pinning_one_by_one(lent: Lent) -> None:
-    """The same slots, up to the first that has none; each slab pinned once, and no pin is left in the end."""
-    lent.map.update(lent.info)
-    lent.map.prepare(1)
-    slots = st.integers(0, slab_geometry(MiB, SLOT).slots - 1)
-    good = st.builds(at, st.integers(0, 2), slots, st.sampled_from([SLOT, 2 * SLOT - 300]))
-    bad = st.builds(at, st.sampled_from([0, 3]), st.just(10**6), st.sampled_from([0, SLOT]), st.sampled_from([1, 9]))
-
-    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(st.lists(st.one_of(good, good, good, bad), max_size=12))
-    def check(locations: list[SlotLocation]) -> None:
-        singles = [lent.map.pin(location) for location in locations]
-        expected = singles[: next((i for i, slot in enumerate(singles) if slot is None), len(singles))]
-        for single in singles:
-            if single is not None:
-                lent.map.unpin(single)
-        pinned = lent.map.pin_prefix(locations)
-        assert pinned.slots == expected
-        used = {id(slot.slab) for slot in pinned.slots}
-        assert used <= {id(slab) for slab in pinned.slabs}
-        assert all(slab.pins for slab in pinned.slabs)
-        lent.map.unpin_all(pinned.slabs)
-        assert not any(slab.pins for slab in lent.importing_slabs())
 
     check()
 
