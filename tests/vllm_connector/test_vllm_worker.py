@@ -247,16 +247,18 @@ def test_saves_whose_blocks_nobody_holds_are_waited_for(worker: Any) -> None:
 
 
 def test_a_step_in_which_nothing_happens_makes_nothing(worker: Any) -> None:
-    from vcache.integrations.vllm.worker import NOTHING
-
-    report, stats = worker._report, worker._stats
+    """What the worker collects in is not replaced, and nothing that the runner gets is shared with it or with another step."""
+    report, stats, loaded, bad = worker._report, worker._stats, worker._loaded, worker._bad_blocks
     worker.start_loads(step(1))
     worker.start_saves(step(1))
-    assert worker.finished() is worker.finished(idle=True) is NOTHING
+    one, two = worker.finished(), worker.finished(idle=True)
+    assert one == two == (set(), set())
+    assert len({id(each) for each in (*one, *two, loaded, bad)}) == 6
     assert worker.report() is worker.take_stats() is None
     assert worker._report is report
     assert worker._stats is stats
-    assert not any(NOTHING)
+    assert worker._loaded is loaded
+    assert worker._bad_blocks is bad
 
 
 def test_without_a_store_everything_fails_and_nothing_hangs(worker: Any) -> None:

@@ -21,8 +21,6 @@ from .messages import Push, SessionInfo
 logger = logging.getLogger("vcache.manager")
 
 _READ_BYTES = 2**16
-_SEND_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-"""As an int: the enumeration's own operator costs more than the call."""
 _UCRED = struct.Struct("3i")
 
 Late = Callable[[bytes | bytearray], None]
@@ -247,7 +245,7 @@ class Connection:
         sent = 0
         while sent < len(data):
             try:
-                sent += self._socket.send(memoryview(data)[sent:] if sent else data, _SEND_FLAGS)
+                sent += self._socket.send(memoryview(data)[sent:] if sent else data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 if not self._writable(deadline - time.monotonic()):
                     self._unsent(request, sent)

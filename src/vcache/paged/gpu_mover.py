@@ -33,9 +33,10 @@ LOCAL_PROGRAMS_PER_SM = 3
 """Enough to saturate the GPU's memory."""
 PEER_PROGRAMS_PER_SM = 1
 """Fills NVLink: on two H200, 16 KiB pages, 32 / 64 / 132 programs read 301 / 367 / 372 GB/s where a peer copy makes 393."""
-HOST_PROGRAMS = {True: 32, False: 16}
-"""Stores, loads. Both fill PCIe; more would only disturb what else the GPU does: on an H200, 16 / 32 / 64 programs read 51
-GB/s, and decoding beside them loses 12 / 18 / 21%."""
+HOST_STORE_PROGRAMS = 32
+"""More than PCIe takes; more would only disturb what else the GPU does."""
+HOST_LOAD_PROGRAMS = 16
+"""Likewise: on an H200, 16 / 32 / 64 programs read 51 GB/s, and decoding beside them loses 12 / 18 / 21%."""
 TILE_UNITS = 1024
 """With units of 16 bytes, a tile is 16 KiB, of which each thread moves 64 bytes."""
 INTERPRETED_PROGRAMS = 2
@@ -196,7 +197,7 @@ class GpuMover(Mover):
         if not self._system:
             return INTERPRETED_PROGRAMS
         if "host" in devices:
-            return HOST_PROGRAMS[store]
+            return HOST_STORE_PROGRAMS if store else HOST_LOAD_PROGRAMS
         return (LOCAL_PROGRAMS_PER_SM if devices == {self._uuid} else PEER_PROGRAMS_PER_SM) * self._processors
 
 
@@ -252,7 +253,7 @@ class GpuTransfer(Transfer):
     @property
     def seconds(self) -> float:
         """As `Transfer.seconds`: of stores, by the GPU's clock."""
-        if self._begin is None or self._failure is not None or not self.done():
+        if self._begin is None or not self.done() or self._failure is not None:
             return 0.0
         return float(self._begin.elapsed_time(self.event)) / 1e3
 

@@ -48,10 +48,6 @@ class Finished(NamedTuple):
     """Blocks that were to be loaded and hold something else."""
 
 
-NOTHING = Finished(set(), set())
-"""Returned by every step in which nothing ended: not to be changed."""
-
-
 class WorkerSide:
     """Called by the model runner's thread; the work is done by a few threads of its own.
 
@@ -138,12 +134,12 @@ class WorkerSide:
     def finished(self, *, idle: bool = False) -> Finished:
         """What ended since the last call. Does not block; in an idle step, up to `IDLE_WAIT` for the first load that ends."""
         if not self._loading and not self._bad_blocks:
-            return NOTHING
+            return Finished(set(), set())
         with self._lock:
             if idle and self._loading:
                 self._load_ended.wait_for(lambda: self._loaded, IDLE_WAIT)
             if not self._loaded and not self._bad_blocks:
-                return NOTHING
+                return Finished(set(), set())
             result = Finished(self._loaded, self._bad_blocks)
             self._loading -= len(self._loaded)
             self._loaded, self._bad_blocks = set(), set()
