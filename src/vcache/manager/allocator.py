@@ -174,8 +174,8 @@ class Segment:
 class Allocator:
     """All mounted segments. Pure bookkeeping; every call is O(1) in the number of chunks unless it says otherwise."""
 
-    def __init__(self, floor: int) -> None:
-        """`floor`: generations of new slabs start above it (the manager's epoch)."""
+    def __init__(self, floor: int, first_segment: int = 1) -> None:
+        """`floor`: generations of new slabs start above it (the manager's epoch). `first_segment`: number of the first one."""
         self.segments: dict[int, Segment] = {}
         """By number."""
         self.by_uuid: dict[bytes, Segment] = {}
@@ -186,7 +186,7 @@ class Allocator:
         self.version = 0
         """Grows whenever slabs come or go, or can be read by others than before."""
         self.floor = floor
-        self._last_number = 0
+        self._last_number = first_segment - 1
 
     @staticmethod
     def slab_key(number: int, index: int) -> int:

@@ -100,12 +100,12 @@ class Session:
 class Core:
     """Shared state. Not thread-safe; no I/O; time is passed in."""
 
-    def __init__(self, config: ManagerConfig, epoch: int) -> None:
+    def __init__(self, config: ManagerConfig, epoch: int, first_segment: int = 1) -> None:
         self.config = config
         self.epoch = epoch
         self.sessions: dict[bytes, Session] = {}
         self.chunks = ChunkTable(make_policy(config.eviction))
-        self.allocator = Allocator(epoch)
+        self.allocator = Allocator(epoch, first_segment)
         self.leases = LeaseTable(config.lease_ttl)
         self.writes = WriteTable()
         self.counters = Counters()
