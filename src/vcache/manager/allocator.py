@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -143,9 +144,9 @@ class Segment:
         self.slabs: dict[int, Slab] = {}
         self.dropped: set[int] = set()
         """Indices that were given back and never return while mounted."""
-        self.open: dict[int, dict[int, Slab]] = {}
+        self.open: dict[int, OrderedDict[int, Slab]] = {}
         """Slot size -> slabs of that size with a free slot. Empty ones last."""
-        self.empty: dict[int, Slab] = {}
+        self.empty: OrderedDict[int, Slab] = OrderedDict()
         """Slabs without a slot in use, formatted or not."""
         self.nbytes = 0
         self.busy = 0
@@ -271,7 +272,7 @@ class Allocator:
         if slab.geometry is not None:
             self._close(segment, slab, slab.geometry.stride)
             if slab.counts[FREE]:
-                segment.open.setdefault(slab.geometry.stride, {})[slab.index] = slab
+                segment.open.setdefault(slab.geometry.stride, OrderedDict())[slab.index] = slab
         if slab.busy:
             segment.empty.pop(slab.index, None)
         else:

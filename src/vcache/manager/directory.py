@@ -177,6 +177,7 @@ class Directory:
             raise ProtocolError(f"acquire: shard {shard}")
         if lease:
             return self._locate(session, keys, shard, lease, now)
+        core.check_leases(client)
         found = self._prefix(session, keys)
         packed = b"".join([record.packed for record in found])
         if shard or len(packed) != LOCATION_BYTES * len(found):
