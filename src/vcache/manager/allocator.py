@@ -11,7 +11,7 @@ from ..errors import IntegrityError
 from ..segment.slots import SegmentInfo, SlabGeometry, SlabInfo, SlotLocation, slab_geometry
 from .hosts import HostMemory, tier_of
 from .messages import Placement
-from .records import FREE, USED, Owner, Record, Wipe, state_of
+from .records import FREE, QUARANTINED, UNREAD, USED, Owner, Record, Unread, Wipe, state_of
 
 MAX_SLOTS = 1 << 20
 """A slab that would hold more is not used for that slot size: its tables would cost more than it is worth."""
@@ -28,12 +28,14 @@ class Slab:
     __slots__ = (
         "address",
         "buried",
+        "closed",
         "counter",
         "counts",
         "format_generation",
         "free",
         "geometry",
         "index",
+        "listed",
         "nbytes",
         "owners",
         "segment",
@@ -56,7 +58,11 @@ class Slab:
         """None until first formatted. An empty slab keeps it until it is formatted for another slot size."""
         self.owners: list[Owner | None] = []
         self.free = array("I")
-        """Free slots, the next one last."""
+        """Free slots, the next one last; and some that were free, because what lies in the middle is not looked for."""
+        self.listed = bytearray()
+        """For each slot 1 if it is in `free`, where none is twice."""
+        self.closed = False
+        """Its headers are being read: no slot is given out."""
         self.counts = [0, 0, 0, 0]
         """Slots by state (rule I5)."""
         self.stale: dict[int, Traces] = {}
@@ -100,16 +106,17 @@ class Slab:
         self.share = self.nbytes // geometry.slots if geometry.slots else 0
         self.format_generation = format_generation
         self.owners = [None] * geometry.slots
-        self.recount()
+        self.free = array("I", range(geometry.slots - 1, -1, -1))
+        self.listed = bytearray(b"\1") * geometry.slots
+        self.counts = [geometry.slots, 0, 0, 0]
 
-    def recount(self) -> None:
-        """Rebuild the free list and the counts from the owners."""
-        owners = self.owners
-        self.free = array("I", (slot for slot in range(len(owners) - 1, -1, -1) if owners[slot] is None))
-        self.counts = [len(self.free), 0, 0, 0]
-        for owner in owners:
-            if owner is not None:
-                self.counts[state_of(owner)] += 1
+    def close(self) -> None:
+        """Give out nothing until every slot without a holder was released again (see `UNREAD`). O(slots), but fast."""
+        self.closed = True
+        self.owners = [UNREAD if owner is None else owner for owner in self.owners]
+        self.counts[QUARANTINED] += self.counts[FREE]
+        self.counts[FREE] = 0
+        self.free, self.listed = array("I"), bytearray(len(self.owners))
 
     def location(self, slot: int, tokens: int, generation: int) -> SlotLocation:
         assert self.segment is not None
@@ -122,11 +129,17 @@ class Slab:
         counts = [0, 0, 0, 0]
         for slot, owner in enumerate(self.owners):
             counts[state_of(owner)] += 1
-            if owner is not None and not isinstance(owner, Record) and (owner.slab is not self or owner.slot != slot):
+            if isinstance(owner, Unread):
+                if not self.closed:
+                    raise IntegrityError(f"I5: {where}: slot {slot} was never read")
+            elif owner is not None and not isinstance(owner, Record) and (owner.slab is not self or owner.slot != slot):
                 raise IntegrityError(f"I5: {where}: slot {slot} is held by one who believes to hold another slot")
         if counts != self.counts or sum(counts) != (self.geometry.slots if self.geometry else 0):
             raise IntegrityError(f"I5: {where}: states counted {counts}, recorded {self.counts}, capacity {self.slots}")
-        if sorted(self.free) != [slot for slot, owner in enumerate(self.owners) if owner is None]:
+        listed = [slot for slot, flag in enumerate(self.listed) if flag]
+        if sorted(self.free) != listed or any(
+            owner is None and not self.listed[slot] for slot, owner in enumerate(self.owners)
+        ):
             raise IntegrityError(f"I5: {where}: free list and owners differ")
         if self.geometry is not None and (self.counter < self.format_generation or self.counter & 1):
             raise IntegrityError(f"I4: {where}: counter {self.counter} below format generation {self.format_generation} or odd")
@@ -266,24 +279,17 @@ class Allocator:
             segment.memory.busy[segment.tier] += slots * slab.share
 
     def refresh(self, slab: Slab) -> None:
-        """Sort an attached slab among the open and the empty ones, after `layout` or `recount`."""
+        """Sort an attached slab among the open and the empty ones, after `layout` or when it is closed no longer."""
         segment = slab.segment
         assert segment is not None
         if slab.geometry is not None:
             self._close(segment, slab, slab.geometry.stride)
-            if slab.counts[FREE]:
+            if slab.counts[FREE] and not slab.closed:
                 segment.open.setdefault(slab.geometry.stride, OrderedDict())[slab.index] = slab
-        if slab.busy:
+        if slab.busy or slab.closed:
             segment.empty.pop(slab.index, None)
         else:
             segment.empty[slab.index] = slab
-
-    def recount(self, slab: Slab) -> None:
-        """Owners of an attached slab were changed by hand: bring everything else in line. O(slots)."""
-        before = slab.busy
-        slab.recount()
-        self._occupy(slab, slab.busy - before)
-        self.refresh(slab)
 
     @staticmethod
     def _close(segment: Segment, slab: Slab, stride: int) -> None:
@@ -333,11 +339,15 @@ class Allocator:
         self.refresh(slab)
 
     def take(self, slab: Slab) -> int:
-        """A free slot, which the caller must give an owner at once (`hold`)."""
-        return slab.free.pop()
+        """A free slot, which the caller must give an owner at once (`hold`). There must be one."""
+        while True:
+            slot = slab.free.pop()
+            slab.listed[slot] = 0
+            if slab.owners[slot] is None:
+                return slot
 
     def hold(self, slab: Slab, slot: int, owner: Owner) -> None:
-        """Make `owner` the holder of a slot just taken."""
+        """Make `owner` the holder of a free slot."""
         segment, geometry = slab.segment, slab.geometry
         assert segment is not None
         assert geometry is not None
@@ -357,7 +367,9 @@ class Allocator:
         slab.counts[state_of(owner)] -= 1
         slab.counts[FREE] += 1
         slab.owners[slot] = None
-        slab.free.append(slot)
+        if not slab.listed[slot]:
+            slab.listed[slot] = 1
+            slab.free.append(slot)
         segment, geometry = slab.segment, slab.geometry
         if segment is None or geometry is None:
             return
@@ -391,10 +403,11 @@ class Allocator:
                 if slab.segment is not segment or self.slabs.get(self.slab_key(segment.number, index)) is not slab:
                     raise IntegrityError(f"{where}: not where it believes to be")
                 nbytes += slab.nbytes
-                if (index in segment.empty) != (slab.busy == 0):
+                if (index in segment.empty) != (slab.busy == 0 and not slab.closed):
                     raise IntegrityError(f"{where}: {slab.busy} busy slots, among the empty: {index in segment.empty}")
                 listed = [stride for stride, group in segment.open.items() if index in group]
-                expected = [slab.geometry.stride] if slab.geometry is not None and slab.counts[FREE] else []
+                grants = slab.geometry is not None and slab.counts[FREE] and not slab.closed
+                expected = [slab.geometry.stride] if slab.geometry is not None and grants else []
                 if listed != expected:
                     raise IntegrityError(f"{where}: open for slot sizes {listed}, expected {expected}")
                 busy += slab.busy * (slab.geometry.stride if slab.geometry else 0)

@@ -1,7 +1,8 @@
 """The manager's heart: a pure state machine. Events in, replies and instructions out; no sockets, threads or clocks.
 
 Who calls it serialises the calls, passes the time (seconds, any origin, never backwards) and the client id of the session,
-carries out `take_instructions()` after every call, and calls `tick` no later than `next_deadline()`.
+carries out `take_instructions()` after every call, and calls `tick` no later than `next_deadline()`. `begin_mount`,
+`begin_remove` and `begin_clear` go on in the background, by `work`; without `begin_` they do all of it at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..keys import DIGEST_BYTES
 from ..segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation
 from .core import Core, Instruction, Session
 from .integrity import check_core
+from .jobs import SLICE, Job
 from .lending import Lending
 from .messages import (
     AcquireReply,
@@ -62,11 +64,19 @@ class Directory:
     `ManagerRefusedError` without one, `ProtocolError` for arguments that no conforming client sends; nothing has changed
     then. Keys are 16-byte digests."""
 
-    def __init__(self, config: ManagerConfig | None = None, *, epoch: int, now: float = 0.0, first_segment: int = 1) -> None:
+    def __init__(
+        self,
+        config: ManagerConfig | None = None,
+        *,
+        epoch: int,
+        now: float = 0.0,
+        first_segment: int = 1,
+        slice_size: int = SLICE,
+    ) -> None:
         """`epoch`: even, above every generation that an earlier manager gave out (nanoseconds since 1970). `first_segment`:
-        number of the first segment (`random_first_segment`)."""
+        number of the first segment (`random_first_segment`). `slice_size`: slots or keys that `work` goes through in a call."""
         config = config if config is not None else ManagerConfig()
-        self._core = core = Core(config, epoch + (epoch & 1), first_segment)
+        self._core = core = Core(config, epoch + (epoch & 1), first_segment, slice_size)
         self._moves = MoveDesk(core)
         self._spills = SpillDesk(core)
         self._puts = PutDesk(core, self._moves)
@@ -127,6 +137,7 @@ class Directory:
     def tick(self, now: float) -> None:
         """Everything that is due: sessions, leases, tickets, quarantines."""
         core = self._core
+        core.now = now
         core.tick_clock(now)
         # The same sum as in `next_deadline`: rounding must not leave it due for ever.
         timeout = core.config.session_timeout
@@ -153,6 +164,16 @@ class Directory:
         """What to send, in order; empties the outbox."""
         instructions, self._core.outbox = self._core.outbox, []
         return instructions
+
+    @property
+    def has_work(self) -> bool:
+        """Whether jobs are under way: call `work` soon, and again and again, with everybody else's calls in between."""
+        return bool(self._core.jobs)
+
+    def work(self, now: float) -> None:
+        """Do one slice of one of the jobs under way, below a millisecond or so."""
+        self._core.now = now
+        self._core.jobs.step()
 
     # Reading
 
@@ -294,13 +315,21 @@ class Directory:
 
     def remove(self, client: bytes, keys: Sequence[bytes], now: float) -> RemovalReply:
         """See `ManagerApi.remove`; gone at once here, and for good when the tokens are no longer outstanding."""
+        return RemovalReply(*self.begin_remove(client, keys, now).finish())
+
+    def begin_remove(self, client: bytes, keys: Sequence[bytes], now: float) -> Job[tuple[int, list[int]]]:
+        """`remove` as a job for `work`: the parts of a `RemovalReply`."""
         self._core.session(client, now)
-        return RemovalReply(*self._removal.remove(keys))
+        return self._core.jobs.begin(self._removal.remove(keys))
 
     def clear(self, client: bytes, namespace: bytes, now: float) -> RemovalReply:
         """See `ManagerApi.clear`. Writes under way are not affected. O(chunks)."""
+        return RemovalReply(*self.begin_clear(client, namespace, now).finish())
+
+    def begin_clear(self, client: bytes, namespace: bytes, now: float) -> Job[tuple[int, list[int]]]:
+        """`clear` as a job for `work`: the parts of a `RemovalReply`. What is stored meanwhile may stay."""
         self._core.session(client, now)
-        return RemovalReply(*self._removal.clear(namespace))
+        return self._core.jobs.begin(self._removal.clear(namespace))
 
     def outstanding(self, tokens: Iterable[int]) -> bool:
         """Whether a lender still has to zero headers for any of these tokens. False once its session is gone."""
@@ -315,6 +344,11 @@ class Directory:
 
     def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float) -> int:
         """See `ManagerApi.mount`. O(slots)."""
+        return self.begin_mount(client, info, inventory, now).finish()
+
+    def begin_mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float) -> Job[int]:
+        """`mount` as a job for `work`: it is mounted at once, and its chunks come bit by bit. Its result raises
+        `ManagerRefusedError` when the segment is mounted again or goes before the end."""
         self._core.session(client, now)
         return self._lending.mount(client, info, inventory, now)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 from ..errors import ManagerRefusedError, ProtocolError
 from ..keys import DIGEST_BYTES
 from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory
 from .allocator import Segment, Slab
 from .core import Core
-from .inventory import SlabFindings, judge_inventory
+from .inventory import SlabHeaders, check_inventory
+from .jobs import Job
 from .messages import ResizeRequested, SegmentGone, SegmentMounted, WriterLost
 from .puts import PutDesk
-from .records import PROCESSING, QUARANTINED, USED, Record, Wipe, Write
+from .records import PROCESSING, QUARANTINED, UNREAD, USED, Record, Wipe, Write
 from .recovery import Recovery
 from .removal import Removal
 
@@ -44,12 +45,15 @@ class Lending:
         self._removal = removal
         self._recovery = Recovery(core, puts, removal)
         self._away: dict[bytes, _Away] = {}
+        self._reading: dict[bytes, Job[int]] = {}
+        """Latest mount of each segment, by uuid."""
 
-    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float) -> int:
-        """See `ManagerApi.mount`. Raises `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
+    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float) -> Job[int]:
+        """See `ManagerApi.mount`. The slots are free for use slab by slab, as their headers have been read. Raises
+        `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
         core = self._core
         _check_info(client, info)
-        findings = judge_inventory(info, inventory)
+        headers = check_inventory(info, inventory)
         segment = core.allocator.by_uuid.get(info.uuid)
         if segment is not None:
             self._owned(client, info.uuid)
@@ -60,20 +64,23 @@ class Lending:
             known = self._away.pop(info.uuid, None)
             away = known if known is not None else _Away(client, {}, 0, now)
             segment = core.allocator.add_segment(info)
-        slabs: list[tuple[SlabInfo, Slab | None, SlabFindings]] = []
         for slab_info in info.slabs:
             held = away.slabs.get(slab_info.index)
             if held is not None and held.nbytes == slab_info.nbytes and held.busy:
                 del away.slabs[slab_info.index]
             else:
                 held = None
-            slabs.append((slab_info, held, findings.get(slab_info.index) or SlabFindings()))
+            self._recovery.attach(segment, slab_info, held, headers.get(slab_info.index))
         for slab in away.slabs.values():
             self._void(slab)
-        self._recovery.adopt(segment, slabs, away.event, now)
         self._announce(segment)
+        job = self._reading[info.uuid] = core.jobs.begin(self._read(segment, headers, away.event))
+        return job
+
+    def _read(self, segment: Segment, headers: dict[int, SlabHeaders], since: int) -> Generator[None, None, int]:
+        number = yield from self._recovery.read(segment, headers, since)
         self._ask_for_writers(segment)
-        return segment.number
+        return number
 
     def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
         """See `ManagerApi.unmount`."""
@@ -181,11 +188,10 @@ class Lending:
 
     def _ask_for_writers(self, segment: Segment) -> None:
         writers = {
-            owner.writer
-            for slab in segment.slabs.values()
-            if slab.counts[QUARANTINED]
-            for owner in slab.owners
-            if isinstance(owner, Write) and owner.state == QUARANTINED and owner.writer not in self._core.sessions
+            writer
+            for writer, writes in self._core.writes.by_writer.items()
+            if writer not in self._core.sessions
+            and any(write.state == QUARANTINED and write.slab.segment is segment for write in writes.values())
         }
         for writer in sorted(writers):
             self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=writer))
@@ -199,7 +205,10 @@ class Lending:
 
     def _vacate(self, segment: Segment, now: float) -> _Away:
         """Take all slabs out of the segment. Its chunks are misses; unfinished writes stay where they are."""
-        away = _Away(segment.info.owner, {}, self._removal.event, now)
+        reading = self._reading.pop(segment.info.uuid, None)
+        if reading is not None:
+            reading.cancel(ManagerRefusedError("mount: taken back, or repeated, before all headers were read"))
+        away = _Away(segment.info.owner, {}, self._removal.done, now)
         for slab in list(segment.slabs.values()):
             if not self._empty(slab):
                 away.event = 0
@@ -211,10 +220,12 @@ class Lending:
     def _empty(self, slab: Slab) -> bool:
         """Drop all that a slab holds, except unfinished writes, which lapse. False if removed chunks may be in its memory."""
         core = self._core
-        clean = None not in slab.stale.values() and None not in slab.buried.values()
+        clean = not slab.closed and None not in slab.stale.values() and None not in slab.buried.values()
         slab.stale, slab.buried = {}, {}
-        for owner in list(slab.owners):
-            if isinstance(owner, Record):
+        for slot, owner in enumerate(slab.owners):
+            if owner is UNREAD:
+                core.allocator.release(slab, slot)
+            elif isinstance(owner, Record):
                 if owner.packed:
                     core.counters.evictions += 1
                     core.forget(owner)
@@ -226,6 +237,7 @@ class Lending:
             elif isinstance(owner, Wipe):
                 clean = False
                 core.end_wipe(owner)
+        slab.closed = False
         return clean
 
     def _void(self, slab: Slab) -> None:

@@ -108,6 +108,9 @@ class Peer(asyncio.Protocol):
     def reply(self, request: int, payload: bytes) -> None:
         self.send(self._reply(request, payload))
 
+    def refuse(self, request: int, error: VCacheError) -> None:
+        self.send(protocol.frame(request, protocol.ERROR, protocol.encode_error(error)))
+
     def send(self, data: bytes) -> None:
         """Write, unless too much waits already: then the peer is too slow and is disconnected."""
         transport = self._transport
@@ -202,8 +205,7 @@ class Peer(asyncio.Protocol):
             refusal: VCacheError = error
         except Exception:
             logger.exception("a request of %s failed inside the manager", self)
-            service.count("internal_errors")
-            refusal = ManagerRefusedError("the manager failed at this request; its log has the details")
+            refusal = service.failure()
         return b"" if code == protocol.RELEASE else protocol.frame(request, protocol.ERROR, protocol.encode_error(refusal))
 
     def _reply(self, request: int, payload: bytes) -> bytes:

@@ -75,7 +75,7 @@ class _Placer:
                     if isinstance(owner, Record) and owner.packed:
                         core.counters.evictions += 1
                         core.forget(owner)
-            elif victim is not None:
+            elif victim is not None and core.makes_room(victim):
                 core.counters.evictions += 1
                 core.forget(victim)
             else:
