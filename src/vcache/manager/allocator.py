@@ -100,15 +100,18 @@ class Slab:
             return True
         return any(isinstance(owner, Wipe) for owner in self.owners)
 
-    def layout(self, geometry: SlabGeometry, format_generation: int) -> None:
-        """Forget all slots and start with free ones of this geometry."""
+    def layout(self, geometry: SlabGeometry, format_generation: int, *, closed: bool = False) -> None:
+        """Forget all slots and start with free ones of this geometry; `closed`: with such as after `close`."""
         self.geometry = geometry
         self.share = self.nbytes // geometry.slots if geometry.slots else 0
         self.format_generation = format_generation
-        self.owners = [None] * geometry.slots
-        self.free = array("I", range(geometry.slots - 1, -1, -1))
-        self.listed = bytearray(b"\1") * geometry.slots
-        self.counts = [geometry.slots, 0, 0, 0]
+        self.closed = closed
+        if closed:
+            self.owners, self.counts = [UNREAD] * geometry.slots, [0, 0, 0, geometry.slots]
+            self.free, self.listed = array("I"), bytearray(geometry.slots)
+        else:
+            self.owners, self.counts = [None] * geometry.slots, [geometry.slots, 0, 0, 0]
+            self.free, self.listed = array("I", range(geometry.slots - 1, -1, -1)), bytearray(b"\1") * geometry.slots
 
     def close(self) -> None:
         """Give out nothing until every slot without a holder was released again (see `UNREAD`). O(slots), but fast."""

@@ -33,14 +33,14 @@ class Recovery:
         if held is not None:
             slab = held
             slab.address = info.address
+            if headers is not None:
+                slab.close()
         else:
             slab = Slab(info.index, info.nbytes, 0, info.address)
             if headers is not None:
-                slab.layout(headers.geometry, headers.format_generation)
+                slab.layout(headers.geometry, headers.format_generation, closed=True)
         _raise_counter(slab, max(floor, headers.format_generation if headers is not None else 0))
         slab.stale, slab.buried = {}, {}
-        if headers is not None:
-            slab.close()
         self._core.allocator.attach(segment, slab)
 
     def read(self, segment: Segment, inventory: dict[int, SlabHeaders], since: int) -> Generator[None, None, int]:

@@ -67,14 +67,16 @@ class Removal:
         with self._begun():
             self._note(namespace)
             every = list(self._core.chunks.visible.values())
+            every.reverse()
             tokens: list[int] = []
             removed = 0
-            for start in range(0, len(every), step):
+            while every:
                 victims = [
                     record
-                    for record in every[start : start + step]
+                    for record in every[-step:]
                     if record.packed and (not namespace or name_of(record.space) == namespace)
                 ]
+                del every[-step:]  # So that their memory is not given back all at once either.
                 removed += len(victims)
                 tokens += self._hide(victims)
                 yield
