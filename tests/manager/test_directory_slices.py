@@ -8,7 +8,7 @@ from directory_cases import ME, header, lone, slab_of
 from vcache.config import ManagerConfig
 from vcache.errors import ManagerRefusedError
 from vcache.manager.directory import Directory
-from vcache.manager.messages import PutRequest, WipeSlots
+from vcache.manager.messages import PutRequest, Ticket, WipeSlots
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory, SlotHeader, slab_bytes_for, slab_geometry
 
 SLOTS = 12
@@ -214,3 +214,60 @@ def test_tokens_of_wipes_differ_between_managers():
         tokens.append(set(directory.clear(ME, b"", 0.0).tokens))
     assert tokens[0]
     assert tokens[0].isdisjoint(tokens[1])
+
+
+def test_tickets_for_very_many_chunks_are_given_slice_by_slice():
+    """One request for 200,000 chunks kept everybody waiting for most of a second; so did `tiers`."""
+    directory, info, _ = big(slabs=2)
+    directory.mount(ME, info, [], 0.0)
+    names = [name(number) for number in range(10)]
+    request = PutRequest(keys=names, namespace=b"n" * 16, parent=name(99), first_index=1, tokens=[4] * 10, slot_bytes=256)
+    job = directory.begin_put_start(OTHER, request, 0.0)
+    assert not job.done
+    directory.check_integrity()
+    assert put(directory, names[0]) == "busy"
+    finish(directory)
+    grants = job.result()
+    assert [grant.status for grant in grants] == ["granted"] * 10
+    tickets = [Ticket(key, 0, grant.location.generation) for key, grant in zip(names, grants, strict=True)]
+    assert directory.put_end(OTHER, tickets, 0.0) == [True] * 10
+    directory.check_integrity()
+    levels = directory.begin_tiers(OTHER, [*names, name(50)], 0.0)
+    assert not levels.done
+    finish(directory)
+    assert levels.result() == [1] * 10 + [-1]
+    # Tails go first: the chunks know what they follow, over the pauses too.
+    assert put(directory, b"y" * 16) == "granted"
+    parents = [directory._core.chunks.visible[key].parent for key in names]
+    assert [parent.key if parent else b"" for parent in parents] == [name(99), *names[:-1]]
+
+
+@pytest.mark.parametrize("event", ["disconnect", "hello"])
+def test_tickets_are_not_given_to_a_session_that_ended_meanwhile(event):
+    directory, info, _ = big(slabs=2)
+    directory.mount(ME, info, [], 0.0)
+    names = [name(number) for number in range(10)]
+    request = PutRequest(keys=names, namespace=b"n" * 16, parent=b"", first_index=0, tokens=[4] * 10, slot_bytes=256)
+    job = directory.begin_put_start(OTHER, request, 0.0)
+    if event == "hello":
+        directory.open_session(OTHER, "o", "engine", 0.0)
+    else:
+        directory.close_session(OTHER, 0.0)
+    finish(directory)
+    with pytest.raises(ManagerRefusedError, match="session is over"):
+        job.result()
+    gauges = directory.stats(0.0).gauges
+    assert (gauges["slots_processing"], gauges["chunks_pending"]) == (0, 0)
+    assert gauges["slots_quarantined"] == (0 if event == "hello" else 4)
+
+
+def test_a_segment_that_goes_between_two_slices_gives_no_more_slots():
+    directory, info, _ = big(slabs=1)
+    directory.mount(ME, info, [], 0.0)
+    names = [name(number) for number in range(10)]
+    request = PutRequest(keys=names, namespace=b"n" * 16, parent=b"", first_index=0, tokens=[4] * 10, slot_bytes=256)
+    job = directory.begin_put_start(OTHER, request, 0.0)
+    directory.unmount(ME, info.uuid, 0.0)
+    finish(directory)
+    assert [grant.status for grant in job.result()] == ["granted"] * 4 + ["no_space"] * 6
+    directory.check_integrity()

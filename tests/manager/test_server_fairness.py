@@ -6,10 +6,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from manager_helpers import RawClient, serving
+from manager_helpers import RawClient, serving, wait_until
 
 from vcache.bench.population import mount_population, random_keys
 from vcache.manager import protocol, service
+from vcache.manager.peer import Peer
 from vcache.segment.slots import SegmentInfo, SlabHeader, SlabInfo, SlabInventory, slab_bytes_for
 
 
@@ -57,4 +58,36 @@ def test_a_mount_that_is_repeated_or_taken_back_is_answered(tmp_path: Path, monk
         assert answers[5].code == protocol.ERROR
         assert "before all headers were read" in str(protocol.decode_error(answers[5].payload))
         assert answers[6].code == protocol.OK
+        raw.close()
+
+
+def test_a_burst_of_one_client_is_answered_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that one client had sent at once was answered before anybody else was: 20,000 small requests kept the others waiting
+    for a second, and newcomers outside."""
+    order: list[str] = []
+    call = service.Service.call
+
+    def record(self: service.Service, peer: Peer, number: int, request: protocol.Request) -> bytes | None:
+        order.append(peer.name)
+        return call(self, peer, number, request)
+
+    monkeypatch.setattr(service.Service, "call", record)
+    with serving(f"unix://{tmp_path}/m.sock") as server:
+        other, raw = server.client(name="other", heartbeat_interval=5.0), RawClient(server.address)
+        raw.hello()
+        count = 10_000
+        request = protocol.encode_request(protocol.Stats())
+        raw.send(b"".join(protocol.frame(number, protocol.CALL, request) for number in range(1, count + 1)))
+        wait_until(lambda: len(order) > 10, what="the burst has begun")
+        newcomer = server.client(name="newcomer", heartbeat_interval=5.0)
+        newcomer.segments()
+        other.segments()
+        assert order.count("raw") < count, "the others waited for the end of the burst"
+        for number in range(1, count + 1):
+            frame = raw.receive()
+            assert frame is not None
+            assert (frame.request, frame.code) == (number, protocol.OK)
+        assert order.count("raw") == count
+        for client in (other, newcomer):
+            client.close()
         raw.close()

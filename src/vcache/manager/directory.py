@@ -1,14 +1,14 @@
 """The manager's heart: a pure state machine. Events in, replies and instructions out; no sockets, threads or clocks.
 
 Who calls it serialises the calls, passes the time (seconds, any origin, never backwards) and the client id of the session,
-carries out `take_instructions()` after every call, and calls `tick` no later than `next_deadline()`. `begin_mount`,
-`begin_remove` and `begin_clear` go on in the background, by `work`; without `begin_` they do all of it at once.
+carries out `take_instructions()` after every call, and calls `tick` no later than `next_deadline()`. What
+`begin_...` begins goes on bit by bit, by `work`; without `begin_` all of it is done at once.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ from .messages import (
     Ticket,
 )
 from .moves import MoveDesk
-from .puts import PutDesk
+from .puts import PutDesk, check_request
 from .reach import readable, readable_prefix
 from .records import FREE, PROCESSING, QUARANTINED, USED, Record
 from .removal import Removal
@@ -218,15 +218,25 @@ class Directory:
 
     def tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> list[int]:
         """See `ManagerApi.tiers`."""
-        unreadable = self._core.unreadable(self._core.session(client, now))
-        segments = self._core.allocator.segments
-        levels: list[int] = []
-        for key in keys:
-            record = self._find(key)
-            if record is None or (unreadable and not readable(record, unreadable)):
-                levels.append(-1)
-            else:
-                levels.append(max(int(segments[place.segment].info.kind == "host") for place in record.places()))
+        return self.begin_tiers(client, keys, now).finish()
+
+    def begin_tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> Job[list[int]]:
+        """`tiers` as a job for `work`."""
+        return self._core.jobs.begin(self._tiers(self._core.session(client, now), keys))
+
+    def _tiers(self, session: Session, keys: Sequence[bytes]) -> Generator[None, None, list[int]]:
+        core, levels = self._core, list[int]()
+        segments = core.allocator.segments
+        for start in range(0, len(keys), core.slice_size):
+            unreadable = core.unreadable(session)
+            for key in keys[start : start + core.slice_size]:
+                record = self._find(key)
+                if record is None or (unreadable and not readable(record, unreadable)):
+                    levels.append(-1)
+                else:
+                    levels.append(max(int(segments[place.segment].info.kind == "host") for place in record.places()))
+            if start + core.slice_size < len(keys):
+                yield
         return levels
 
     def _prefix(self, session: Session, keys: Sequence[bytes]) -> list[Record]:
@@ -278,12 +288,20 @@ class Directory:
     def put_start(self, client: bytes, request: PutRequest, now: float) -> list[PutGrant]:
         """See `ManagerApi.put_start`. `exists` also when the writer cannot read the copy that exists, on another host: one
         copy of a chunk is all that the pool keeps. May instruct to ask the writer for room."""
+        return self.begin_put_start(client, request, now).finish()
+
+    def begin_put_start(self, client: bytes, request: PutRequest, now: float) -> Job[list[PutGrant]]:
+        """`put_start` as a job for `work`."""
+        session = self._core.session(client, now)
+        check_request(request)
+        return self._core.jobs.begin(self._put_start(session, request))
+
+    def _put_start(self, session: Session, request: PutRequest) -> Generator[None, None, list[PutGrant]]:
         core = self._core
-        session = core.session(client, now)
-        grants = self._puts.start(client, request, now)
+        grants = yield from self._puts.start(session.client, request)
         memory = core.allocator.hosts.get(session.host) if session.host and session.role == "engine" else None
-        if memory is not None and memory.wants_room(core.config.high_watermark, now):
-            core.push(client, RoomWanted())
+        if memory is not None and memory.wants_room(core.config.high_watermark, core.now):
+            core.push(session.client, RoomWanted())
         return grants
 
     def put_end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:

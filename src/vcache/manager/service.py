@@ -128,6 +128,10 @@ class Service:
         match request:
             case protocol.Mount(info, inventory):
                 job = directory.begin_mount(peer.client, info, [*self._take_parts(peer, info.uuid), *inventory], now)
+            case protocol.PutStart(put):
+                job = directory.begin_put_start(peer.client, put, now)
+            case protocol.Tiers(keys):
+                job = directory.begin_tiers(peer.client, keys, now)
             case protocol.Remove(keys):
                 job = directory.begin_remove(peer.client, keys, now)
             case protocol.Clear(namespace):
@@ -144,16 +148,12 @@ class Service:
         """The verb's result; None for those that have none."""
         directory, client, now = self._directory, peer.client, self._clock()
         match request:
-            case protocol.PutStart(put):
-                return directory.put_start(client, put, now)
             case protocol.PutEnd(tickets):
                 return directory.put_end(client, tickets, now)
             case protocol.Demote(nbytes, avoid):
                 return directory.demote(client, nbytes, avoid, now)
             case protocol.PlanSpill(nbytes, avoid):
                 return directory.spill(client, nbytes, avoid, now)
-            case protocol.Tiers(keys):
-                return directory.tiers(client, keys, now)
             case protocol.DropSlabs(uuid, nbytes):
                 return directory.drop_slabs(client, uuid, nbytes, now)
             case protocol.Segments():
@@ -221,7 +221,7 @@ class Service:
     def _result(self, promise: _Promise) -> bytes | None:
         """The answer that a job came to, or None if it must wait for lenders. Raises what the job raised."""
         result = promise.job.result()
-        if isinstance(result, int):
+        if not isinstance(result, tuple):
             return protocol.encode_reply(result)
         removed, tokens = result
         answer = protocol.encode_reply(removed)
