@@ -140,8 +140,8 @@ def held_store(writer: Host, tokens: list[int], *places: tuple[str, int]) -> Ite
 def test_nobody_gets_a_slot_that_a_ticket_of_an_earlier_manager_may_still_write(
     cluster: Cluster, host: Callable[[], Host], first: tuple[str, int]
 ) -> None:
-    """A restarted manager knew of unfinished writes only by their odd headers. Slots whose header was still to come were granted
-    anew; the new writer took the old one's odd header over, and the old one then wrote over its published chunk."""
+    """A restarted manager knew of unfinished writes only by their odd headers. Slots whose header was still to come were given
+    out anew; the new writer took the old one's odd header over, and the old one then wrote over its published chunk."""
     cluster.lend(size="64KiB", slab="64KiB")
     writer, other = host(), host()
     other.store(prompt(0))
