@@ -317,8 +317,8 @@ class VCacheEngine:
     def _later(
         self, tokens: Any, mask: Any, kvcaches: KVCaches, slot_mapping: torch.Tensor, offset: int
     ) -> tuple[Prompt, _Target, torch.Tensor, StreamFollower]:
-        """What another thread needs. Nothing of it changes when the caller uses its arguments for the next call: a slot mapping in
-        VRAM is copied in the caller's stream, before the point from which the work follows. Raises as `_check`."""
+        """What another thread needs. Nothing of it changes when the caller uses its arguments for the next call: a slot mapping
+        in VRAM is copied in the caller's stream, before the point from which the work follows. Raises as `_check`."""
         self._check_open()
         target: _Target = self.bind(kvcaches)
         prompt = self._check(tokens, mask, slot_mapping, offset, target.cache)
