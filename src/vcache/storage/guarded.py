@@ -37,8 +37,8 @@ class _Read(NamedTuple):
 
 
 class GuardedStorage(StorageTier):
-    """Runs another tier's calls in threads of its own. A call that outlasts its deadline is left behind and raises; whatever the
-    tier raises becomes a `StorageError`; after some failures calls raise at once. Then probes in the background find out when
+    """Runs another tier's calls in threads of its own. A call that outlasts its deadline is left behind and raises; whatever
+    the tier raises is a `StorageError`; after some failures calls raise at once. Then probes in the background find out when
     the tier is well again, and no caller waits for them: a look-up for a key that nobody has, and the read that failed last,
     since a directory may answer while those who hold the values do not. Reads (`prefix`, `get`) and writes (`put`, `remove`)
     have threads of their own, so that a slow write does not delay a look-up. The threads do not hold up the end of the
