@@ -38,6 +38,7 @@ class Slab:
         "segment",
         "share",
         "stale",
+        "writers",
     )
 
     def __init__(self, index: int, nbytes: int, counter: int, address: int = 0) -> None:
@@ -62,6 +63,9 @@ class Slab:
         """Slots whose memory may still carry headers of chunks that the directory no longer has there."""
         self.buried: dict[int, Traces] = {}
         """The same from before the slab was formatted anew; they count only until somebody wrote the new slab header."""
+        self.writers: set[bytes] = set()
+        """Clients that may be amid a write of a ticket that an earlier manager gave: until they have left, no slot of the slab
+        is given to anybody (rule I3)."""
 
     @property
     def slots(self) -> int:
@@ -150,6 +154,8 @@ class Segment:
         self.nbytes = 0
         self.busy = 0
         """Payload bytes of slots that are not free."""
+        self.fence = 0
+        """Of its write gate, as of its last mount; goes with every ticket."""
 
     def describe(self) -> SegmentInfo:
         """What every client is told."""
@@ -187,6 +193,8 @@ class Allocator:
         """Grows whenever slabs come or go, or can be read by others than before."""
         self.floor = floor
         self._last_number = 0
+        self.awaiting: set[Slab] = set()
+        """Attached slabs that wait for writers."""
 
     @staticmethod
     def slab_key(number: int, index: int) -> int:
@@ -255,6 +263,31 @@ class Allocator:
             self._close(segment, slab, slab.geometry.stride)
         self._occupy(slab, -slab.busy)
         slab.segment = None
+        # The next mount of this memory says who is in it then.
+        slab.writers.clear()
+        self.awaiting.discard(slab)
+
+    def await_writer(self, slab: Slab, client: bytes) -> None:
+        """Give nobody a slot in this attached slab before `writer_left`."""
+        slab.writers.add(client)
+        self.awaiting.add(slab)
+        self.refresh(slab)
+
+    def writer_left(self, slab: Slab, client: bytes) -> None:
+        """Undo `await_writer`. Idempotent."""
+        if client in slab.writers:
+            slab.writers.discard(client)
+            if not slab.writers:
+                self.awaiting.discard(slab)
+                self.refresh(slab)
+
+    def awaited(self, client: bytes) -> list[Slab]:
+        """Slabs that wait for this client."""
+        return [slab for slab in self.awaiting if client in slab.writers]
+
+    def raise_floor(self, floor: int) -> None:
+        """Generations of slabs that are attached from now on start above `floor`, too."""
+        self.floor = max(self.floor, floor + (floor & 1))
 
     @staticmethod
     def _occupy(slab: Slab, slots: int) -> None:
@@ -270,9 +303,9 @@ class Allocator:
         assert segment is not None
         if slab.geometry is not None:
             self._close(segment, slab, slab.geometry.stride)
-            if slab.counts[FREE]:
+            if slab.counts[FREE] and not slab.writers:
                 segment.open.setdefault(slab.geometry.stride, {})[slab.index] = slab
-        if slab.busy:
+        if slab.busy or slab.writers:
             segment.empty.pop(slab.index, None)
         else:
             segment.empty[slab.index] = slab
@@ -390,10 +423,11 @@ class Allocator:
                 if slab.segment is not segment or self.slabs.get(self.slab_key(segment.number, index)) is not slab:
                     raise IntegrityError(f"{where}: not where it believes to be")
                 nbytes += slab.nbytes
-                if (index in segment.empty) != (slab.busy == 0):
+                if (index in segment.empty) != (slab.busy == 0 and not slab.writers):
                     raise IntegrityError(f"{where}: {slab.busy} busy slots, among the empty: {index in segment.empty}")
                 listed = [stride for stride, group in segment.open.items() if index in group]
-                expected = [slab.geometry.stride] if slab.geometry is not None and slab.counts[FREE] else []
+                granted = slab.geometry is not None and slab.counts[FREE] and not slab.writers
+                expected = [slab.geometry.stride] if slab.geometry is not None and granted else []
                 if listed != expected:
                     raise IntegrityError(f"{where}: open for slot sizes {listed}, expected {expected}")
                 busy += slab.busy * (slab.geometry.stride if slab.geometry else 0)

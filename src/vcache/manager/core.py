@@ -167,7 +167,8 @@ class Core:
         self.allocator.hold(slab, slot, write)
         self.writes.add(write)
         self.writes.time(write, now + self.config.ticket_ttl)
-        return write, PutGrant("granted", location, slab.format_generation, slab.slots)
+        assert slab.segment is not None
+        return write, PutGrant("granted", location, slab.format_generation, slab.slots, slab.segment.fence)
 
     def replace(self, record: Record, shard: int, packed: bytes) -> None:
         """Another copy takes the place of a visible chunk's shard: trace and free the old slot. The new slot is the caller's
