@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -147,9 +148,9 @@ class Segment:
         self.slabs: dict[int, Slab] = {}
         self.dropped: set[int] = set()
         """Indices that were given back and never return while mounted."""
-        self.open: dict[int, dict[int, Slab]] = {}
+        self.open: dict[int, OrderedDict[int, Slab]] = {}
         """Slot size -> slabs of that size with a free slot. Empty ones last."""
-        self.empty: dict[int, Slab] = {}
+        self.empty: OrderedDict[int, Slab] = OrderedDict()
         """Slabs without a slot in use, formatted or not."""
         self.nbytes = 0
         self.busy = 0
@@ -180,8 +181,8 @@ class Segment:
 class Allocator:
     """All mounted segments. Pure bookkeeping; every call is O(1) in the number of chunks unless it says otherwise."""
 
-    def __init__(self, floor: int) -> None:
-        """`floor`: generations of new slabs start above it (the manager's epoch)."""
+    def __init__(self, floor: int, first_segment: int = 1) -> None:
+        """`floor`: generations of new slabs start above it (the manager's epoch). `first_segment`: number of the first one."""
         self.segments: dict[int, Segment] = {}
         """By number."""
         self.by_uuid: dict[bytes, Segment] = {}
@@ -192,8 +193,8 @@ class Allocator:
         self.version = 0
         """Grows whenever slabs come or go, or can be read by others than before."""
         self.floor = floor
-        self._last_number = 0
-        self.awaiting: set[Slab] = set()
+        self._last_number = first_segment - 1
+        self.awaiting: dict[Slab, None] = {}
         """Attached slabs that wait for writers."""
 
     @staticmethod
@@ -265,12 +266,12 @@ class Allocator:
         slab.segment = None
         # The next mount of this memory says who is in it then.
         slab.writers.clear()
-        self.awaiting.discard(slab)
+        self.awaiting.pop(slab, None)
 
     def await_writer(self, slab: Slab, client: bytes) -> None:
         """Give nobody a slot in this attached slab before `writer_left`."""
         slab.writers.add(client)
-        self.awaiting.add(slab)
+        self.awaiting[slab] = None
         self.refresh(slab)
 
     def writer_left(self, slab: Slab, client: bytes) -> None:
@@ -278,7 +279,7 @@ class Allocator:
         if client in slab.writers:
             slab.writers.discard(client)
             if not slab.writers:
-                self.awaiting.discard(slab)
+                self.awaiting.pop(slab, None)
                 self.refresh(slab)
 
     def awaited(self, client: bytes) -> list[Slab]:
@@ -304,7 +305,7 @@ class Allocator:
         if slab.geometry is not None:
             self._close(segment, slab, slab.geometry.stride)
             if slab.counts[FREE] and not slab.writers:
-                segment.open.setdefault(slab.geometry.stride, {})[slab.index] = slab
+                segment.open.setdefault(slab.geometry.stride, OrderedDict())[slab.index] = slab
         if slab.busy or slab.writers:
             segment.empty.pop(slab.index, None)
         else:

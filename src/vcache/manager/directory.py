@@ -6,6 +6,7 @@ carries out `take_instructions()` after every call, and calls `tick` no later th
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
@@ -63,10 +64,11 @@ class Directory:
     `ManagerRefusedError` without one, `ProtocolError` for arguments that no conforming client sends; nothing has changed
     then. Keys are 16-byte digests."""
 
-    def __init__(self, config: ManagerConfig | None = None, *, epoch: int, now: float = 0.0) -> None:
-        """`epoch`: even, above every generation that an earlier manager gave out (nanoseconds since 1970)."""
+    def __init__(self, config: ManagerConfig | None = None, *, epoch: int, now: float = 0.0, first_segment: int = 1) -> None:
+        """`epoch`: even, above every generation that an earlier manager gave out (nanoseconds since 1970). `first_segment`:
+        number of the first segment (`random_first_segment`)."""
         config = config if config is not None else ManagerConfig()
-        self._core = core = Core(config, epoch + (epoch & 1))
+        self._core = core = Core(config, epoch + (epoch & 1), first_segment)
         self._moves = MoveDesk(core)
         self._spills = SpillDesk(core)
         self._puts = PutDesk(core, self._moves)
@@ -179,6 +181,7 @@ class Directory:
             raise ProtocolError(f"acquire: shard {shard}")
         if lease:
             return self._locate(session, keys, shard, lease, now)
+        core.check_leases(client)
         found = self._prefix(session, keys)
         packed = b"".join([record.packed for record in found])
         if shard or len(packed) != LOCATION_BYTES * len(found):
@@ -413,6 +416,12 @@ class Directory:
     def check_integrity(self) -> None:
         """Raises `IntegrityError` naming the rule (I2-I6, I9, I10) that does not hold. O(everything)."""
         check_core(self._core, list(self._lending.away_slabs()))
+
+
+def random_first_segment() -> int:
+    """A number to begin with, so that a segment's number in one epoch means nothing in another: whoever still holds the
+    segments of an earlier manager finds none under a number of this one. Leaves as many numbers above as below, within u32."""
+    return 2**16 + secrets.randbelow(2**31)
 
 
 def _plan_bytes(nbytes: int) -> int:

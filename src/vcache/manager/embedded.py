@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from ..config import ManagerConfig
 from ..errors import ManagerUnavailableError
 from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory
-from .directory import Directory, RemovalReply
+from .directory import Directory, RemovalReply, random_first_segment
 from .dispatch import Audience, Dispatcher
 from .messages import (
     AcquireReply,
@@ -56,7 +56,7 @@ class EmbeddedManager:
         self._closed = False
         self._dispatcher = Dispatcher("vcache-manager-events")
         self._audience = Audience(self._dispatcher)
-        self._directory = Directory(config, epoch=time.time_ns() & ~1, now=clock())
+        self._directory = Directory(config, epoch=time.time_ns() & ~1, now=clock(), first_segment=random_first_segment())
         session = self._directory.open_session(self._client, name, role, clock(), host=host, remote=remote)
         self._audience.session_began(session)
 
