@@ -61,7 +61,7 @@ MUTANTS: dict[str, Mutant] = dict(
         _one("wrong", 33, SC, "granted in spite of `wait`"),
         _one("wrong", 34, SC, "`wait` cleared by a clock"),
         _one("stuck", 18, World(managers=1, remount=True), "grants carry the F of an earlier mount"),
-        _one("stuck", 32, World(floors=(10, 4)), "a refusal is not reported"),
+        _one("stuck", 32, World(floors=(20, 4)), "the clock alone says where generations start"),
         # Coming and going.
         _one("wrong", 40, World(memory="TSO", kill=True), "hang-up told before the last store has landed", World(kill=True)),
         _one("wrong", 34, SC, "hello amid a write"),

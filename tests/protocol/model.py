@@ -85,8 +85,6 @@ class Client(NamedTuple):
     """Counted as writing (between enter and leave)."""
     visitor: str = ""
     """The other thread: "", "inside", "done"."""
-    found: int = 0
-    """Generation that it was refused for."""
     session: int = 1
     map: int = 1
     """Epochs of its session and of its map of segments."""
@@ -130,6 +128,8 @@ class Lender(NamedTuple):
     """Where it stands in the mount program, 1-based; 0: nothing to do."""
     epoch: int = 0
     mounts: int = 1
+    floor: int = 0
+    """Where the generations of the latest manager that it heard of start."""
     seen: tuple[int | None, ...] = ()
     buffer: tuple[tuple[int, int], ...] = ()
 
@@ -377,7 +377,7 @@ class Model:
                 return
             if me.session == ticket.epoch == manager.epoch:
                 manager = self.finish(manager, me, published=op == "put_end")
-            me, pc = me._replace(ticket=None, found=0), IDLE - 1
+            me, pc = me._replace(ticket=None), IDLE - 1
         elif op == "session?":
             ok = me.session == ticket.epoch
             text = f"its session is still that of its ticket{'' if ok else ' no more: gives up'}"
@@ -388,8 +388,6 @@ class Model:
             else:
                 ok = found == ticket.fence if op == "F?" else found <= (ticket.format if op == "H?" else ticket.generation - 1)
             text = f"finds {name(word)}={found}" + ("" if ok else ", gives up")
-            if op == "G?" and not ok:
-                me = me._replace(found=found)
         else:
             memory, me = self.store(memory, me, word, value)
             text = f"{name(word)}={value}"
@@ -404,8 +402,6 @@ class Model:
         slab = manager.slabs[ticket.slab]
         if (slab.writer, slab.generation) == (me.number, ticket.generation) and slab.state in ("granted", "resting"):
             slab = slab._replace(state="visible" if published and slab.state == "granted" else "free")
-        if not self.deviates("a refusal is not reported"):
-            slab = slab._replace(counter=max(slab.counter, me.found + (me.found & 1)))
         return with_slab(manager, ticket.slab, slab)
 
     # -- lender --------------------------------------------------------------------------------------------------------
@@ -449,7 +445,10 @@ class Model:
             return steps
         note = ""
         if me.pc == 0:
-            me = me._replace(pc=1, epoch=manager.epoch, mounts=me.mounts + 1, seen=(None,) * len(self.read_words))
+            floor = self.world.floors[manager.epoch - 1]
+            if not self.deviates("the clock alone says where generations start"):
+                floor = max(floor, me.floor, self.world.floors[0])
+            me = Lender(1, manager.epoch, me.mounts + 1, floor, (None,) * len(self.read_words), me.buffer)
             note = f"mounts for M{manager.epoch}: "
         pc = me.pc
         op, items = self.mount_program[pc - 1]
@@ -490,7 +489,7 @@ class Model:
             busy = frozenset(number for number in CLIENTS if seen.get(s * SIZE + F + number))
             slab = Slab(
                 "free",
-                max(held.counter, self.world.floors[me.epoch - 1], generation + (generation & 1)),
+                max(held.counter, me.floor, generation + (generation & 1)),
                 self.fence_word(me.epoch, me.mounts, s) if self.gate else 0,
                 busy - manager.sessions,
             )
@@ -599,7 +598,7 @@ class Model:
 
     def stuck(self, state: State) -> str:
         """What never works again, in a state in which nothing but faults could still happen. A client that is new must be able
-        to put into every slot, with its second ticket at the latest."""
+        to put into every slot, refused at most once for each ticket that earlier managers gave."""
         memory, manager, first, second, _, _ = state
         if not manager.mounted:
             return f"M{manager.epoch} is not mounted"
@@ -614,8 +613,8 @@ class Model:
                 return f"slab {index} is never granted again: {describe(slab)}"
             if self.gate and words[F] != slab.fence:
                 return f"slab {index}: its F={words[F]} fits no ticket, they carry {slab.fence}"
-            if self.deviates("a refusal is not reported") and words[G] > slab.counter + 3:
-                return f"slab {index}: every put is refused, {slab.counter + 2} and {slab.counter + 4} for G={words[G]}"
+            if words[G] > slab.counter + 1 + 2 * sum(self.world.puts):
+                return f"slab {index}: put after put is refused for G={words[G]}, the next offers {slab.counter + 2}"
         return ""
 
     def initial(self) -> State:
