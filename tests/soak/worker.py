@@ -21,7 +21,7 @@ from vcache import KVCacheSpec, VCacheConfig, VCacheEngine
 from vcache.errors import VCacheError
 from vcache.pool import ChunkPool
 
-LAYOUT, BLOCKS, BLOCK_SIZE = "2BNHD", 18, 8
+LAYOUT, BLOCKS, BLOCK_SIZE = "2BNHD", 24, 8
 
 
 class Speaker:
