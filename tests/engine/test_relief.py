@@ -129,7 +129,7 @@ def test_a_target_that_is_too_small_is_refused(world: World) -> None:
     maker = world.maker()
     header = world.fill(VRAM, 0)
     small = world.location(DRAM, 0, FORMAT + 500, slot_bytes=512)
-    move = world.move(header, 0, 0, grant=PutGrant("granted", small, FORMAT, 50))
+    move = world.move(header, 0, 0, grant=PutGrant("granted", small, FORMAT, 50, world.fence))
     world.plan_moves(move)
     world.make_room(maker)
     assert world.manager.of("put_revoke") == [[ticket(move)]]
