@@ -358,7 +358,7 @@ class World(Relief):
         info = next(info for info in self.directory.segments() if info.number == location.segment)
         assert info.host == client.host
         allocator = self.directory._core.allocator
-        assert not allocator.slab_at(location).closed, "granted among slots whose headers nobody has read"
+        assert not allocator.slab_at(location).unread, "granted among slots whose headers nobody has read"
         slab_header = SlabHeader(grant.format_generation, location.slot_bytes, grant.slots)
         flight = Flight(client.id, info.uuid, header, slab_header, location.slab, location.slot, self.epoch)
         assert slab_geometry(SLAB_BYTES, location.slot_bytes).slots == grant.slots

@@ -10,6 +10,7 @@ from manager_helpers import RawClient, serving, wait_until
 
 from vcache.bench.population import mount_population, random_keys
 from vcache.manager import protocol, service
+from vcache.manager.messages import GateReport
 from vcache.manager.peer import Peer
 from vcache.segment.slots import SegmentInfo, SlabHeader, SlabInfo, SlabInventory, slab_bytes_for
 
@@ -47,8 +48,8 @@ def test_a_mount_that_is_repeated_or_taken_back_is_answered(tmp_path: Path, monk
             uuid=b"u" * 16, kind="host", host="h", device="host", broker="", owner=b"r" * 16, slabs=(SlabInfo(0, nbytes),)
         )
         headers = SlabInventory(0, SlabHeader(2, 256, slots).pack(), bytes(64) * slots)
-        mount = protocol.frame(5, protocol.CALL, protocol.encode_request(protocol.Mount(info, [headers])))
-        again = protocol.frame(6, protocol.CALL, protocol.encode_request(protocol.Mount(info, [headers])))
+        mount = protocol.frame(5, protocol.CALL, protocol.encode_request(protocol.Mount(info, [headers], GateReport())))
+        again = protocol.frame(6, protocol.CALL, protocol.encode_request(protocol.Mount(info, [headers], GateReport())))
         raw.send(mount + again)
         answers = {}
         while {5, 6} - set(answers):

@@ -28,7 +28,6 @@ class Slab:
     __slots__ = (
         "address",
         "buried",
-        "closed",
         "counter",
         "counts",
         "format_generation",
@@ -41,6 +40,8 @@ class Slab:
         "segment",
         "share",
         "stale",
+        "unread",
+        "writers",
     )
 
     def __init__(self, index: int, nbytes: int, counter: int, address: int = 0) -> None:
@@ -61,18 +62,26 @@ class Slab:
         """Free slots, the next one last; and some that were free, because what lies in the middle is not looked for."""
         self.listed = bytearray()
         """For each slot 1 if it is in `free`, where none is twice."""
-        self.closed = False
-        """Its headers are being read: no slot is given out."""
+        self.unread = False
+        """Its headers are being read: until that is done, no slot is given to anybody."""
         self.counts = [0, 0, 0, 0]
         """Slots by state (rule I5)."""
         self.stale: dict[int, Traces] = {}
         """Slots whose memory may still carry headers of chunks that the directory no longer has there."""
         self.buried: dict[int, Traces] = {}
         """The same from before the slab was formatted anew; they count only until somebody wrote the new slab header."""
+        self.writers: set[bytes] = set()
+        """Clients that may be amid a write of a ticket that an earlier manager gave: until they have left, no slot of the slab
+        is given to anybody (rule I3)."""
 
     @property
     def slots(self) -> int:
         return len(self.owners)
+
+    @property
+    def closed(self) -> bool:
+        """Whether no slot is given to anybody now."""
+        return self.unread or bool(self.writers)
 
     @property
     def busy(self) -> int:
@@ -100,22 +109,22 @@ class Slab:
             return True
         return any(isinstance(owner, Wipe) for owner in self.owners)
 
-    def layout(self, geometry: SlabGeometry, format_generation: int, *, closed: bool = False) -> None:
-        """Forget all slots and start with free ones of this geometry; `closed`: with such as after `close`."""
+    def layout(self, geometry: SlabGeometry, format_generation: int, *, unread: bool = False) -> None:
+        """Forget all slots and start with free ones of this geometry; `unread`: with none, as after `unread_all`."""
         self.geometry = geometry
         self.share = self.nbytes // geometry.slots if geometry.slots else 0
         self.format_generation = format_generation
-        self.closed = closed
-        if closed:
+        self.unread = unread
+        if unread:
             self.owners, self.counts = [UNREAD] * geometry.slots, [0, 0, 0, geometry.slots]
             self.free, self.listed = array("I"), bytearray(geometry.slots)
         else:
             self.owners, self.counts = [None] * geometry.slots, [geometry.slots, 0, 0, 0]
             self.free, self.listed = array("I", range(geometry.slots - 1, -1, -1)), bytearray(b"\1") * geometry.slots
 
-    def close(self) -> None:
+    def unread_all(self) -> None:
         """Give out nothing until every slot without a holder was released again (see `UNREAD`). O(slots), but fast."""
-        self.closed = True
+        self.unread = True
         self.owners = [UNREAD if owner is None else owner for owner in self.owners]
         self.counts[QUARANTINED] += self.counts[FREE]
         self.counts[FREE] = 0
@@ -133,7 +142,7 @@ class Slab:
         for slot, owner in enumerate(self.owners):
             counts[state_of(owner)] += 1
             if isinstance(owner, Unread):
-                if not self.closed:
+                if not self.unread:
                     raise IntegrityError(f"I5: {where}: slot {slot} was never read")
             elif owner is not None and not isinstance(owner, Record) and (owner.slab is not self or owner.slot != slot):
                 raise IntegrityError(f"I5: {where}: slot {slot} is held by one who believes to hold another slot")
@@ -146,6 +155,11 @@ class Slab:
             raise IntegrityError(f"I5: {where}: free list and owners differ")
         if self.geometry is not None and (self.counter < self.format_generation or self.counter & 1):
             raise IntegrityError(f"I4: {where}: counter {self.counter} below format generation {self.format_generation} or odd")
+
+
+def slab_id(segment: int, slab: int) -> bytes:
+    """`SlotLocation.slab_id` of what lies there."""
+    return segment.to_bytes(4, "little") + slab.to_bytes(2, "little")
 
 
 class Segment:
@@ -167,6 +181,8 @@ class Segment:
         self.nbytes = 0
         self.busy = 0
         """Payload bytes of slots that are not free."""
+        self.fence = 0
+        """Of its write gate, as of its last mount; goes with every ticket."""
 
     def describe(self) -> SegmentInfo:
         """What every client is told."""
@@ -204,6 +220,10 @@ class Allocator:
         """Grows whenever slabs come or go, or can be read by others than before."""
         self.floor = floor
         self._last_number = first_segment - 1
+        self.awaiting: dict[Slab, None] = {}
+        """Attached slabs that wait for writers."""
+        self.closed: set[bytes] = set()
+        """Attached slabs that are closed, by `slab_id`."""
 
     @staticmethod
     def slab_key(number: int, index: int) -> int:
@@ -272,6 +292,32 @@ class Allocator:
             self._close(segment, slab, slab.geometry.stride)
         self._occupy(slab, -slab.busy)
         slab.segment = None
+        # The next mount of this memory says who is in it then.
+        slab.writers.clear()
+        self.awaiting.pop(slab, None)
+        self.closed.discard(slab_id(segment.number, slab.index))
+
+    def await_writer(self, slab: Slab, client: bytes) -> None:
+        """Give nobody a slot in this attached slab before `writer_left`."""
+        slab.writers.add(client)
+        self.awaiting[slab] = None
+        self.refresh(slab)
+
+    def writer_left(self, slab: Slab, client: bytes) -> None:
+        """Undo `await_writer`. Idempotent."""
+        if client in slab.writers:
+            slab.writers.discard(client)
+            if not slab.writers:
+                self.awaiting.pop(slab, None)
+                self.refresh(slab)
+
+    def awaited(self, client: bytes) -> list[Slab]:
+        """Slabs that wait for this client."""
+        return [slab for slab in self.awaiting if client in slab.writers]
+
+    def raise_floor(self, floor: int) -> None:
+        """Generations of slabs that are attached from now on start above `floor`, too."""
+        self.floor = max(self.floor, floor + (floor & 1))
 
     @staticmethod
     def _occupy(slab: Slab, slots: int) -> None:
@@ -282,9 +328,13 @@ class Allocator:
             segment.memory.busy[segment.tier] += slots * slab.share
 
     def refresh(self, slab: Slab) -> None:
-        """Sort an attached slab among the open and the empty ones, after `layout` or when it is closed no longer."""
+        """Sort an attached slab among the open, the empty and the closed ones, after `layout` or when it closed or opened."""
         segment = slab.segment
         assert segment is not None
+        if slab.closed:
+            self.closed.add(slab_id(segment.number, slab.index))
+        elif self.closed:
+            self.closed.discard(slab_id(segment.number, slab.index))
         if slab.geometry is not None:
             self._close(segment, slab, slab.geometry.stride)
             if slab.counts[FREE] and not slab.closed:
@@ -393,6 +443,9 @@ class Allocator:
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` naming the rule. O(slots)."""
+        closed = {slab_id(slab.segment.number, slab.index) for slab in self.slabs.values() if slab.closed and slab.segment}
+        if closed != self.closed:
+            raise IntegrityError("I5: slabs that give out nothing are counted wrongly")
         if sum(len(segment.slabs) for segment in self.segments.values()) != len(self.slabs):
             raise IntegrityError("I5: slabs of segments and slabs in the table differ")
         sums = {host: ([0, 0], [0, 0]) for host in self.hosts}

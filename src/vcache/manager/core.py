@@ -110,6 +110,7 @@ class Core:
         self.sessions: dict[bytes, Session] = {}
         self.chunks = ChunkTable(make_policy(config.eviction))
         self.allocator = Allocator(epoch, first_segment)
+        self.chunks.policy.closed = self.allocator.closed
         self.leases = LeaseTable(config.lease_ttl)
         self.writes = WriteTable()
         self.counters = Counters()
@@ -176,7 +177,8 @@ class Core:
         self.allocator.hold(slab, slot, write)
         self.writes.add(write)
         self.writes.time(write, now + self.config.ticket_ttl)
-        return write, PutGrant("granted", location, slab.format_generation, slab.slots)
+        assert slab.segment is not None
+        return write, PutGrant("granted", location, slab.format_generation, slab.slots, slab.segment.fence)
 
     def replace(self, record: Record, shard: int, packed: bytes) -> None:
         """Another copy takes the place of a visible chunk's shard: trace and free the old slot. The new slot is the caller's
@@ -232,10 +234,6 @@ class Core:
             raise ManagerRefusedError(
                 f"this session holds too many leases ({self.leases.count(client)}, or too many chunks in them); release some"
             )
-
-    def makes_room(self, victim: Record) -> bool:
-        """Whether a slot can be given out at once when this visible chunk goes: not while the headers beside it are read."""
-        return not all(self.allocator.slab_at(place).closed for place in victim.places())
 
     def unpinned(self, records: Iterable[Record]) -> None:
         """Leases let go of these records: ghosts among them may disappear."""

@@ -22,6 +22,8 @@ from .jobs import SLICE, Job
 from .lending import Lending
 from .messages import (
     AcquireReply,
+    GateReport,
+    GateWriter,
     MovePlan,
     PutGrant,
     PutRequest,
@@ -105,6 +107,7 @@ class Directory:
         if client in core.sessions:
             self.close_session(client, now, goodbye=False)
         self._puts.writer_idle(client)
+        self._lending.writer_idle(client)
         core.sessions[client] = Session(client, name, role, now, host, remote)
         core.counters.sessions += 1
         for segment in core.allocator.segments.values():
@@ -123,6 +126,7 @@ class Directory:
         core.unpinned(core.leases.drop_client(client))
         if goodbye:
             self._puts.writer_idle(client)
+            self._lending.writer_idle(client)
         self._lending.lender_gone(client, now, goodbye=goodbye)
         if not goodbye:
             self._lending.writer_lost(client)
@@ -360,15 +364,24 @@ class Directory:
 
     # Lending
 
-    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float) -> int:
+    def mount(
+        self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport | None = None
+    ) -> int:
         """See `ManagerApi.mount`. O(slots)."""
-        return self.begin_mount(client, info, inventory, now).finish()
+        return self.begin_mount(client, info, inventory, now, gate).finish()
 
-    def begin_mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float) -> Job[int]:
+    def begin_mount(
+        self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport | None = None
+    ) -> Job[int]:
         """`mount` as a job for `work`: it is mounted at once, and its chunks come bit by bit. Its result raises
         `ManagerRefusedError` when the segment is mounted again or goes before the end."""
         self._core.session(client, now)
-        return self._lending.mount(client, info, inventory, now)
+        return self._lending.mount(client, info, inventory, now, gate or GateReport())
+
+    def writers_left(self, client: bytes, uuid: bytes, writers: Sequence[GateWriter], now: float) -> None:
+        """See `ManagerApi.writers_left`."""
+        self._core.session(client, now)
+        self._lending.writers_left(client, uuid, writers)
 
     def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
         """See `ManagerApi.unmount`."""

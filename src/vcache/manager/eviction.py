@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Literal
 
 from ..errors import IntegrityError
+from ..segment.slots import LOCATION_BYTES
+from .reach import SLAB_PREFIX_BYTES
 from .records import Record
 
 _OURS = "\0"
@@ -111,6 +114,8 @@ class EvictionPolicy(ABC):
         self.queues: dict[int, Queue] = {}
         """By slot size in bytes."""
         self._sorts = 0
+        self.closed: AbstractSet[bytes] = frozenset()
+        """Slabs (`SlotLocation.slab_id`) in which room is of no use now."""
 
     def add(self, record: Record, slot_bytes: int) -> None:
         """A record became visible. Add a prompt's chunks from tail to head, so that the head is the newest."""
@@ -225,9 +230,13 @@ def tail_of(record: Record) -> tuple[Record, int]:
     return record, steps
 
 
-def evictable(record: Record, allowed: frozenset[int] | None) -> bool:
-    """Whether it may go now: visible, not leased, nothing below it, and in a segment that counts."""
+def evictable(record: Record, allowed: frozenset[int] | None, closed: AbstractSet[bytes]) -> bool:
+    """Whether it may go now: visible, not leased, nothing below it, in a segment that counts, and not in slabs of which no slot
+    is given to anybody now (`EvictionPolicy.closed`)."""
     if record.pins or record.children or not record.packed:
+        return False
+    packed = record.packed
+    if closed and all(packed[at : at + SLAB_PREFIX_BYTES] in closed for at in range(0, len(packed), LOCATION_BYTES)):
         return False
     return allowed is None or any(place.segment in allowed for place in record.places())
 
@@ -261,7 +270,7 @@ class LruPolicy(EvictionPolicy):
                 record = following
                 continue
             tail, depth = tail_of(record)
-            if evictable(tail, allowed):
+            if evictable(tail, allowed, self.closed):
                 if tail.used <= record.used or tail.queue is not queue:
                     return tail
                 self._lift(record, tail)
@@ -348,7 +357,7 @@ class SievePolicy(EvictionPolicy):
             else:
                 tail, depth = tail_of(record)
                 steps += 1 + depth
-                if evictable(tail, allowed):
+                if evictable(tail, allowed, self.closed):
                     if not tail.visited or spared >= MAX_STEPS // 4:
                         queue.hand = record
                         return tail

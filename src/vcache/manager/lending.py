@@ -11,7 +11,7 @@ from .allocator import Segment, Slab
 from .core import Core
 from .inventory import SlabHeaders, check_inventory
 from .jobs import Job
-from .messages import ResizeRequested, SegmentGone, SegmentMounted, WriterLost
+from .messages import GateReport, GateWriter, ResizeRequested, SegmentGone, SegmentMounted, WriterLost
 from .puts import PutDesk
 from .records import PROCESSING, QUARANTINED, UNREAD, USED, Record, Wipe, Write
 from .recovery import Recovery
@@ -48,7 +48,9 @@ class Lending:
         self._reading: dict[bytes, Job[int]] = {}
         """Latest mount of each segment, by uuid."""
 
-    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float) -> Job[int]:
+    def mount(
+        self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport
+    ) -> Job[int]:
         """See `ManagerApi.mount`. The slots are free for use slab by slab, as their headers have been read. Raises
         `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
         core = self._core
@@ -64,6 +66,8 @@ class Lending:
             known = self._away.pop(info.uuid, None)
             away = known if known is not None else _Away(client, {}, 0, now)
             segment = core.allocator.add_segment(info)
+        segment.fence = gate.fence
+        core.allocator.raise_floor(gate.floor)
         for slab_info in info.slabs:
             held = away.slabs.get(slab_info.index)
             if held is not None and held.nbytes == slab_info.nbytes and held.busy:
@@ -73,6 +77,10 @@ class Lending:
             self._recovery.attach(segment, slab_info, held, headers.get(slab_info.index))
         for slab in away.slabs.values():
             self._void(slab)
+        for writer in gate.writers:
+            # What a client with a session writes is known: it had nothing in flight when it said hello.
+            if writer.client not in core.sessions and writer.slab in segment.slabs:
+                core.allocator.await_writer(segment.slabs[writer.slab], writer.client)
         self._announce(segment)
         job = self._reading[info.uuid] = core.jobs.begin(self._read(segment, headers, away.event))
         return job
@@ -81,6 +89,19 @@ class Lending:
         number = yield from self._recovery.read(segment, headers, since)
         self._ask_for_writers(segment)
         return number
+
+    def writers_left(self, client: bytes, uuid: bytes, writers: Iterable[GateWriter]) -> None:
+        """See `ManagerApi.writers_left`."""
+        segment = self._owned(client, uuid)
+        for writer in writers:
+            slab = segment.slabs.get(writer.slab)
+            if slab is not None:
+                self._core.allocator.writer_left(slab, writer.client)
+
+    def writer_idle(self, client: bytes) -> None:
+        """The client says that it has no writes in flight (hello or goodbye)."""
+        for slab in self._core.allocator.awaited(client):
+            self._core.allocator.writer_left(slab, client)
 
     def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
         """See `ManagerApi.unmount`."""
@@ -220,7 +241,7 @@ class Lending:
     def _empty(self, slab: Slab) -> bool:
         """Drop all that a slab holds, except unfinished writes, which lapse. False if removed chunks may be in its memory."""
         core = self._core
-        clean = not slab.closed and None not in slab.stale.values() and None not in slab.buried.values()
+        clean = not slab.unread and None not in slab.stale.values() and None not in slab.buried.values()
         slab.stale, slab.buried = {}, {}
         for slot, owner in enumerate(slab.owners):
             if owner is UNREAD:
@@ -237,7 +258,7 @@ class Lending:
             elif isinstance(owner, Wipe):
                 clean = False
                 core.end_wipe(owner)
-        slab.closed = False
+        slab.unread = False
         return clean
 
     def _void(self, slab: Slab) -> None:

@@ -126,13 +126,7 @@ class MoveDesk:
             if slab is not None:
                 return slab
             victim = core.chunks.policy.victim(stride, way.allowed)
-            if (
-                victim is None
-                or victim.used > record.used
-                or victim is record
-                or victim in planned
-                or not core.makes_room(victim)
-            ):
+            if victim is None or victim.used > record.used or victim is record or victim in planned:
                 return None
             core.counters.evictions += 1
             core.forget(victim)

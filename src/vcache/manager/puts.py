@@ -82,7 +82,7 @@ class _Placer:
                     if isinstance(owner, Record) and owner.packed:
                         core.counters.evictions += 1
                         core.forget(owner)
-            elif victim is not None and core.makes_room(victim):
+            elif victim is not None:
                 core.counters.evictions += 1
                 core.forget(victim)
             else:
@@ -129,6 +129,7 @@ class _Placer:
         return (
             slab.segment is not None
             and slab.segment.number not in self._avoid
+            and not slab.closed
             and slab.counts[PROCESSING] == slab.counts[QUARANTINED] == 0
             and slab.counts[USED] > 0
             and 0 < geometry_of(slab.nbytes, self.stride).slots <= MAX_SLOTS

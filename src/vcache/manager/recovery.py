@@ -34,11 +34,11 @@ class Recovery:
             slab = held
             slab.address = info.address
             if headers is not None:
-                slab.close()
+                slab.unread_all()
         else:
             slab = Slab(info.index, info.nbytes, 0, info.address)
             if headers is not None:
-                slab.layout(headers.geometry, headers.format_generation, closed=True)
+                slab.layout(headers.geometry, headers.format_generation, unread=True)
         _raise_counter(slab, max(floor, headers.format_generation if headers is not None else 0))
         slab.stale, slab.buried = {}, {}
         self._core.allocator.attach(segment, slab)
@@ -56,7 +56,7 @@ class Recovery:
                     break  # It was given back meanwhile.
                 reader.read(slab, headers, range(end - 1, max(0, end - step) - 1, -1))
                 if end <= step:
-                    slab.closed = False
+                    slab.unread = False
                     self._core.allocator.refresh(slab)
                 yield
         yield from reader.sort()

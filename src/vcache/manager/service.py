@@ -126,8 +126,8 @@ class Service:
         directory, now = self._directory, self._clock()
         job: Job[Any]
         match request:
-            case protocol.Mount(info, inventory):
-                job = directory.begin_mount(peer.client, info, [*self._take_parts(peer, info.uuid), *inventory], now)
+            case protocol.Mount(info, inventory, gate):
+                job = directory.begin_mount(peer.client, info, [*self._take_parts(peer, info.uuid), *inventory], now, gate)
             case protocol.PutStart(put):
                 job = directory.begin_put_start(peer.client, put, now)
             case protocol.Tiers(keys):
@@ -179,6 +179,8 @@ class Service:
                 directory.add_slabs(client, uuid, slabs, now)
             case protocol.ImporterGone(uuid, importer):
                 directory.importer_gone(client, uuid, importer, now)
+            case protocol.WritersLeft(uuid, writers):
+                directory.writers_left(client, uuid, writers, now)
             case protocol.RequestResize(uuid, nbytes):
                 directory.request_resize(client, uuid, nbytes, now)
             case protocol.InventoryPart():

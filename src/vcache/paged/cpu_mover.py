@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from ctypes import c_char
 from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -76,7 +76,9 @@ class CpuMover(Mover):
         nbytes = sum(transfer.header.payload_bytes for transfer in transfers)
         if self._executor is None or len(transfers) < 2 or nbytes < PARALLEL_BYTES:
             return [move(transfer) for transfer in transfers]
-        return list(self._executor.map(move, transfers))
+        moving = [self._executor.submit(move, transfer) for transfer in transfers]
+        wait(moving)  # also when one breaks: whoever hears of that takes all as ended
+        return [each.result() for each in moving]
 
     def _store_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer, writer: bytes) -> bool:
         memory, offset = _buffer(transfer.slot.slab), transfer.slot.header_offset

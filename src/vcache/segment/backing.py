@@ -6,9 +6,13 @@ import ctypes
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..errors import SegmentError
 from .slots import SegmentKind, align_up
+
+if TYPE_CHECKING:
+    from .gate import WriteGate
 
 
 class MappedSlab:
@@ -28,6 +32,8 @@ class MappedSlab:
         "buffer",
         "device",
         "device_address",
+        "gate",
+        "index",
         "kind",
         "nbytes",
         "resource",
@@ -57,6 +63,10 @@ class MappedSlab:
         """Writable bytes of a host slab, format `B`, `nbytes` long; None for CUDA and after unmapping."""
         self.resource = resource
         """What the backing needs to unmap it; nobody else touches it."""
+        self.index = 0
+        """In its segment. With `gate` set by who lends or imports it, before anybody else sees the slab."""
+        self.gate: WriteGate | None = None
+        """That a write must pass; None: nothing may be written (memory of one's own that nobody else sees needs none)."""
         self._lock = threading.Lock()
         self._pins = 0
         self._retired = False
@@ -147,8 +157,9 @@ class SlabBacking(ABC):
     device: str
     """Where the memory lies, in the notation of `SegmentInfo.device`."""
     frees_under_importers: bool
-    """Whether `release` gives the memory back while importers still map it (host: yes, they then read zeros; VRAM: no, it
-    is free when the last importer unmaps)."""
+    """Whether `release` is sure to give the memory back while importers still map it, who then read zeros. VRAM: no, it is
+    free when the last importer unmaps. Host memory: yes, but for pages that an importer has pinned for its GPU: so only
+    where there is none."""
 
     @property
     @abstractmethod
@@ -174,8 +185,8 @@ class SlabBacking(ABC):
 
     @abstractmethod
     def release(self, slab: OwnedSlab) -> None:
-        """Give the memory of an owned slab back to the system (as far as importers allow: host memory at once, VRAM when the
-        last importer unmaps) and close its fd. The slab must be retired and idle. Idempotent."""
+        """Give the memory of an owned slab back to the system (as far as importers allow: host memory that nobody has pinned at
+        once, the rest when the last importer unmaps) and close its fd. The slab must be retired and idle. Idempotent."""
 
     @abstractmethod
     def read(self, slab: MappedSlab, offset: int, nbytes: int) -> bytes:

@@ -9,6 +9,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from ..errors import SegmentError
 from .backing import MappedSlab, OwnedSlab, SlabBacking, address_of
@@ -23,6 +24,8 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
+_GPU_DRIVER = (Path("/sys/module/nvidia"), Path("/dev/nvidiactl"))
+"""One of them is there where a process could register host memory with a GPU."""
 
 
 class Fence:
@@ -58,7 +61,6 @@ class HostBacking(SlabBacking):
 
     kind: SegmentKind = "host"
     device = "host"
-    frees_under_importers = True
 
     def __init__(
         self,
@@ -68,6 +70,8 @@ class HostBacking(SlabBacking):
         unregister: UnregisterHook | None = None,
     ) -> None:
         """`register`/`unregister`: called after a slab was mapped and before it is unmapped, own slabs and imported ones."""
+        # A GPU's process pins what it maps, and nobody tells the lender who has a GPU.
+        self.frees_under_importers = not any(path.exists() for path in _GPU_DRIVER)
         self._prefault = prefault
         self._register = register
         self._unregister = unregister
@@ -75,8 +79,6 @@ class HostBacking(SlabBacking):
         self._lock = threading.Lock()
         self._owned: dict[int, OwnedSlab] = {}
         self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.mmap.restype = ctypes.c_void_p
-        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
         self._libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
     @property
@@ -107,7 +109,7 @@ class HostBacking(SlabBacking):
                 os.posix_fallocate(fd, 0, nbytes)
             # Nobody can resize it from now on: no importer can ever be hit by SIGBUS.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
-            address, buffer = self._map(fd, nbytes)
+            address, buffer = map_shared(fd, nbytes)
             slab = OwnedSlab(self.kind, self.device, nbytes, address, fd, buffer=buffer)
             self._pin_for_gpu(slab)
         except OSError as error:
@@ -130,7 +132,7 @@ class HostBacking(SlabBacking):
         if seals & _SEALS != _SEALS:
             raise SegmentError("host slab: the memfd received could still be resized; refused")
         try:
-            address, buffer = self._map(fd, nbytes)
+            address, buffer = map_shared(fd, nbytes)
         except OSError as error:
             raise SegmentError(f"host slab: cannot map {nbytes} bytes: {error.strerror}") from None
         slab = MappedSlab(self.kind, self.device, nbytes, address, buffer=buffer)
@@ -140,25 +142,23 @@ class HostBacking(SlabBacking):
     def unmap(self, slab: MappedSlab) -> None:
         if slab.buffer is None:
             return
-        if self._unregister is not None and slab.device_address:
-            self._unregister(slab)
-        # The last reference to the mmap object unmaps. A view that somebody still keeps stays harmless instead of dangling.
-        slab.buffer = None
-        slab.address = slab.device_address = 0
+        try:
+            if self._unregister is not None and slab.device_address:
+                self._unregister(slab)
+        finally:
+            # The last reference to the mmap object unmaps. A view that somebody still keeps stays harmless instead of dangling.
+            slab.buffer = None
+            slab.address = slab.device_address = 0
 
     def release(self, slab: OwnedSlab) -> None:
         with self._lock:
             if self._owned.pop(slab.fd, None) is not slab:
                 return
-        self.unmap(slab)
         fd, slab.fd = slab.fd, -1
         try:
-            # Importers keep their mapping and read zeros from now on, which no reader takes for a chunk.
-            if self._libc.fallocate(fd, _KEEP_SIZE_PUNCH_HOLE, 0, slab.nbytes):
-                code = ctypes.get_errno()
-                raise SegmentError(f"host slab: cannot free {slab.nbytes} bytes: {os.strerror(code)}")
+            self.unmap(slab)
         finally:
-            os.close(fd)
+            self._give_back(fd, slab.nbytes)
 
     def read(self, slab: MappedSlab, offset: int, nbytes: int) -> bytes:
         data = bytes(_buffer(slab, offset, nbytes))
@@ -176,17 +176,15 @@ class HostBacking(SlabBacking):
         _buffer(slab, offset, len(data))[:] = data
         self._fence()
 
-    def _map(self, fd: int, nbytes: int) -> tuple[int, memoryview]:
-        """Shared mapping whose lifetime is that of the buffer. Raises `OSError`."""
-        # An `mmap` object of a file keeps a duplicate of its descriptor for as long as it lives: one per slab, hundreds in a
-        # big pool. So the object gets a private range of addresses, over which the file is then mapped.
-        holder = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(holder))
-        flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE
-        if self._libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != address:
-            code = ctypes.get_errno() or errno.ENOMEM
-            raise OSError(code, os.strerror(code))
-        return address, memoryview(holder)
+    def _give_back(self, fd: int, nbytes: int) -> None:
+        """Free the pages and close `fd`. Raises `SegmentError`."""
+        try:
+            # Importers keep their mapping and read zeros from now on, which no reader takes for a chunk.
+            if self._libc.fallocate(fd, _KEEP_SIZE_PUNCH_HOLE, 0, nbytes):
+                code = ctypes.get_errno()
+                raise SegmentError(f"host slab: cannot free {nbytes} bytes: {os.strerror(code)}")
+        finally:
+            os.close(fd)
 
     def _pin_for_gpu(self, slab: MappedSlab) -> None:
         if self._register is None:
@@ -196,6 +194,22 @@ class HostBacking(SlabBacking):
         except BaseException:
             slab.buffer = None
             raise
+
+
+def map_shared(fd: int, nbytes: int) -> tuple[int, memoryview]:
+    """Address and bytes of a shared mapping of a file; its lifetime is that of the bytes. Raises `OSError`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    # An `mmap` object of a file keeps a duplicate of its descriptor for as long as it lives: one per slab, hundreds in a
+    # big pool. So the object gets a private range of addresses, over which the file is then mapped.
+    holder = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(holder))
+    flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE
+    if libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != address:
+        code = ctypes.get_errno() or errno.ENOMEM
+        raise OSError(code, os.strerror(code))
+    return address, memoryview(holder)
 
 
 def _buffer(slab: MappedSlab, offset: int, nbytes: int) -> memoryview:

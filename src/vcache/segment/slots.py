@@ -161,6 +161,11 @@ class SlotLocation(NamedTuple):
         units = align_up(self.slot_bytes, ALIGNMENT) // ALIGNMENT
         return _LOCATION.pack(self.segment, self.slab, self.tokens, self.slot, units, self.generation)
 
+    @property
+    def slab_id(self) -> bytes:
+        """Names the slab within its epoch."""
+        return self.segment.to_bytes(4, "little") + self.slab.to_bytes(2, "little")
+
     @classmethod
     def unpack_many(cls, raw: bytes | memoryview) -> list[SlotLocation]:
         """Inverse of joined `pack`s; `slot_bytes` comes back rounded up to `ALIGNMENT`."""
