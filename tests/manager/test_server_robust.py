@@ -30,7 +30,7 @@ from manager_helpers import (
 
 from vcache.config import ByteSize
 from vcache.errors import ManagerRefusedError
-from vcache.manager import protocol
+from vcache.manager import protocol, strangers
 from vcache.manager.client import ManagerClient
 from vcache.manager.messages import GateReport, GateWriter, SegmentGone, SegmentMounted, WipeSlots
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory
@@ -42,7 +42,8 @@ SEGMENTS = protocol.encode_request(protocol.Segments())
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerThread]:
     folder = tmp_path_factory.mktemp("server")
-    with serving(f"unix://{folder}/m.sock", max_frame=ByteSize(MAX_FRAME)) as running:
+    with pytest.MonkeyPatch.context() as patch, serving(f"unix://{folder}/m.sock", max_frame=ByteSize(MAX_FRAME)) as running:
+        patch.setattr(strangers, "LOG_INTERVAL", 0.0)
         yield running
 
 

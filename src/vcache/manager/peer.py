@@ -28,6 +28,10 @@ _FLUSH = 2**18
 _HIGH_WATER = 2**20
 _TURN_SECONDS = 0.0005
 """How long the requests of one peer that lie ready are answered before it is the others' turn."""
+_SMALL_FRAME = 2**16
+"""Bytes of a frame whose rest may be waited for without being counted."""
+_WRONG_TOKEN_SECONDS = 0.25
+"""How long a peer with a wrong token waits for the refusal, so that it cannot try many; less than a client's deadline."""
 _LINGER = 1.0
 """Seconds that the last words to a peer may take."""
 _DECODERS: Mapping[int, Callable[[bytes | bytearray], Any]] = {
@@ -53,6 +57,8 @@ class Peer(asyncio.Protocol):
         self._paused = False
         self._draining = False
         self._closing = False
+        self._refused = False
+        """It had a wrong token, and will be told so; nothing of what it says counts any more."""
         self._timer: asyncio.TimerHandle | None = None
         self._turn: asyncio.Handle | None = None
         """Set while frames wait for this peer's next turn; nothing is read from it then."""
@@ -65,7 +71,7 @@ class Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=_HIGH_WATER)
-        self._service.peers.add(self)
+        self._service.peer_came(self)
         sock: socket.socket = transport.get_extra_info("socket")
         if sock.family == socket.AF_UNIX:
             uid = peer_uid(sock)
@@ -79,10 +85,12 @@ class Peer(asyncio.Protocol):
         self._arm(self._service.session_timeout, lambda: self.reject(ProtocolError("no hello in time")))
 
     def data_received(self, data: bytes) -> None:
-        if not self._closing:
+        if not self._closing and not self._refused:
             self._buffer.feed(data)
             if self._turn is None:
                 self._drain()
+            if not self._closing:
+                self._service.peer_waits(self, len(self._buffer) if len(self._buffer) > _SMALL_FRAME else 0)
 
     def eof_received(self) -> bool:
         return False
@@ -138,15 +146,22 @@ class Peer(asyncio.Protocol):
             transport.write(protocol.frame(0, protocol.ERROR, protocol.encode_error(reason)))
         self._closing = True
         self._disarm()
+        self._buffer = protocol.FrameBuffer(_HELLO_FRAME)
         transport.close()
         self._timer = asyncio.get_running_loop().call_later(_LINGER, transport.abort)
 
     def reject(self, reason: VCacheError) -> None:
-        """Close for a fault of the peer: counted, and logged once."""
+        """Close for a fault of the peer: counted, and logged unless there were many of late."""
         if not self._closing:
             self._service.count("connections_rejected")
-            logger.warning("connection of %s closed: %s", self, reason)
+            self._log_end(type(reason).__name__, str(reason))
             self.close(reason)
+
+    def _log_end(self, kind: str, reason: str) -> None:
+        left_out = self._service.log_throttle.allows(kind)
+        if left_out is not None:
+            more = f" (and {left_out} more in a similar way since the last such line)" if left_out else ""
+            logger.warning("connection of %s closed: %s%s", self, reason, more)
 
     def __str__(self) -> str:
         return f"{self.name!r} ({self._where})"
@@ -171,7 +186,7 @@ class Peer(asyncio.Protocol):
                     if size > _FLUSH:
                         self._write(out)
                         out, size = [], 0
-                    if self._paused or self._closing:
+                    if self._paused or self._closing or self._refused:
                         break
                     if time.perf_counter() >= end:
                         self._await_turn()
@@ -244,7 +259,9 @@ class Peer(asyncio.Protocol):
         hello = protocol.decode_hello(payload)
         token = self._service.token
         if token and not hmac.compare_digest(token, hello.token):
-            self.reject(ManagerRefusedError("wrong token; set manager.token_file or VCACHE_TOKEN to the manager's secret"))
+            refusal = ManagerRefusedError("wrong token; set manager.token_file or VCACHE_TOKEN to the manager's secret")
+            self._refused = True
+            self._arm(_WRONG_TOKEN_SECONDS, lambda: self.reject(refusal))
             return b""
         self._disarm()
         self.name = hello.name
@@ -270,7 +287,7 @@ class Peer(asyncio.Protocol):
 
     def _too_slow(self) -> None:
         self._service.count("slow_peers")
-        logger.warning("connection of %s closed: it does not read what it is sent", self)
+        self._log_end("too slow", "it does not read what it is sent")
         self._closing = True
         self._disarm()
         if self._transport is not None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..config import VCacheConfig
 from ..errors import ConfigError
+from ..segment.hostinfo import raise_file_limit
 from .address import load_token, parse_address
 from .directory import Directory, random_first_segment
 from .exporter import Exporter
@@ -115,6 +116,7 @@ def run_server(config: VCacheConfig, *, ready: Callable[[str], None] | None = No
     """
     import uvloop
 
+    raise_file_limit()
     stopped: bool = uvloop.run(_serve(config, ready, idle_exit))
     return stopped
 

@@ -19,12 +19,17 @@ from .directory import Directory
 from .jobs import Job
 from .messages import StatsReply
 from .peer import Peer
+from .strangers import Budget, LogThrottle
 
 logger = logging.getLogger("vcache.manager")
 
 _INVENTORY_BYTES = 2**28
 """Bytes of inventory parts that one connection may have pending."""
 _SHORTEST_TICK = 0.01
+MAX_STRANGERS = 256
+"""Connections before hello. Beyond it the oldest of them is closed, so that newcomers get in."""
+MAX_UNFINISHED = 2**28
+"""Bytes of frames of which the rest has not come, of all connections together. Beyond it, whoever is oldest at it is closed."""
 _WORK_SECONDS = 0.001
 """How long the directory's jobs go on before whoever else waits is served."""
 
@@ -61,6 +66,9 @@ class Service:
         self.max_frame = int(config.max_frame)
         self.session_timeout = config.session_timeout
         self.peers: set[Peer] = set()
+        self.log_throttle = LogThrottle(clock)
+        self._strangers: Budget[Peer] = Budget(MAX_STRANGERS)
+        self._unfinished: Budget[Peer] = Budget(MAX_UNFINISHED)
         self._directory = directory
         self._clock = clock
         self._sessions: dict[bytes, Peer] = {}
@@ -83,6 +91,7 @@ class Service:
         session = self._directory.open_session(
             hello.client, hello.name, hello.role, self._clock(), host=hello.host, remote=hello.remote
         )
+        self._strangers.set(peer, 0)
         before = self._sessions.get(hello.client)
         self._sessions[hello.client] = peer
         if before is not None:
@@ -91,9 +100,22 @@ class Service:
         logger.info("%s connected as %s %s", peer, hello.role, hello.client.hex())
         return protocol.encode_reply(protocol.HelloReply(session, self.max_frame))
 
+    def peer_came(self, peer: Peer) -> None:
+        """Somebody connected, and has not said hello."""
+        self.peers.add(peer)
+        for oldest in self._strangers.set(peer, 1):
+            oldest.reject(ManagerRefusedError("too many connections that do not say hello"))
+
+    def peer_waits(self, peer: Peer, nbytes: int) -> None:
+        """So many bytes of a frame have come, and its rest has not."""
+        for oldest in self._unfinished.set(peer, nbytes):
+            oldest.reject(ManagerRefusedError("too many requests of all clients together are sent in part only"))
+
     def peer_gone(self, peer: Peer) -> None:
         """Its connection is lost, and with it its session if it still has one."""
         self.peers.discard(peer)
+        self._strangers.set(peer, 0)
+        self._unfinished.set(peer, 0)
         self._last_seen = self._clock()
         self._gone.set()
         self._parts.pop(peer, None)

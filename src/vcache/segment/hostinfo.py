@@ -1,8 +1,10 @@
-"""What this host is called, and how much memory can still be had on it."""
+"""What this host is called, how much memory can still be had on it, and how many files may be open."""
 
 from __future__ import annotations
 
 import os
+import resource
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +47,17 @@ def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/c
         if headroom < found.nbytes:
             found = AvailableMemory(headroom, "this container's memory limit (cgroup)")
     return found
+
+
+def raise_file_limit() -> int:
+    """Let this process open as many files as the system allows it to: each connection and each slab needs one. The limit now.
+
+    Only the soft limit changes. Where even that is not allowed, it stays as it is."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _system_available(proc: Path) -> int:

@@ -17,7 +17,7 @@ from .backing import OwnedSlab, SlabBacking
 from .broker import Broker
 from .broker_protocol import prepare_broker_dir
 from .gate import Gate
-from .hostinfo import host_id
+from .hostinfo import host_id, raise_file_limit
 from .lent import LentSlab, LentSlabs, unfinished_writers
 from .remote_export import RemoteExport
 from .slots import SegmentInfo
@@ -89,6 +89,7 @@ class Lender:
         """Writers that the manager was told of at the last mount, (client id, slab), and waits for."""
         self._floor = 0
         """Highest epoch heard of."""
+        raise_file_limit()
         self._gate = Gate(manager.client_id)
         try:
             self._broker = Broker(prepare_broker_dir(config.broker_dir), self.uuid, self._gate, self._importer_gone)
