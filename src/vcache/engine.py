@@ -224,6 +224,8 @@ class VCacheEngine:
         self._executor.shutdown(wait=True)
         if self._relief is not None:
             self._relief.close(CLOSE_TIMEOUT)
+        if not self.pool.wait_writes(CLOSE_TIMEOUT):
+            logger.warning("closed while another thread stores; its slots stay reserved until it is done")
         if self._lower is not None:
             self._lower.close(CLOSE_TIMEOUT)
         self._resources.close()

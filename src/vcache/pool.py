@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 from .devices import device_name
-from .errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, VCacheError
+from .errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError
 from .manager.messages import ManagerApi, Placement, PutGrant, PutRequest, Ticket
 from .metrics import EngineMetrics
 from .paged.mover import Mover, SlotTransfer, Transfer
-from .remote_pool import RemotePool, RemoteRead
+from .remote_pool import RemotePool, RemoteRead, RemoteTransfer
+from .segment.gate import Passage
 from .segment.mapping import MappedSlab, SegmentMap
-from .segment.slots import SlabHeader, SlotHeader, SlotLocation, Tier
+from .segment.slots import ALIGNMENT, SlabHeader, SlotHeader, SlotLocation, Tier, align_up
 from .spec import KVCacheSpec
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ HEAD_CHUNKS = 32
 MAX_BROKEN = 4096
 """Chunks remembered as broken."""
 
-TRANSFER_ERRORS = (VCacheError, OSError, RuntimeError)
-"""What a broken transfer may raise; torch reports CUDA errors as RuntimeError."""
+TRANSFER_ERRORS = Exception
+"""What a broken transfer may raise: bindings, compilers and torch have exceptions of their own."""
 
 
 class Chunk(NamedTuple):
@@ -202,6 +203,7 @@ class ChunkPool:
         self.spec = spec
         self.namespace = namespace or spec.namespace(chunk_size)
         self.slot_bytes = spec.payload_bytes(chunk_size)
+        self._stride = align_up(self.slot_bytes, ALIGNMENT)
         self._token_bytes = spec.token_bytes
         self.metrics = metrics
         self.placement = placement
@@ -269,9 +271,7 @@ class ChunkPool:
                 break
             if not whole:
                 break
-        remote = None
-        if route.remote and self._remote is not None:
-            remote = self._remote.load(route.remote, cache, slot_mapping, mover, self.metrics)
+        remote = self._start_remote(route.remote, cache, slot_mapping, mover)
         joined = JoinedTransfer(mapped, None if remote is None else (remote, route.remote_places))
 
         def settle(verified: list[bool]) -> list[bool]:
@@ -294,7 +294,7 @@ class ChunkPool:
     def read(self, location: SlotLocation, chunk: Chunk, out: memoryview) -> int:
         """Copy header and payload of a leased slot into host memory `out`; bytes written, 0 when unreachable or stale.
         Blocks. This is how background writers feed the storage tier."""
-        slot = self.segments.pin(location)
+        slot = self.segments.pin(location) if location.slot_bytes == self._stride else None
         if slot is None:
             return 0
         try:
@@ -327,21 +327,14 @@ class ChunkPool:
         began = time.perf_counter()
         with self._writes_changed:
             self._writes += 1
-        try:
-            epoch = self.manager.epoch
-            grants = self._put_start(chunks, parent, device_name(cache.device))
-            written, transfers, unplaced = self._place(chunks, grants)
-            if self.manager.epoch != epoch:
-                # The manager that gave the tickets is gone, and its successor cannot know of writes that have not begun.
-                unplaced = [*unplaced, *written]
-                self._abandon(transfers)
-                written, transfers = [], []
-        except BaseException:
-            self._write_over()
-            raise
+        passage = Passage()
+        written: list[Chunk] = []
+        transfers: list[SlotTransfer] = []
 
         def settle(verified: list[bool]) -> PutReport:
             try:
+                # Out of the gates before the tickets end: whoever gets these slots next must not wait for us.
+                passage.leave()
                 for transfer in transfers:
                     self.segments.unpin(transfer.slot)
                 flags = [*verified, *[False] * (len(transfers) - len(verified))]
@@ -354,8 +347,23 @@ class ChunkPool:
             finally:
                 self._write_over()
 
-        start = lambda: mover.store(cache, slot_mapping, transfers, self.manager.client_id)  # noqa: E731
-        started = self._start(start, transfers)
+        unplaced: list[Chunk] = []
+        started: Transfer | None = None
+        try:
+            epoch = self.manager.epoch
+            grants = self._put_start(chunks, parent, device_name(cache.device))
+            unplaced = self._place(chunks, grants, passage, written, transfers)
+            if self.manager.epoch != epoch:
+                # The manager that gave the tickets is gone. Nothing rests on this look (the gate is what holds such writes
+                # back), but nobody would take the bytes any more.
+                unplaced = [*unplaced, *written]
+                self._abandon(transfers)
+                written.clear()
+            start = lambda: mover.store(cache, slot_mapping, transfers, self.manager.client_id)  # noqa: E731
+            started = self._start(start, transfers)
+        except BaseException:
+            settle([])
+            raise
         return PoolTransfer(started, settle)
 
     @contextmanager
@@ -429,7 +437,7 @@ class ChunkPool:
             route.slabs.extend(pinned.slabs)
             for slot in pinned.slots:
                 location, chunk = locations[done], chunks[done]
-                if location.tokens != chunk.tokens:
+                if location.tokens != chunk.tokens or location.slot_bytes != self._stride:
                     break
                 route.mapped.append(SlotTransfer(slot, self.header(chunk, location.generation), chunk.start, chunk.skip))
                 route.mapped_places.append(first + done)
@@ -438,7 +446,8 @@ class ChunkPool:
                 break
             location, chunk = locations[done], chunks[done]
             elsewhere = self.segments.remote(location) if self._remote is not None else None
-            if elsewhere is None or location.tokens != chunk.tokens:
+            # Where a payload lies depends on the slots' size; that of this namespace's chunks is known.
+            if elsewhere is None or location.tokens != chunk.tokens or location.slot_bytes != self._stride:
                 self.metrics.count("unreachable")
                 return False
             route.remote.append(RemoteRead(elsewhere, self.header(chunk, location.generation), chunk.start, chunk.skip))
@@ -472,10 +481,15 @@ class ChunkPool:
             return [PutGrant("no_space") for _ in chunks]
 
     def _place(
-        self, chunks: Sequence[Chunk], grants: Sequence[PutGrant]
-    ) -> tuple[list[Chunk], list[SlotTransfer], list[Chunk]]:
-        written: list[Chunk] = []
-        transfers: list[SlotTransfer] = []
+        self,
+        chunks: Sequence[Chunk],
+        grants: Sequence[PutGrant],
+        passage: Passage,
+        written: list[Chunk],
+        transfers: list[SlotTransfer],
+    ) -> list[Chunk]:
+        """Add what may be written to `written` and `transfers`, its slots pinned and their gates passed; the chunks that found
+        no place."""
         unplaced: list[Chunk] = []
         refused: list[Ticket] = []
         for chunk, grant in zip(chunks, grants, strict=True):
@@ -486,8 +500,11 @@ class ChunkPool:
                     unplaced.append(chunk)
                 continue
             slot = self.segments.pin(location)
-            if slot is None:
-                self.metrics.count("unreachable")
+            if slot is None or not passage.admits(slot.slab, grant.fence):
+                if slot is not None:
+                    # The manager that gave the ticket is gone, or has learned of the segment anew.
+                    self.segments.unpin(slot)
+                self.metrics.count("unreachable" if slot is None else "put_lapsed")
                 refused.append(Ticket(chunk.digest, self.spec.rank, location.generation))
                 unplaced.append(chunk)
                 continue
@@ -495,12 +512,13 @@ class ChunkPool:
             transfers.append(SlotTransfer(slot, self.header(chunk, location.generation), chunk.start, 0, slab))
             written.append(chunk)
         self._revoke(refused)
-        return written, transfers, unplaced
+        return unplaced
 
-    def _abandon(self, transfers: Sequence[SlotTransfer]) -> None:
+    def _abandon(self, transfers: list[SlotTransfer]) -> None:
         for transfer in transfers:
             self.segments.unpin(transfer.slot)
         self.metrics.count("put_lapsed", len(transfers))
+        transfers.clear()
 
     def _publish(self, written: list[Chunk], transfers: list[SlotTransfer], flags: list[bool]) -> list[Chunk]:
         tickets = [Ticket(t.header.key, t.header.shard, t.header.generation) for t in transfers]
@@ -524,6 +542,18 @@ class ChunkPool:
             self.manager.put_revoke(tickets)
         except MANAGER_ERRORS as error:
             self._manager_failed("put_revoke", error)
+
+    def _start_remote(
+        self, reads: list[RemoteRead], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover
+    ) -> RemoteTransfer | None:
+        if not reads or self._remote is None:
+            return None
+        try:
+            return self._remote.load(reads, cache, slot_mapping, mover, self.metrics)
+        except TRANSFER_ERRORS as error:
+            self.metrics.count("transfer_errors")
+            logger.warning("read from another host not started, treated as a miss: %s", error)
+            return None
 
     def _start(self, launch: Callable[[], Transfer], transfers: list[SlotTransfer]) -> Transfer | None:
         if not transfers:

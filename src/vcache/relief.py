@@ -11,6 +11,7 @@ from typing import Literal
 from .manager.messages import Move, Push, RoomWanted, SessionInfo, Ticket
 from .metrics import EngineMetrics
 from .pool import MANAGER_ERRORS, TRANSFER_ERRORS, ChunkPool
+from .segment.gate import Passage
 from .segment.slot_copy import SourceSlot, TargetSlot, copy_slot
 from .segment.slots import SlabHeader
 from .spill import Spiller
@@ -148,6 +149,7 @@ class RoomMaker:
         if grant.location is None:
             return 0
         pinned = []
+        passage = Passage()
         try:
             for location in (move.source, grant.location):
                 slot = segments.pin(location)
@@ -156,6 +158,9 @@ class RoomMaker:
                     return 0
                 pinned.append(slot)
             source, target = pinned
+            if not passage.admits(target.slab, grant.fence):
+                self._metrics.count("put_lapsed")
+                return 0
             slab = SlabHeader(grant.format_generation, grant.location.slot_bytes, grant.slots).pack()
             return copy_slot(
                 segments,
@@ -168,6 +173,7 @@ class RoomMaker:
             logger.warning("a chunk stays in VRAM, its copy failed: %s", error)
             return 0
         finally:
+            passage.leave()
             for slot in pinned:
                 segments.unpin(slot)
 

@@ -270,16 +270,18 @@ def test_manager_killed_during_calls_and_restarted(tmp_path: Path) -> None:
 
 
 def test_numbers_of_an_earlier_manager_mean_nothing(tmp_path: Path) -> None:
+    """Segments were counted from 1 by every manager, so a location of the new one was looked up among the old one's segments
+    by whoever had not heard of the new ones yet, and found a wrong one."""
     address = f"unix://{tmp_path}/m.sock"
     with serving(address) as server:
         client = server.client()
-        client.mount(segment_of(client))
+        number = client.mount(segment_of(client))
         store(client, keys(1, 2))
         old = client.acquire(keys(1, 2))
     wait_until(lambda: client.epoch == 0)
     with serving(address) as server:
         assert client.wait_connected(5)
-        client.mount(segment_of(client))
+        assert client.mount(segment_of(client)) != number, "a number of one epoch stands for another segment in the next"
         store(client, keys(1, 2))
         new = client.acquire(keys(1, 2))
         assert new.lease != old.lease

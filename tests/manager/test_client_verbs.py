@@ -78,8 +78,8 @@ def test_put_then_read_then_remove(manager: ManagerApi) -> None:
 def test_chunks_move_down_and_are_spilled(manager: ManagerApi) -> None:
     listener = Recorder()
     manager.subscribe(listener)
-    manager.mount(segment_of(manager, 1, slots=10, kind="cuda"))
-    manager.mount(segment_of(manager, 2, slots=10))
+    vram = manager.mount(segment_of(manager, 1, slots=10, kind="cuda"))
+    dram = manager.mount(segment_of(manager, 2, slots=10))
     assert manager.demote(SLOT) == MovePlan()
     count = slab_geometry(segment_of(manager, 1, slots=10).slabs[0].nbytes, SLOT).slots
     chunk = keys(1, count)
@@ -98,19 +98,19 @@ def test_chunks_move_down_and_are_spilled(manager: ManagerApi) -> None:
     manager.release(plan.lease)
     wait_until(lambda: manager.stats().gauges["leases"] == 0, what="released")
     assert sorted(manager.tiers(chunk)) == [*[0] * (count - 2), 1, 1]
-    assert manager.demote(100 * SLOT, [1]) == MovePlan()
+    assert manager.demote(100 * SLOT, [vram]) == MovePlan()
 
     more = keys(100, count - 2)
     tickets = [
         Ticket(k, 0, grant.location.generation)
-        for k, grant in zip(more, manager.put_start(put_request(more, avoid=[1])), strict=True)
+        for k, grant in zip(more, manager.put_start(put_request(more, avoid=[vram])), strict=True)
         if grant.location
     ]
     assert all(manager.put_end(tickets))
     spills = manager.spill(2 * SLOT)
     assert len(spills.spills) == 2
     assert manager.acquire([spills.spills[0].key], lease=spills.lease).locations == [spills.spills[0].source]
-    assert manager.spill(0, [2]) == SpillPlan()
+    assert manager.spill(0, [dram]) == SpillPlan()
     manager.spilled(spills.lease, [spill.key for spill in spills.spills])
     manager.spilled(1, [])  # a lease that is unknown by now
     assert manager.stats().gauges["leases"] == 0

@@ -16,6 +16,8 @@ from vcache.manager import protocol
 from vcache.manager.messages import (
     PROTOCOL_VERSION,
     AcquireReply,
+    GateReport,
+    GateWriter,
     Move,
     MovePlan,
     Push,
@@ -59,7 +61,8 @@ REQUESTS: list[protocol.Request] = [
     protocol.Remove([key(1)]),
     protocol.Clear(b"n" * 16),
     protocol.InventoryPart(b"u" * 16, [SlabInventory(0, b"s" * 64, b"h" * 128)]),
-    protocol.Mount(INFO, [SlabInventory(0, b"s" * 64, b"")]),
+    protocol.Mount(INFO, [SlabInventory(0, b"s" * 64, b"")], GateReport(fence=7, writers=(GateWriter(b"w" * 16, 0),), floor=5)),
+    protocol.WritersLeft(b"u" * 16, [GateWriter(b"w" * 16, 0)]),
     protocol.Unmount(b"u" * 16),
     protocol.AddSlabs(b"u" * 16, [SlabInfo(3, 4096, 2**47)]),
     protocol.Demote(4096, [1, 2]),

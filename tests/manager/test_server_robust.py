@@ -32,7 +32,7 @@ from vcache.config import ByteSize
 from vcache.errors import ManagerRefusedError
 from vcache.manager import protocol
 from vcache.manager.client import ManagerClient
-from vcache.manager.messages import SegmentGone, SegmentMounted, WipeSlots
+from vcache.manager.messages import GateReport, GateWriter, SegmentGone, SegmentMounted, WipeSlots
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory
 
 MAX_FRAME = 2**16
@@ -159,6 +159,8 @@ def typed_requests() -> st.SearchStrategy[protocol.Request]:
         slabs=slabs,
         number=number,
     )
+    writers = st.lists(st.builds(GateWriter, ident, number), max_size=3).map(tuple)
+    gate = st.builds(GateReport, fence=number, writers=writers, floor=number)
     inventory = st.lists(st.builds(SlabInventory, number, st.binary(max_size=70), st.binary(max_size=130)), max_size=3)
     tickets = st.lists(st.tuples(st.one_of(ident, small), number, number), max_size=3)
     put = st.fixed_dictionaries(
@@ -175,7 +177,8 @@ def typed_requests() -> st.SearchStrategy[protocol.Request]:
         }
     )
     return st.one_of(
-        st.builds(protocol.Mount, info, inventory),
+        st.builds(protocol.Mount, info, inventory, gate),
+        st.builds(protocol.WritersLeft, ident, st.lists(st.builds(GateWriter, ident, number), max_size=2)),
         st.builds(protocol.InventoryPart, ident, inventory),
         put.map(lambda fields: ["PutStart", fields]),
         st.tuples(st.sampled_from(["PutEnd", "PutRevoke"]), tickets).map(list),
@@ -241,6 +244,7 @@ def test_silent_client_loses_its_session(tmp_path: Path) -> None:
                 uuid=b"m" * 16, kind="host", host="h", device="host", broker="", owner=b"s" * 16, slabs=(SlabInfo(0, 65536),)
             ),
             [],
+            GateReport(),
         )
         assert raw.ask(protocol.CALL, protocol.encode_request(mute)).code == protocol.OK
         assert "no sign of life" in raw.last_words()

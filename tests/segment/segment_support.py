@@ -85,7 +85,7 @@ class FakeManager:
         if self.away or self.session is None:
             raise ManagerUnavailableError("the manager is away")
 
-    def mount(self, info: SegmentInfo, inventory: Any = ()) -> int:
+    def mount(self, info: SegmentInfo, inventory: Any = (), gate: Any = None) -> int:
         self._call("mount")
         self.mounts.append((info, list(inventory)))
         self.slabs = {slab.index: slab.nbytes for slab in info.slabs}

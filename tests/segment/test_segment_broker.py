@@ -20,6 +20,7 @@ from vcache.errors import ProtocolError, SegmentError
 from vcache.segment import broker_protocol as protocol
 from vcache.segment.backing import OwnedSlab
 from vcache.segment.broker import Broker
+from vcache.segment.gate import Gate
 from vcache.segment.host import HostBacking
 
 UUID = b"segment-uuid-016"
@@ -32,7 +33,7 @@ class Lent:
     def __init__(self, folder: Path) -> None:
         self.gone: list[bytes] = []
         self.backing = HostBacking()
-        self.broker = Broker(protocol.prepare_broker_dir(str(folder)), UUID, self.gone.append)
+        self.broker = Broker(protocol.prepare_broker_dir(str(folder)), UUID, Gate(b"lender-of-a-test"), self.gone.append)
         self.slabs: list[OwnedSlab] = [self.backing.create(MiB) for _ in range(2)]
         for index, slab in enumerate(self.slabs):
             self.broker.add_slab(index, slab.nbytes, slab.fd)
@@ -168,7 +169,7 @@ def test_other_protocol_version_is_refused_with_a_reason(lent: Lent) -> None:
     peer = Peer(lent.broker.path)
     answer = peer.ask(protocol.Hello(99, CLIENTS[0], UUID))
     assert isinstance(answer, protocol.Refused)
-    assert "speaks broker protocol 1, the importer 99" in answer.reason
+    assert "speaks broker protocol 2, the importer 99" in answer.reason
     assert peer.hung_up()
     assert lent.broker.importers() == set()
 
@@ -286,7 +287,7 @@ def test_stale_sockets_are_removed_and_live_ones_are_not(tmp_path: Path) -> None
     dead = folder / "dead.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
         sock.bind(str(dead))
-    second = Broker(folder, b"another-segment!", lambda client: None)
+    second = Broker(folder, b"another-segment!", Gate(b"lender-of-a-test"), lambda client: None)
     assert not dead.exists()
     assert isinstance(greeted(live, CLIENTS[0]).ask(protocol.Get(0)), protocol.Granted)
     second.close()

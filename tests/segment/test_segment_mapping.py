@@ -20,6 +20,7 @@ from vcache.errors import DeviceUnavailableError, IntegrityError, SegmentError
 from vcache.segment import broker_protocol as protocol
 from vcache.segment.backing import MappedSlab, OwnedSlab, SlabBacking
 from vcache.segment.broker import Broker
+from vcache.segment.gate import Gate
 from vcache.segment.host import HostBacking
 from vcache.segment.mapping import SegmentMap
 from vcache.segment.slots import HEADER_BYTES, SegmentInfo, SlotLocation, slab_geometry
@@ -60,7 +61,7 @@ class Lent:
         self.folder = protocol.prepare_broker_dir(str(folder))
         self.backing = HostBacking()
         self.gone: list[bytes] = []
-        self.broker = Broker(self.folder, UUID, self.gone.append)
+        self.broker = Broker(self.folder, UUID, Gate(b"lender-of-a-test"), self.gone.append)
         self.slabs: dict[int, OwnedSlab] = {}
         for index in range(slabs):
             self.slabs[index] = self.backing.create(size)
@@ -338,7 +339,7 @@ def test_shrunk_segment_drops_the_slabs_that_are_gone(lent: Lent) -> None:
 
 
 def test_number_that_means_another_segment_now(lent: Lent, tmp_path: Path) -> None:
-    other = Broker(lent.folder, OTHER, lambda client: None)
+    other = Broker(lent.folder, OTHER, Gate(b"lender-of-a-test"), lambda client: None)
     slab = lent.backing.create(MiB)
     other.add_slab(0, MiB, slab.fd)
     lent.backing.write(slab, slab_geometry(MiB, SLOT).payload_offset(0), b"other")
@@ -398,7 +399,7 @@ def test_absent_lender_is_tried_again_after_a_while(lent: Lent, tmp_path: Path) 
     began = time.monotonic()
     assert lent.map.pin(at(0)) is None
     assert time.monotonic() - began < 0.2
-    late = Broker(lent.folder, OTHER, lambda client: None)
+    late = Broker(lent.folder, OTHER, Gate(b"lender-of-a-test"), lambda client: None)
     slab = lent.backing.create(MiB)
     late.add_slab(0, MiB, slab.fd)
     eventually(lambda: lent.map.unreachable() == [])
@@ -462,7 +463,7 @@ def test_lender_that_does_not_answer_costs_one_timeout_and_then_nothing(lent: Le
     assert "does not answer" in lent.map.problems()[1]
     connection = silent.accept()
     assert isinstance(protocol.decode_from_importer(connection.recv(4096)), protocol.Hello)
-    connection.send(protocol.encode(protocol.Welcome(1)))
+    welcome(connection)
     eventually(lambda: lent.map.unreachable() == [])
     # Connected, but it does not hand out its slab.
     began = time.monotonic()
@@ -496,12 +497,18 @@ def test_lender_that_breaks_the_protocol_is_lost_and_others_are_not(lent: Lent, 
     connection.close()
 
 
+def welcome(connection: socket.socket) -> None:
+    gate = Gate(b"lender-of-a-test")
+    socket.send_fds(connection, [protocol.encode(protocol.Welcome(protocol.BROKER_VERSION, 1))], [gate.fd])
+    gate.close()
+
+
 def test_descriptors_that_nobody_asked_for_are_closed(lent: Lent) -> None:
     path = protocol.socket_path(lent.folder, OTHER)
     silent = SilentLender(path)
     lent.map.update(info_of(OTHER, str(path), {0: MiB}))
     connection = silent.accept()
-    connection.send(protocol.encode(protocol.Welcome(1)))
+    welcome(connection)
     eventually(lambda: lent.map.unreachable() == [])
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(10):

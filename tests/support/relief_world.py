@@ -16,6 +16,7 @@ from vcache.manager.messages import Listener, Move, MovePlan, PutGrant, RoomWant
 from vcache.metrics import EngineMetrics
 from vcache.pool import ChunkPool
 from vcache.relief import RoomMaker
+from vcache.segment.gate import Gate
 from vcache.segment.host import HostBacking
 from vcache.segment.mapping import SegmentMap
 from vcache.segment.slots import (
@@ -31,6 +32,7 @@ from vcache.segment.slots import (
 from vcache.spill import Spiller
 from vcache.staging import StagingPool
 from vcache.storage.base import StorageTier
+from vcache.storage.values import TRAILER_BYTES, is_intact
 
 SLOTS = 8
 SLOT_BYTES = 4096
@@ -112,6 +114,8 @@ class World:
         self.dram = HostBacking()
         self.nbytes = self.dram.physical_bytes(slab_bytes_for(SLOT_BYTES, SLOTS))
         self.geometry = slab_geometry(self.nbytes, SLOT_BYTES)
+        self.gate = Gate(self.manager.client_id)
+        self.fence = self.gate.renew()
         self.slabs = {VRAM: self.vram.create(self.nbytes), DRAM: self.dram.create(self.nbytes)}
         self.segments = SegmentMap(self.manager.client_id, "here", {})
         for number, backing in ((VRAM, self.vram), (DRAM, self.dram)):
@@ -124,6 +128,7 @@ class World:
         self._leases = iter(range(1, 1000))
 
     def _lend(self, number: int, backing: HostBacking) -> None:
+        self.slabs[number].gate = self.gate.own
         uuid = bytes([number]) * 16
         self.segments.add_local(uuid, lambda index, slab=self.slabs[number]: slab, backing)
         info = SegmentInfo(
@@ -188,7 +193,8 @@ class World:
 
     def move(self, header: SlotHeader, slot: int, target: int, **changes: Any) -> Move:
         """Move the chunk with `header` from a slot of VRAM to slot `target` of host memory."""
-        grant = PutGrant("granted", self.location(DRAM, target, FORMAT + 500 + 2 * target), FORMAT, self.geometry.slots)
+        place = self.location(DRAM, target, FORMAT + 500 + 2 * target)
+        grant = PutGrant("granted", place, FORMAT, self.geometry.slots, self.fence)
         source = self.location(VRAM, slot, header.generation, header.tokens)
         fields = {"key": header.key, "shard": header.shard, "source": source, "grant": grant, **changes}
         return Move(**fields)
@@ -246,7 +252,8 @@ class Pause:
 
 
 def value_of(storage: StorageTier, header: SlotHeader) -> bytes:
-    """What storage holds for a shard: header and payload; empty for nothing."""
+    """What storage holds for a shard: header and payload, whose checksum is right; empty for nothing."""
     buffer = memoryview(bytearray(2 * SLOT_BYTES))
     size = storage.get([CacheKey(header.namespace, header.key)], header.shard, [buffer])[0]
-    return bytes(buffer[: max(size, 0)])
+    assert size < 0 or is_intact(buffer[:size])
+    return bytes(buffer[: max(size - TRAILER_BYTES, 0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -38,6 +39,7 @@ class Slab:
         "segment",
         "share",
         "stale",
+        "writers",
     )
 
     def __init__(self, index: int, nbytes: int, counter: int, address: int = 0) -> None:
@@ -62,6 +64,9 @@ class Slab:
         """Slots whose memory may still carry headers of chunks that the directory no longer has there."""
         self.buried: dict[int, Traces] = {}
         """The same from before the slab was formatted anew; they count only until somebody wrote the new slab header."""
+        self.writers: set[bytes] = set()
+        """Clients that may be amid a write of a ticket that an earlier manager gave: until they have left, no slot of the slab
+        is given to anybody (rule I3)."""
 
     @property
     def slots(self) -> int:
@@ -143,13 +148,15 @@ class Segment:
         self.slabs: dict[int, Slab] = {}
         self.dropped: set[int] = set()
         """Indices that were given back and never return while mounted."""
-        self.open: dict[int, dict[int, Slab]] = {}
+        self.open: dict[int, OrderedDict[int, Slab]] = {}
         """Slot size -> slabs of that size with a free slot. Empty ones last."""
-        self.empty: dict[int, Slab] = {}
+        self.empty: OrderedDict[int, Slab] = OrderedDict()
         """Slabs without a slot in use, formatted or not."""
         self.nbytes = 0
         self.busy = 0
         """Payload bytes of slots that are not free."""
+        self.fence = 0
+        """Of its write gate, as of its last mount; goes with every ticket."""
 
     def describe(self) -> SegmentInfo:
         """What every client is told."""
@@ -174,8 +181,8 @@ class Segment:
 class Allocator:
     """All mounted segments. Pure bookkeeping; every call is O(1) in the number of chunks unless it says otherwise."""
 
-    def __init__(self, floor: int) -> None:
-        """`floor`: generations of new slabs start above it (the manager's epoch)."""
+    def __init__(self, floor: int, first_segment: int = 1) -> None:
+        """`floor`: generations of new slabs start above it (the manager's epoch). `first_segment`: number of the first one."""
         self.segments: dict[int, Segment] = {}
         """By number."""
         self.by_uuid: dict[bytes, Segment] = {}
@@ -186,7 +193,9 @@ class Allocator:
         self.version = 0
         """Grows whenever slabs come or go, or can be read by others than before."""
         self.floor = floor
-        self._last_number = 0
+        self._last_number = first_segment - 1
+        self.awaiting: dict[Slab, None] = {}
+        """Attached slabs that wait for writers."""
 
     @staticmethod
     def slab_key(number: int, index: int) -> int:
@@ -255,6 +264,31 @@ class Allocator:
             self._close(segment, slab, slab.geometry.stride)
         self._occupy(slab, -slab.busy)
         slab.segment = None
+        # The next mount of this memory says who is in it then.
+        slab.writers.clear()
+        self.awaiting.pop(slab, None)
+
+    def await_writer(self, slab: Slab, client: bytes) -> None:
+        """Give nobody a slot in this attached slab before `writer_left`."""
+        slab.writers.add(client)
+        self.awaiting[slab] = None
+        self.refresh(slab)
+
+    def writer_left(self, slab: Slab, client: bytes) -> None:
+        """Undo `await_writer`. Idempotent."""
+        if client in slab.writers:
+            slab.writers.discard(client)
+            if not slab.writers:
+                self.awaiting.pop(slab, None)
+                self.refresh(slab)
+
+    def awaited(self, client: bytes) -> list[Slab]:
+        """Slabs that wait for this client."""
+        return [slab for slab in self.awaiting if client in slab.writers]
+
+    def raise_floor(self, floor: int) -> None:
+        """Generations of slabs that are attached from now on start above `floor`, too."""
+        self.floor = max(self.floor, floor + (floor & 1))
 
     @staticmethod
     def _occupy(slab: Slab, slots: int) -> None:
@@ -270,9 +304,9 @@ class Allocator:
         assert segment is not None
         if slab.geometry is not None:
             self._close(segment, slab, slab.geometry.stride)
-            if slab.counts[FREE]:
-                segment.open.setdefault(slab.geometry.stride, {})[slab.index] = slab
-        if slab.busy:
+            if slab.counts[FREE] and not slab.writers:
+                segment.open.setdefault(slab.geometry.stride, OrderedDict())[slab.index] = slab
+        if slab.busy or slab.writers:
             segment.empty.pop(slab.index, None)
         else:
             segment.empty[slab.index] = slab
@@ -390,10 +424,11 @@ class Allocator:
                 if slab.segment is not segment or self.slabs.get(self.slab_key(segment.number, index)) is not slab:
                     raise IntegrityError(f"{where}: not where it believes to be")
                 nbytes += slab.nbytes
-                if (index in segment.empty) != (slab.busy == 0):
+                if (index in segment.empty) != (slab.busy == 0 and not slab.writers):
                     raise IntegrityError(f"{where}: {slab.busy} busy slots, among the empty: {index in segment.empty}")
                 listed = [stride for stride, group in segment.open.items() if index in group]
-                expected = [slab.geometry.stride] if slab.geometry is not None and slab.counts[FREE] else []
+                granted = slab.geometry is not None and slab.counts[FREE] and not slab.writers
+                expected = [slab.geometry.stride] if slab.geometry is not None and granted else []
                 if listed != expected:
                     raise IntegrityError(f"{where}: open for slot sizes {listed}, expected {expected}")
                 busy += slab.busy * (slab.geometry.stride if slab.geometry else 0)

@@ -22,7 +22,19 @@ from .address import load_token, parse_address
 from .breaker import CircuitBreaker
 from .connection import Connection, Late
 from .dispatch import Audience, Dispatcher
-from .messages import AcquireReply, Listener, MovePlan, PutGrant, PutRequest, Role, SpillPlan, StatsReply, Ticket
+from .messages import (
+    AcquireReply,
+    GateReport,
+    GateWriter,
+    Listener,
+    MovePlan,
+    PutGrant,
+    PutRequest,
+    Role,
+    SpillPlan,
+    StatsReply,
+    Ticket,
+)
 
 logger = logging.getLogger("vcache.manager")
 
@@ -121,7 +133,10 @@ class ManagerClient:
         connection = self._connection
         self._closing.set()
         try:
-            if connection is not None:
+            if connection is not None and not self._idle_gate(self._config.deadline / 2):
+                # Goodbye would promise that nothing is being written. Without it the slots wait until the lenders see us gone.
+                logger.warning("closed while writes are in flight; their slots stay reserved until these end")
+            elif connection is not None:
                 connection.call(protocol.CALL, protocol.encode_request(protocol.Goodbye()), self._config.deadline / 2)
         except VCacheError as error:
             logger.debug("goodbye to the manager: %s", error)
@@ -207,7 +222,7 @@ class ManagerClient:
             protocol.Clear(namespace), protocol.NUMBER_REPLY, timeout=self._config.deadline + protocol.WIPE_TIMEOUT
         )
 
-    def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = ()) -> int:
+    def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = (), gate: GateReport | None = None) -> int:
         """Its deadline is `connect_timeout` where that is longer: the manager reads every header of the inventory.
 
         Raises `ProtocolError` when one slab's headers alone do not fit into a frame.
@@ -217,7 +232,11 @@ class ManagerClient:
         *parts, last = _inventory_parts(inventory, connection.max_frame // 2)
         for part in parts:
             self._ask(protocol.InventoryPart(info.uuid, part), protocol.NOTHING_REPLY, timeout=timeout, connection=connection)
-        return self._ask(protocol.Mount(info, last), protocol.NUMBER_REPLY, timeout=timeout, connection=connection)
+        report = gate or GateReport()
+        return self._ask(protocol.Mount(info, last, report), protocol.NUMBER_REPLY, timeout=timeout, connection=connection)
+
+    def writers_left(self, uuid: bytes, writers: Sequence[GateWriter]) -> None:
+        self._ask(protocol.WritersLeft(uuid, list(writers)), protocol.NOTHING_REPLY)
 
     def unmount(self, uuid: bytes) -> None:
         self._ask(protocol.Unmount(uuid), protocol.NOTHING_REPLY)
@@ -347,17 +366,18 @@ class ManagerClient:
     def _wait_for_writes(self) -> bool:
         began, warned = time.monotonic(), False
         while not self._closing.is_set():
-            gate = self._gate
-            if gate is None or self._idle(gate):
+            if self._idle_gate(_GATE_TIMEOUT):
                 return True
             if not warned and time.monotonic() - began > _GATE_PATIENCE:
                 logger.warning("reconnecting to manager %s waits for writes that do not end", self._address)
                 warned = True
         return False
 
-    def _idle(self, gate: Callable[[float], bool]) -> bool:
+    def _idle_gate(self, timeout: float) -> bool:
+        """Whether no write of this process is in flight; waits for that at most `timeout` seconds."""
+        gate = self._gate
         try:
-            return gate(_GATE_TIMEOUT)
+            return gate is None or gate(timeout)
         except Exception:
             logger.exception("the write gate raised; taken as: writes are in flight")
             self._closing.wait(_GATE_TIMEOUT)

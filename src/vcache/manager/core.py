@@ -40,6 +40,8 @@ class Counters:
     misses: int = 0
     errors: int = 0
     leases: int = 0
+    leases_refused: int = 0
+    """Because the session held too many."""
     lease_expiries: int = 0
     puts: int = 0
     """Tickets granted."""
@@ -100,12 +102,12 @@ class Session:
 class Core:
     """Shared state. Not thread-safe; no I/O; time is passed in."""
 
-    def __init__(self, config: ManagerConfig, epoch: int) -> None:
+    def __init__(self, config: ManagerConfig, epoch: int, first_segment: int = 1) -> None:
         self.config = config
         self.epoch = epoch
         self.sessions: dict[bytes, Session] = {}
         self.chunks = ChunkTable(make_policy(config.eviction))
-        self.allocator = Allocator(epoch)
+        self.allocator = Allocator(epoch, first_segment)
         self.leases = LeaseTable(config.lease_ttl)
         self.writes = WriteTable()
         self.counters = Counters()
@@ -114,7 +116,8 @@ class Core:
         """Outstanding wipes, by token; in order, because the same events must always have the same effects."""
         self._deferred: dict[int, list[Slab]] = {}
         """Removals whose headers cannot be zeroed yet because somebody writes in these slabs, by token."""
-        self._last_token = 0
+        # From the epoch on: a lender's late word on a wipe of an earlier manager is not taken for one of this manager's.
+        self._last_token = epoch
         self.clock = 1
         """Coarse time of use: eighths of a second."""
         self._clock_until = 0.0
@@ -167,7 +170,8 @@ class Core:
         self.allocator.hold(slab, slot, write)
         self.writes.add(write)
         self.writes.time(write, now + self.config.ticket_ttl)
-        return write, PutGrant("granted", location, slab.format_generation, slab.slots)
+        assert slab.segment is not None
+        return write, PutGrant("granted", location, slab.format_generation, slab.slots, slab.segment.fence)
 
     def replace(self, record: Record, shard: int, packed: bytes) -> None:
         """Another copy takes the place of a visible chunk's shard: trace and free the old slot. The new slot is the caller's
@@ -215,6 +219,14 @@ class Core:
         self.allocator.release(slab, slot)
         if slab.buried and slab.segment is not None and not slab.busy:
             self.wipe_slab(slab, [old for old, traces in slab.buried.items() if traces is None])
+
+    def check_leases(self, client: bytes) -> None:
+        """Raises `ManagerRefusedError` when the client holds as many leases as a session may."""
+        if not self.leases.has_room(client):
+            self.counters.leases_refused += 1
+            raise ManagerRefusedError(
+                f"this session holds too many leases ({self.leases.count(client)}, or too many chunks in them); release some"
+            )
 
     def unpinned(self, records: Iterable[Record]) -> None:
         """Leases let go of these records: ghosts among them may disappear."""

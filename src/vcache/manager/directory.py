@@ -6,6 +6,7 @@ carries out `take_instructions()` after every call, and calls `tick` no later th
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from .integrity import check_core
 from .lending import Lending
 from .messages import (
     AcquireReply,
+    GateReport,
+    GateWriter,
     MovePlan,
     PutGrant,
     PutRequest,
@@ -61,10 +64,11 @@ class Directory:
     `ManagerRefusedError` without one, `ProtocolError` for arguments that no conforming client sends; nothing has changed
     then. Keys are 16-byte digests."""
 
-    def __init__(self, config: ManagerConfig | None = None, *, epoch: int, now: float = 0.0) -> None:
-        """`epoch`: even, above every generation that an earlier manager gave out (nanoseconds since 1970)."""
+    def __init__(self, config: ManagerConfig | None = None, *, epoch: int, now: float = 0.0, first_segment: int = 1) -> None:
+        """`epoch`: even, above every generation that an earlier manager gave out (nanoseconds since 1970). `first_segment`:
+        number of the first segment (`random_first_segment`)."""
         config = config if config is not None else ManagerConfig()
-        self._core = core = Core(config, epoch + (epoch & 1))
+        self._core = core = Core(config, epoch + (epoch & 1), first_segment)
         self._moves = MoveDesk(core)
         self._spills = SpillDesk(core)
         self._puts = PutDesk(core, self._moves)
@@ -93,6 +97,7 @@ class Directory:
         if client in core.sessions:
             self.close_session(client, now, goodbye=False)
         self._puts.writer_idle(client)
+        self._lending.writer_idle(client)
         core.sessions[client] = Session(client, name, role, now, host, remote)
         core.counters.sessions += 1
         for segment in core.allocator.segments.values():
@@ -111,6 +116,7 @@ class Directory:
         core.unpinned(core.leases.drop_client(client))
         if goodbye:
             self._puts.writer_idle(client)
+            self._lending.writer_idle(client)
         self._lending.lender_gone(client, now, goodbye=goodbye)
         if not goodbye:
             self._lending.writer_lost(client)
@@ -175,6 +181,7 @@ class Directory:
             raise ProtocolError(f"acquire: shard {shard}")
         if lease:
             return self._locate(session, keys, shard, lease, now)
+        core.check_leases(client)
         found = self._prefix(session, keys)
         packed = b"".join([record.packed for record in found])
         if shard or len(packed) != LOCATION_BYTES * len(found):
@@ -310,10 +317,17 @@ class Directory:
 
     # Lending
 
-    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float) -> int:
+    def mount(
+        self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport | None = None
+    ) -> int:
         """See `ManagerApi.mount`. O(slots)."""
         self._core.session(client, now)
-        return self._lending.mount(client, info, inventory, now)
+        return self._lending.mount(client, info, inventory, now, gate or GateReport())
+
+    def writers_left(self, client: bytes, uuid: bytes, writers: Sequence[GateWriter], now: float) -> None:
+        """See `ManagerApi.writers_left`."""
+        self._core.session(client, now)
+        self._lending.writers_left(client, uuid, writers)
 
     def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
         """See `ManagerApi.unmount`."""
@@ -402,6 +416,12 @@ class Directory:
     def check_integrity(self) -> None:
         """Raises `IntegrityError` naming the rule (I2-I6, I9, I10) that does not hold. O(everything)."""
         check_core(self._core, list(self._lending.away_slabs()))
+
+
+def random_first_segment() -> int:
+    """A number to begin with, so that a segment's number in one epoch means nothing in another: whoever still holds the
+    segments of an earlier manager finds none under a number of this one. Leaves as many numbers above as below, within u32."""
+    return 2**16 + secrets.randbelow(2**31)
 
 
 def _plan_bytes(nbytes: int) -> int:

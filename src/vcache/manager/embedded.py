@@ -11,9 +11,21 @@ from contextlib import contextmanager
 from ..config import ManagerConfig
 from ..errors import ManagerUnavailableError
 from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory
-from .directory import Directory, RemovalReply
+from .directory import Directory, RemovalReply, random_first_segment
 from .dispatch import Audience, Dispatcher
-from .messages import AcquireReply, Listener, MovePlan, PutGrant, PutRequest, Role, SpillPlan, StatsReply, Ticket
+from .messages import (
+    AcquireReply,
+    GateReport,
+    GateWriter,
+    Listener,
+    MovePlan,
+    PutGrant,
+    PutRequest,
+    Role,
+    SpillPlan,
+    StatsReply,
+    Ticket,
+)
 from .protocol import WIPE_TIMEOUT
 
 
@@ -44,7 +56,7 @@ class EmbeddedManager:
         self._closed = False
         self._dispatcher = Dispatcher("vcache-manager-events")
         self._audience = Audience(self._dispatcher)
-        self._directory = Directory(config, epoch=time.time_ns() & ~1, now=clock())
+        self._directory = Directory(config, epoch=time.time_ns() & ~1, now=clock(), first_segment=random_first_segment())
         session = self._directory.open_session(self._client, name, role, clock(), host=host, remote=remote)
         self._audience.session_began(session)
 
@@ -129,9 +141,13 @@ class EmbeddedManager:
             reply = self._directory.clear(self._client, namespace, now)
         return self._await_wipes(reply)
 
-    def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = ()) -> int:
+    def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = (), gate: GateReport | None = None) -> int:
         with self._turn() as now:
-            return self._directory.mount(self._client, info, inventory, now)
+            return self._directory.mount(self._client, info, inventory, now, gate)
+
+    def writers_left(self, uuid: bytes, writers: Sequence[GateWriter]) -> None:
+        with self._turn() as now:
+            self._directory.writers_left(self._client, uuid, writers, now)
 
     def unmount(self, uuid: bytes) -> None:
         with self._turn() as now:

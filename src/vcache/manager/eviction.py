@@ -106,6 +106,8 @@ class EvictionPolicy(ABC):
     def __init__(self) -> None:
         self.queues: dict[int, Queue] = {}
         """By slot size in bytes."""
+        self.closed: frozenset[bytes] = frozenset()
+        """Slabs (`SlotLocation.slab_id`) in which room is of no use now."""
 
     def add(self, record: Record, slot_bytes: int) -> None:
         """A record became visible. Add a prompt's chunks from tail to head, so that the head is the newest."""
@@ -185,9 +187,12 @@ def tail_of(record: Record) -> tuple[Record, int]:
     return record, steps
 
 
-def evictable(record: Record, allowed: frozenset[int] | None) -> bool:
-    """Whether it may go now: visible, not leased, nothing below it, and in a segment that counts."""
+def evictable(record: Record, allowed: frozenset[int] | None, closed: frozenset[bytes]) -> bool:
+    """Whether it may go now: visible, not leased, nothing below it, in a segment that counts, and not in slabs of which no slot
+    is given to anybody now (`EvictionPolicy.closed`)."""
     if record.pins or record.children or not record.packed:
+        return False
+    if closed and all(place.slab_id in closed for place in record.places()):
         return False
     return allowed is None or any(place.segment in allowed for place in record.places())
 
@@ -221,7 +226,7 @@ class LruPolicy(EvictionPolicy):
                 record = following
                 continue
             tail, depth = tail_of(record)
-            if evictable(tail, allowed):
+            if evictable(tail, allowed, self.closed):
                 if tail.used <= record.used or tail.queue is not queue:
                     return tail
                 self._lift(record, tail)
@@ -308,7 +313,7 @@ class SievePolicy(EvictionPolicy):
             else:
                 tail, depth = tail_of(record)
                 steps += 1 + depth
-                if evictable(tail, allowed):
+                if evictable(tail, allowed, self.closed):
                     if not tail.visited or spared >= MAX_STEPS // 4:
                         queue.hand = record
                         return tail

@@ -16,6 +16,7 @@ def check_core(core: Core, away: list[Slab]) -> None:
         raise IntegrityError(f"I10: {counters.lookups} lookups, {counters.hits} + {counters.misses} + {counters.errors}")
     core.allocator.check_integrity()
     core.chunks.check_integrity(core.leases.pins())
+    core.leases.check_integrity()
     core.writes.check_integrity()
     _check_places(core)
     _check_writes(core, away)

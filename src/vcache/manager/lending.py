@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from ..errors import ManagerRefusedError, ProtocolError
 from ..keys import DIGEST_BYTES
-from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory
+from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory, SlotLocation
 from .allocator import Segment, Slab
 from .core import Core
 from .inventory import SlabFindings, judge_inventory
-from .messages import ResizeRequested, SegmentGone, SegmentMounted, WriterLost
+from .messages import GateReport, GateWriter, ResizeRequested, SegmentGone, SegmentMounted, WriterLost
 from .puts import PutDesk
 from .records import PROCESSING, QUARANTINED, USED, Record, Wipe, Write
 from .recovery import Recovery
@@ -45,7 +45,7 @@ class Lending:
         self._recovery = Recovery(core, puts, removal)
         self._away: dict[bytes, _Away] = {}
 
-    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float) -> int:
+    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport) -> int:
         """See `ManagerApi.mount`. Raises `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
         core = self._core
         _check_info(client, info)
@@ -70,10 +70,40 @@ class Lending:
             slabs.append((slab_info, held, findings.get(slab_info.index) or SlabFindings()))
         for slab in away.slabs.values():
             self._void(slab)
+        segment.fence = gate.fence
+        core.allocator.raise_floor(gate.floor)
         self._recovery.adopt(segment, slabs, away.event, now)
+        for writer in gate.writers:
+            # What a client with a session writes is known: it had nothing in flight when it said hello.
+            if writer.client not in core.sessions and writer.slab in segment.slabs:
+                core.allocator.await_writer(segment.slabs[writer.slab], writer.client)
+        self._close_awaited()
         self._announce(segment)
         self._ask_for_writers(segment)
         return segment.number
+
+    def writers_left(self, client: bytes, uuid: bytes, writers: Iterable[GateWriter]) -> None:
+        """See `ManagerApi.writers_left`."""
+        segment = self._owned(client, uuid)
+        for writer in writers:
+            slab = segment.slabs.get(writer.slab)
+            if slab is not None:
+                self._core.allocator.writer_left(slab, writer.client)
+        self._close_awaited()
+
+    def writer_idle(self, client: bytes) -> None:
+        """The client says that it has no writes in flight (hello or goodbye)."""
+        for slab in self._core.allocator.awaited(client):
+            self._core.allocator.writer_left(slab, client)
+        self._close_awaited()
+
+    def _close_awaited(self) -> None:
+        """Nothing is evicted from slabs that wait for writers: nobody would get the slots."""
+        self._core.chunks.policy.closed = frozenset(
+            SlotLocation(slab.segment.number, slab.index, 0, 0, 0, 0).slab_id
+            for slab in self._core.allocator.awaiting
+            if slab.segment is not None
+        )
 
     def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
         """See `ManagerApi.unmount`."""

@@ -4,13 +4,13 @@ embedded manager offer. The bytes on the wire are `protocol.py`'s affair."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Annotated, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory, SlotLocation
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 Placement = Literal["local", "spread"]
 PutStatus = Literal["granted", "exists", "busy", "no_space"]
@@ -69,6 +69,26 @@ class PutGrant(msgspec.Struct, frozen=True, array_like=True):
     """For the slab header, which the writer writes when it differs from what is there."""
     slots: int = 0
     """Slots in that slab."""
+    fence: int = 0
+    """The segment's fence word as of its mount: the writer passes the gate with it (`segment/gate.py`), or writes nothing."""
+
+
+class GateReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a lender found in its segment's write gate when it mounted."""
+
+    fence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
+    """The new fence word. 0: the segment has no gate, and no ticket for it will be honoured."""
+    writers: tuple[GateWriter, ...] = ()
+    """Who may be amid a write of an earlier ticket. The lender reports them again when they are done (`writers_left`)."""
+    floor: Annotated[int, msgspec.Meta(ge=0, lt=2**62)] = 0
+    """Highest epoch that this lender ever heard of: generations start above it, though the wall clock was set back."""
+
+
+class GateWriter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One process in one slab."""
+
+    client: bytes
+    slab: Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
 
 
 class Move(msgspec.Struct, frozen=True, array_like=True):
@@ -261,8 +281,13 @@ class ManagerApi(Protocol):
     def clear(self, namespace: bytes = b"") -> int:
         """Forget all chunks (of one namespace); leased ones too, readers then fail verification. Number removed."""
 
-    def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = ()) -> int:
-        """Lend a segment, or replace what the manager knows of it (idempotent by uuid). Returns its number."""
+    def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = (), gate: GateReport | None = None) -> int:
+        """Lend a segment, or replace what the manager knows of it (idempotent by uuid). `gate` was read before `inventory`:
+        while its writers are amid a write, nobody is granted a slot in their slabs. Returns the segment's number."""
+
+    def writers_left(self, uuid: bytes, writers: Sequence[GateWriter]) -> None:
+        """Told by the lender of segment `uuid`: these writers of its `GateReport` have left their slabs, or are dead and the
+        quarantine has passed. Idempotent."""
 
     def unmount(self, uuid: bytes) -> None:
         """Stop lending. Its chunks become misses. Idempotent."""

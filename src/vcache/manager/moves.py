@@ -41,6 +41,7 @@ class MoveDesk:
         memory = core.allocator.hosts.get(session.host) if session.host else None
         if memory is None:
             return MovePlan()
+        core.check_leases(session.client)
         way = self._way(session.host, avoid)
         excess = memory.busy[VRAM] - self._leaving(memory) - core.config.low_watermark * memory.nbytes[VRAM]
         moves: list[Move] = []

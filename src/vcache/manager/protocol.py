@@ -29,6 +29,8 @@ from ..segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventory
 from .messages import (
     PROTOCOL_VERSION,
     AcquireReply,
+    GateReport,
+    GateWriter,
     MovePlan,
     Push,
     PutGrant,
@@ -145,6 +147,12 @@ class InventoryPart(_Request, frozen=True):
 class Mount(_Request, frozen=True):
     info: SegmentInfo
     inventory: list[SlabInventory]
+    gate: GateReport
+
+
+class WritersLeft(_Request, frozen=True):
+    uuid: Id
+    writers: list[GateWriter]
 
 
 class Unmount(_Request, frozen=True):
@@ -203,6 +211,7 @@ Request = (
     | Clear
     | InventoryPart
     | Mount
+    | WritersLeft
     | Unmount
     | AddSlabs
     | DropSlabs

@@ -122,6 +122,7 @@ class _Placer:
         return (
             slab.segment is not None
             and slab.segment.number not in self._avoid
+            and not slab.writers
             and slab.counts[PROCESSING] == slab.counts[QUARANTINED] == 0
             and slab.counts[USED] > 0
             and 0 < geometry_of(slab.nbytes, self.stride).slots <= MAX_SLOTS

@@ -5,6 +5,7 @@ A slot header outlives its chunk's eviction, so what was removed is zeroed in th
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
 
 from ..segment.slots import SlotHeader
@@ -21,7 +22,7 @@ class Removal:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._forgotten: dict[bytes, int] = {}
+        self._forgotten: OrderedDict[bytes, int] = OrderedDict()
         """Key or namespace (empty: all) -> number of its last removal."""
         self.event = 0
         """Number of the last removal."""
@@ -48,10 +49,10 @@ class Removal:
 
     def _note(self, name: bytes) -> None:
         self.event += 1
-        self._forgotten.pop(name, None)
         self._forgotten[name] = self.event
+        self._forgotten.move_to_end(name)
         if len(self._forgotten) > MAX_FORGOTTEN:
-            del self._forgotten[next(iter(self._forgotten))]
+            self._forgotten.popitem(last=False)
 
     def _erase(self, victims: list[Record], keys: set[bytes] | None, namespace: bytes) -> tuple[int, list[int]]:
         core = self._core

@@ -14,7 +14,7 @@ from typing import Any
 from ..config import VCacheConfig
 from ..errors import ConfigError
 from .address import load_token, parse_address
-from .directory import Directory
+from .directory import Directory, random_first_segment
 from .exporter import Exporter
 from .listen import ListeningSocket, listen
 from .messages import StatsReply
@@ -40,7 +40,7 @@ class ManagerServer:
                 f"manager.address: {self._address}: TCP needs a shared secret; write one into a file and set "
                 "manager.token_file, or set VCACHE_TOKEN (for one host, unix:///path needs none)"
             )
-        self._directory = Directory(self._config, epoch=time.time_ns() & ~1, now=clock())
+        self._directory = Directory(self._config, epoch=time.time_ns() & ~1, now=clock(), first_segment=random_first_segment())
         self._service = Service(self._config, self._directory, token, clock)
         self._socket: ListeningSocket | None = None
         self._server: asyncio.Server | None = None

@@ -129,8 +129,8 @@ class Service:
                 return directory.spill(client, nbytes, avoid, now)
             case protocol.Tiers(keys):
                 return directory.tiers(client, keys, now)
-            case protocol.Mount(info, inventory):
-                return directory.mount(client, info, [*self._take_parts(peer, info.uuid), *inventory], now)
+            case protocol.Mount(info, inventory, gate):
+                return directory.mount(client, info, [*self._take_parts(peer, info.uuid), *inventory], now, gate)
             case protocol.DropSlabs(uuid, nbytes):
                 return directory.drop_slabs(client, uuid, nbytes, now)
             case protocol.Segments():
@@ -156,6 +156,8 @@ class Service:
                 directory.add_slabs(client, uuid, slabs, now)
             case protocol.ImporterGone(uuid, importer):
                 directory.importer_gone(client, uuid, importer, now)
+            case protocol.WritersLeft(uuid, writers):
+                directory.writers_left(client, uuid, writers, now)
             case protocol.RequestResize(uuid, nbytes):
                 directory.request_resize(client, uuid, nbytes, now)
             case protocol.InventoryPart():

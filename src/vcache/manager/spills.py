@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from .core import Core, Session
@@ -25,7 +26,7 @@ class SpillDesk:
         self._core = core
         self._plans: dict[int, tuple[HostMemory, int, int]] = {}
         """Lease of a plan under way -> host, bytes, and the clock when it was made."""
-        self._failed: dict[bytes, float] = {}
+        self._failed: OrderedDict[bytes, float] = OrderedDict()
         """Key -> until when it is left alone; in that order."""
 
     def plan(self, session: Session, nbytes: int, avoid: frozenset[int], now: float) -> SpillPlan:
@@ -34,6 +35,7 @@ class SpillDesk:
         memory = core.allocator.hosts.get(session.host) if session.host else None
         if memory is None:
             return SpillPlan()
+        core.check_leases(session.client)
         self._forget(now)
         under_way = sum(size for host, size, _ in self._plans.values() if host is memory)
         excess = memory.unspilled() - under_way - core.config.low_watermark * sum(memory.nbytes)
@@ -98,4 +100,4 @@ class SpillDesk:
         leases = self._core.leases.leases
         self._plans = {number: plan for number, plan in self._plans.items() if number in leases}
         while self._failed and next(iter(self._failed.values())) <= now:
-            del self._failed[next(iter(self._failed))]
+            self._failed.popitem(last=False)

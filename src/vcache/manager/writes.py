@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from ..errors import IntegrityError
@@ -16,7 +17,8 @@ class WriteTable:
         self.by_writer: dict[bytes, dict[tuple[bytes, int, int], Write]] = {}
         self.moves: dict[Write, None] = {}
         """Those that move a visible chunk's shard, in whichever state."""
-        self._timed: dict[Write, None] = {}
+        # Ordered: the first of a plain dict is found by walking over all that went before it.
+        self._timed: OrderedDict[Write, None] = OrderedDict()
         """In order of deadline, because all tickets live equally long."""
         self._resting: list[tuple[float, int, Write]] = []
         self._serial = 0

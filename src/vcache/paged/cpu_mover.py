@@ -5,10 +5,9 @@ NumPy rather than torch, because gathers of long rows into a given buffer run se
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from ctypes import c_char
 from math import gcd
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SegmentError
+from ..segment.host import Fence
 from ..segment.mapping import MappedSlab
 from ..segment.slots import HEADER_BYTES, SlotHeader, formatted_since
 from .checks import check_transfers
@@ -54,8 +54,7 @@ class CpuMover(Mover):
         """`threads`: how many chunks of one call are moved at a time, when there is enough to move."""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="vcache-mover") if threads > 1 else None
         self._views: WeakKeyDictionary[PagedCache, list[RegionView]] = WeakKeyDictionary()
-        # Not a mutex: taking it orders memory, see _fence.
-        self._fences = (threading.Lock(), threading.Lock())
+        self._fence = Fence()
 
     def reaches(self, slab: MappedSlab) -> bool:
         return slab.buffer is not None
@@ -77,7 +76,9 @@ class CpuMover(Mover):
         nbytes = sum(transfer.header.payload_bytes for transfer in transfers)
         if self._executor is None or len(transfers) < 2 or nbytes < PARALLEL_BYTES:
             return [move(transfer) for transfer in transfers]
-        return list(self._executor.map(move, transfers))
+        moving = [self._executor.submit(move, transfer) for transfer in transfers]
+        wait(moving)  # also when one breaks: whoever hears of that takes all as ended
+        return [each.result() for each in moving]
 
     def _store_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer, writer: bytes) -> bool:
         memory, offset = _buffer(transfer.slot.slab), transfer.slot.header_offset
@@ -88,12 +89,12 @@ class CpuMover(Mover):
         found = SlotHeader.unpack(memory[offset : offset + HEADER_BYTES])
         if found is not None and found.generation > odd.generation:
             return False
-        self._announce(memory, offset, odd.pack())
+        self._write_header(memory, offset, odd.announce_parts())
         self._move(cache, slots[transfer.start : transfer.start + header.tokens], transfer, to_slot=True)
         self._fence()
         if memory[offset : offset + HEADER_BYTES] != odd.pack():
             return False
-        self._announce(memory, offset, header.pack())
+        self._write_header(memory, offset, header.publish_parts())
         return True
 
     def _load_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer) -> bool:
@@ -107,21 +108,12 @@ class CpuMover(Mover):
         self._fence()
         return memory[offset : offset + HEADER_BYTES] == expected
 
-    def _announce(self, memory: memoryview, offset: int, header: bytes) -> None:
-        """Write a slot header, its generation last, before anything that follows."""
+    def _write_header(self, memory: memoryview, offset: int, parts: Iterable[tuple[int, bytes]]) -> None:
+        """Write a slot header part by part; each is seen before the next, and all before anything that follows."""
         self._fence()
-        memory[offset : offset + 8] = header[:8]
-        memory[offset + 16 : offset + HEADER_BYTES] = header[16:]
-        self._fence()
-        memory[offset + 8 : offset + 16] = header[8:16]
-        self._fence()
-
-    def _fence(self) -> None:
-        """Order this thread's memory accesses, for observers in other processes. x86 keeps the order of plain stores and
-        loads anyway; elsewhere an access cannot pass one lock's release and then the next one's acquisition."""
-        for lock in self._fences:
-            with lock:
-                pass
+        for at, data in parts:
+            memory[offset + at : offset + at + len(data)] = data
+            self._fence()
 
     def _prepare(self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> Slots:
         slots = slot_mapping.detach().cpu()

@@ -72,6 +72,11 @@ class _Lane:
             self._caller.record(torch.cuda.current_stream(self._device))
             self.stream.wait_event(self._caller)
 
+    def drain(self) -> None:
+        """Block until all that is queued here is over."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
     def mark(self) -> Any:
         """An event behind everything queued on this lane; None without a stream, where all is done by now."""
         if self.stream is None:
@@ -144,7 +149,12 @@ class GpuMover(Mover):
         if not transfers:
             return GpuTransfer(None, None, 0, cache.num_slots)
         with self._lock, self._on_device():
-            return self._enqueue(cache, slot_mapping, transfers, writer, store)
+            try:
+                return self._enqueue(cache, slot_mapping, transfers, writer, store)
+            except BaseException:
+                # Some kernels may be queued, and whoever hears of the failure takes all as ended.
+                self._lanes[store].drain()
+                raise
 
     def _enqueue(
         self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes, store: bool

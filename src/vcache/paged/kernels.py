@@ -76,14 +76,32 @@ def _fence(SYSTEM: tl.constexpr):
 
 
 @triton.jit
-def _write_header(header, words, allowed, SYSTEM: tl.constexpr):
-    """Write a slot header, its generation last."""
+def _write_generation(header, words, allowed, SYSTEM: tl.constexpr):
+    """Write the generation of a slot header, after all that was written before, and before all that follows."""
+    _fence(SYSTEM)
+    if SYSTEM:
+        # A plain store is no strong write, so observers could not synchronise with it, whatever fence stands before it.
+        if allowed:
+            one = tl.arange(0, 1).to(tl.int64)  # all threads store the same word
+            address, value = header.to(tl.int64) + 8 * GENERATION + one, _pick(words, GENERATION) + one
+            tl.inline_asm_elementwise(
+                "st.release.sys.global.b64 [$1], $2; mov.b32 $0, 0;",
+                "=r,l,l",
+                [address, value],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+    else:
+        tl.store(header + GENERATION, _pick(words, GENERATION), mask=allowed)
+    _fence(SYSTEM)
+
+
+@triton.jit
+def _write_rest(header, words, allowed):
+    """Write all of a slot header but its generation."""
     word = tl.arange(0, 8)
-    _fence(SYSTEM)
     tl.store(header + word, words, mask=allowed & (word != GENERATION))
-    _fence(SYSTEM)
-    tl.store(header + word, words, mask=allowed & (word == GENERATION))
-    _fence(SYSTEM)
 
 
 @triton.jit
@@ -116,7 +134,10 @@ def announce(table, STORE: tl.constexpr, SYSTEM: tl.constexpr):
         live = newer == 0
         differs = tl.sum((found != shape).to(tl.int32)) != 0
         tl.store(slab + word, shape, mask=(word < 8) & (address != 0) & live & differs)
-        _write_header(header, odd, live, SYSTEM)
+        # The odd generation first: a header that is torn here is never taken for a chunk.
+        _write_generation(header, odd, live, SYSTEM)
+        _write_rest(header, odd, live)
+        _fence(SYSTEM)
     else:
         live = tl.sum((seen != wanted).to(tl.int32)) == 0
         _fence(SYSTEM)
@@ -137,7 +158,8 @@ def publish(table, STORE: tl.constexpr, SYSTEM: tl.constexpr):
     good = (tl.load(row + CHUNK_LIVE) != 0) & (errors == 0)
     if STORE:
         good = good & (tl.sum((seen != _signed(table, wanted)).to(tl.int32)) == 0)
-        _write_header(header, wanted, good, SYSTEM)
+        _write_rest(header, wanted, good)
+        _write_generation(header, wanted, good, SYSTEM)
     else:
         good = good & (tl.sum((seen != wanted).to(tl.int32)) == 0)
     results = tl.load(table + PARAM_RESULTS).to(tl.pointer_type(tl.int32)) + 2 * chunk

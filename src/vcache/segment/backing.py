@@ -6,9 +6,13 @@ import ctypes
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..errors import SegmentError
 from .slots import SegmentKind, align_up
+
+if TYPE_CHECKING:
+    from .gate import WriteGate
 
 
 class MappedSlab:
@@ -28,6 +32,8 @@ class MappedSlab:
         "buffer",
         "device",
         "device_address",
+        "gate",
+        "index",
         "kind",
         "nbytes",
         "resource",
@@ -57,6 +63,10 @@ class MappedSlab:
         """Writable bytes of a host slab, format `B`, `nbytes` long; None for CUDA and after unmapping."""
         self.resource = resource
         """What the backing needs to unmap it; nobody else touches it."""
+        self.index = 0
+        """In its segment. With `gate` set by who lends or imports it, before anybody else sees the slab."""
+        self.gate: WriteGate | None = None
+        """That a write must pass; None: nothing may be written (memory of one's own that nobody else sees needs none)."""
         self._lock = threading.Lock()
         self._pins = 0
         self._retired = False

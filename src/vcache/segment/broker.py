@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from ..errors import ProtocolError, SegmentError
 from . import broker_protocol as protocol
+from .gate import Gate
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +55,13 @@ class Broker:
     socket is kept, unread, until the peer hangs up.
     """
 
-    def __init__(self, folder: Path, segment: bytes, on_importer_gone: Callable[[bytes], None]) -> None:
-        """`folder` comes from `prepare_broker_dir`. `on_importer_gone(client id)` is called from the broker's thread when the
-        last connection of a process has ended; it must not block or raise. Raises `SegmentError`."""
+    def __init__(self, folder: Path, segment: bytes, gate: Gate, on_importer_gone: Callable[[bytes], None]) -> None:
+        """`folder` comes from `prepare_broker_dir`. `gate`: the segment's, open until `close`. `on_importer_gone(client id)` is
+        called from the broker's thread when the last connection of a process has ended; it must not block or raise. Raises
+        `SegmentError`."""
         self.path = str(protocol.socket_path(folder, segment))
         self._segment = segment
+        self._gate = gate
         self._on_importer_gone = on_importer_gone
         self._uid = os.geteuid()
         self._lock = threading.Lock()
@@ -243,8 +246,12 @@ class Broker:
             with self._lock:
                 if message.client in self._ended:
                     raise ProtocolError("this client had ended or was given up; only a new process may import again")
+                try:
+                    row = self._gate.admit(message.client)
+                except SegmentError as error:
+                    raise ProtocolError(str(error)) from None
                 connection.client = message.client
-                connection.outgoing.append(protocol.Welcome(protocol.BROKER_VERSION))
+                connection.outgoing.append(protocol.Welcome(protocol.BROKER_VERSION, row))
         elif not connection.client:
             raise ProtocolError("a request before hello")
         elif isinstance(message, protocol.Get):
@@ -280,6 +287,9 @@ class Broker:
                 self._drop(connection)
 
     def _send(self, connection: _Connection, message: protocol.FromLender) -> None:
+        if isinstance(message, protocol.Welcome):
+            socket.send_fds(connection.sock, [protocol.encode(message)], [self._gate.fd], socket.MSG_NOSIGNAL)
+            return
         if isinstance(message, protocol.Granted):
             slab = self._slabs.get(message.slab)
             if slab is not None:
@@ -316,6 +326,7 @@ class Broker:
             self._changed.notify_all()
         connection.sock.close()
         if connection.client and not known:
+            self._gate.hung_up(connection.client)
             self._on_importer_gone(connection.client)
 
 

@@ -18,7 +18,7 @@ import msgspec
 
 from ..errors import ProtocolError, SegmentError
 
-BROKER_VERSION = 1
+BROKER_VERSION = 2
 MAX_FRAME = 32 * 1024
 """Bytes. A longer message is malformed."""
 MAX_INDICES = 4096
@@ -56,7 +56,11 @@ class Unmapped(_Message, frozen=True, array_like=True, tag="A"):
 
 
 class Welcome(_Message, frozen=True, array_like=True, tag="W"):
+    """Carries the file descriptor of the segment's write gate as `SCM_RIGHTS`."""
+
     version: int
+    row: Annotated[int, msgspec.Meta(ge=0, lt=2**16)] = 0
+    """Of this importer, in the gate."""
 
 
 class Refused(_Message, frozen=True, array_like=True, tag="R"):

@@ -79,8 +79,6 @@ class HostBacking(SlabBacking):
         self._lock = threading.Lock()
         self._owned: dict[int, OwnedSlab] = {}
         self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.mmap.restype = ctypes.c_void_p
-        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
         self._libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
     @property
@@ -111,7 +109,7 @@ class HostBacking(SlabBacking):
                 os.posix_fallocate(fd, 0, nbytes)
             # Nobody can resize it from now on: no importer can ever be hit by SIGBUS.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS | fcntl.F_SEAL_SEAL)
-            address, buffer = self._map(fd, nbytes)
+            address, buffer = map_shared(fd, nbytes)
             slab = OwnedSlab(self.kind, self.device, nbytes, address, fd, buffer=buffer)
             self._pin_for_gpu(slab)
         except OSError as error:
@@ -134,7 +132,7 @@ class HostBacking(SlabBacking):
         if seals & _SEALS != _SEALS:
             raise SegmentError("host slab: the memfd received could still be resized; refused")
         try:
-            address, buffer = self._map(fd, nbytes)
+            address, buffer = map_shared(fd, nbytes)
         except OSError as error:
             raise SegmentError(f"host slab: cannot map {nbytes} bytes: {error.strerror}") from None
         slab = MappedSlab(self.kind, self.device, nbytes, address, buffer=buffer)
@@ -178,18 +176,6 @@ class HostBacking(SlabBacking):
         _buffer(slab, offset, len(data))[:] = data
         self._fence()
 
-    def _map(self, fd: int, nbytes: int) -> tuple[int, memoryview]:
-        """Shared mapping whose lifetime is that of the buffer. Raises `OSError`."""
-        # An `mmap` object of a file keeps a duplicate of its descriptor for as long as it lives: one per slab, hundreds in a
-        # big pool. So the object gets a private range of addresses, over which the file is then mapped.
-        holder = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(holder))
-        flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE
-        if self._libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != address:
-            code = ctypes.get_errno() or errno.ENOMEM
-            raise OSError(code, os.strerror(code))
-        return address, memoryview(holder)
-
     def _give_back(self, fd: int, nbytes: int) -> None:
         """Free the pages and close `fd`. Raises `SegmentError`."""
         try:
@@ -208,6 +194,22 @@ class HostBacking(SlabBacking):
         except BaseException:
             slab.buffer = None
             raise
+
+
+def map_shared(fd: int, nbytes: int) -> tuple[int, memoryview]:
+    """Address and bytes of a shared mapping of a file; its lifetime is that of the bytes. Raises `OSError`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    # An `mmap` object of a file keeps a duplicate of its descriptor for as long as it lives: one per slab, hundreds in a
+    # big pool. So the object gets a private range of addresses, over which the file is then mapped.
+    holder = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(holder))
+    flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE
+    if libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != address:
+        code = ctypes.get_errno() or errno.ENOMEM
+        raise OSError(code, os.strerror(code))
+    return address, memoryview(holder)
 
 
 def _buffer(slab: MappedSlab, offset: int, nbytes: int) -> memoryview:

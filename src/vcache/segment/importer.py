@@ -17,6 +17,7 @@ from typing import Literal
 from ..errors import ProtocolError, SegmentError, SlabGoneError, VCacheError
 from . import broker_protocol as protocol
 from .backing import MappedSlab, SlabBacking
+from .gate import WriteGate
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +57,8 @@ class Link:
         """Slabs that the lender took back; their numbers are never used again."""
         self.bound = True
         """Whether somebody still wants the segment; without that, a lost link unmaps."""
+        self.gate: WriteGate | None = None
+        """That this process's writes pass; there from `up` on."""
         self._make_backing = backing
         self._backing: SlabBacking | None = None
         self._sock: socket.socket | None = None
@@ -283,7 +286,7 @@ class Importer:
             return
         except OSError as error:
             self._lost(link, f"its lender ended ({error.strerror})")
-        except ProtocolError as error:
+        except (ProtocolError, SegmentError) as error:
             self._lost(link, str(error))
         finally:
             for fd in fds:
@@ -293,6 +296,9 @@ class Importer:
         if isinstance(message, protocol.Refused):
             self._lost(link, f"its lender refuses: {message.reason}")
         elif isinstance(message, protocol.Welcome):
+            if len(fds) != 1:
+                raise ProtocolError("a welcome without the segment's gate; is the limit of open files (ulimit -n) too low?")
+            link.gate = WriteGate.map(fds[0], message.row)
             link.state, link.problem, link._answer_by = "up", "", 0.0
             link.settled.set()
             for index in link._wanted:
@@ -365,6 +371,7 @@ class Importer:
             for future in want.futures:
                 future.set_exception(error)
             return
+        slab.index, slab.gate = message.slab, link.gate
         link.mapped[message.slab] = slab
         for future in want.futures:
             future.set_result(slab)

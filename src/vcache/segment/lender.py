@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 from ..config import SegmentConfig
 from ..errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, SegmentError
-from ..manager.messages import ManagerApi, Push, ResizeRequested, SessionInfo, WipeSlots, WriterLost
+from ..manager.messages import GateReport, GateWriter, ManagerApi, Push, ResizeRequested, SessionInfo, WipeSlots, WriterLost
 from .backing import OwnedSlab, SlabBacking
 from .broker import Broker
 from .broker_protocol import prepare_broker_dir
+from .gate import Gate
 from .hostinfo import host_id
 from .lent import LentSlab, LentSlabs, unfinished_writers
 from .remote_export import RemoteExport
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 _MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
 _RETRY = 1.0
+_POLL = 0.05
+"""Seconds between looks at writers that the manager waits for."""
 
 
 class ShrinkReport(NamedTuple):
@@ -82,12 +85,22 @@ class Lender:
         self._resize_lock = threading.Lock()
         self._work: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._resizes: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._broker = Broker(prepare_broker_dir(config.broker_dir), self.uuid, self._importer_gone)
-        self._lent = LentSlabs(backing, self._broker, int(config.slab_size), manager.client_id, export)
+        self._awaited: set[tuple[bytes, int]] = set()
+        """Writers that the manager was told of at the last mount, (client id, slab), and waits for."""
+        self._floor = 0
+        """Highest epoch heard of."""
+        self._gate = Gate(manager.client_id)
+        try:
+            self._broker = Broker(prepare_broker_dir(config.broker_dir), self.uuid, self._gate, self._importer_gone)
+        except BaseException:
+            self._gate.close()
+            raise
+        self._lent = LentSlabs(backing, self._broker, int(config.slab_size), manager.client_id, self._gate.own, export)
         try:
             self._lent.create(int(config.size))
         except BaseException:
             self._broker.close()
+            self._gate.close()
             raise
         self._threads = [
             threading.Thread(target=self._run_work, name="vcache-lender", daemon=True),
@@ -183,12 +196,14 @@ class Lender:
                 logger.info("segment %s: the manager could not be told of its end: %s", self._name, error)
         self._lent.take_back(slabs, self._config.unmap_timeout)
         self._broker.close()
+        self._gate.close()
 
     # -- Listener ------------------------------------------------------------------------------------------------------
 
     def on_session(self, session: SessionInfo) -> None:
         with self._changed:
             self._session = session
+            self._floor = max(self._floor, session.epoch)
             self._mounted = False
             self._wipes.clear()
         self._work.put(True)
@@ -226,23 +241,24 @@ class Lender:
         return self.uuid.hex()[:8]
 
     def _run_work(self) -> None:
-        retry_at = None
+        pause: float | None = None
         problem = ""
         while True:
             try:
-                if not self._work.get(timeout=None if retry_at is None else max(0.0, retry_at - time.monotonic())):
+                if not self._work.get(timeout=pause):
                     return
             except queue.Empty:
-                logger.debug("segment %s: trying to reach the manager again", self._name)
-            retry_at = None
+                logger.debug("segment %s: looking again", self._name)
             try:
                 self._tell_manager()
-                problem = ""
-            except _MANAGER_ERRORS as error:
+                problem, pause = "", _POLL if self._awaited else None
+            except Exception as error:
+                # Of any kind: without this thread the segment would never be mounted again.
                 if str(error) != problem:
-                    logger.warning("segment %s: the manager could not be told, trying again: %s", self._name, error)
-                problem = str(error)
-                retry_at = time.monotonic() + _RETRY
+                    expected = isinstance(error, (*_MANAGER_ERRORS, SegmentError))
+                    text = "segment %s: the manager could not be told, trying again: %s"
+                    logger.warning(text, self._name, error, exc_info=not expected)
+                problem, pause = str(error), _RETRY
 
     def _tell_manager(self) -> None:
         """Whatever the manager does not know yet. Idempotent; stops at the first call that fails."""
@@ -258,12 +274,15 @@ class Lender:
                 self._mounted = False  # It believes something else than we do: start over.
                 raise
         with self._changed:
-            wipes, self._wipes = self._wipes, []
-            gone = sorted(self._gone)
+            wipes, gone = list(self._wipes), sorted(self._gone)
         for wipe in wipes:
             for index, offset in wipe.slots:
                 self._lent.wipe(index, offset)
             self._manager.wiped(wipe.token)
+            with self._changed:
+                # Only now: one that could not be reported is reported again. Another session's list is not ours to change.
+                self._wipes = [other for other in self._wipes if other is not wipe]
+        self._tell_of_writers()
         for client in gone:
             try:
                 self._manager.importer_gone(self.uuid, client)
@@ -272,15 +291,28 @@ class Lender:
             with self._changed:
                 self._gone.discard(client)
 
+    def _tell_of_writers(self) -> None:
+        """Of those that the manager waits for, who has left."""
+        left = self._awaited - self._gate.writers({slab for _, slab in self._awaited}) if self._awaited else set()
+        if left:
+            self._manager.writers_left(self.uuid, [GateWriter(client, slab) for client, slab in sorted(left)])
+            self._awaited -= left
+
     def _mount(self) -> None:
         session = self._session
         info = self.info
-        inventory = self._lent.inventory([slab.index for slab in info.slabs])
+        indices = [slab.index for slab in info.slabs]
+        # In this order: from the new fence word on no earlier ticket passes the gate; then who has; then what they wrote.
+        fence = self._gate.renew()
+        writers = self._gate.writers(indices)
+        inventory = self._lent.inventory(indices)
         ended = {writer for writer in unfinished_writers(inventory) if self._ended(writer)}
-        self._manager.mount(info, inventory)
+        report = GateReport(fence=fence, writers=tuple(GateWriter(*writer) for writer in sorted(writers)), floor=self._floor)
+        self._manager.mount(info, inventory, report)
         with self._changed:
             if session is None or self._session is not session:
                 return
+            self._awaited = writers
             self._mounted = True
             self._announced = {slab.index for slab in info.slabs}
             self._gone |= ended
@@ -307,6 +339,8 @@ class Lender:
                 self.resize(target)
             except SegmentError as error:
                 logger.error("segment %s: cannot resize to %d bytes: %s", self._name, target, error)
+            except Exception:
+                logger.exception("segment %s: resizing to %d bytes failed", self._name, target)
 
     def _grow(self, nbytes: int) -> int:
         if self._closed:

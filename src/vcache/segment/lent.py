@@ -12,6 +12,7 @@ from typing import NamedTuple
 from ..errors import SegmentError, VCacheError
 from .backing import OwnedSlab, SlabBacking
 from .broker import Broker
+from .gate import WriteGate
 from .remote_export import RemoteExport
 from .slots import HEADER_BYTES, SlabHeader, SlabInfo, SlabInventory, SlotHeader, align_up
 
@@ -55,14 +56,16 @@ class LentSlabs:
         broker: Broker,
         slab_payload: int,
         client_id: bytes,
+        gate: WriteGate,
         export: RemoteExport | None = None,
     ) -> None:
-        """`slab_payload`: payload bytes of a whole slab. `client_id`: our own, for reports. `export`: makes slabs readable from
-        other hosts."""
+        """`gate`: that our own writes pass. `slab_payload`: payload bytes of a whole slab. `client_id`: our own, for reports.
+        `export`: makes slabs readable from other hosts."""
         self._backing = backing
         self._broker = broker
         self._slab_payload = slab_payload
         self._client_id = client_id
+        self._gate = gate
         self._export = export
         self._lock = threading.Lock()
         self._slabs: dict[int, LentSlab] = {}
@@ -112,6 +115,7 @@ class LentSlabs:
             raise
         with self._lock:
             for slab in created:
+                slab.memory.index, slab.memory.gate = self._next_index, self._gate
                 self._slabs[self._next_index] = slab
                 self._broker.add_slab(self._next_index, slab.memory.nbytes, slab.memory.fd)
                 self._next_index += 1

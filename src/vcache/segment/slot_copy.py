@@ -3,6 +3,7 @@ like a mover that knows no paged cache."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .mapping import PinnedSlot, SegmentMap
@@ -69,11 +70,11 @@ def copy_slot(segments: SegmentMap, source: SourceSlot, target: TargetSlot, writ
     found = SlotHeader.unpack(_read_header(segments, slot))
     if not _format(segments, target) or (found is not None and found.generation > odd.generation):
         return 0
-    _announce(segments, slot, odd)
+    _write_header(segments, slot, odd.announce_parts())
     _copy_payload(segments, source.slot, slot, header.payload_bytes)
     if _read_header(segments, source.slot) != header.pack() or _read_header(segments, slot) != odd.pack():
         return 0
-    _announce(segments, slot, final)
+    _write_header(segments, slot, final.publish_parts())
     return header.payload_bytes
 
 
@@ -102,9 +103,7 @@ def _format(segments: SegmentMap, target: TargetSlot) -> bool:
     return True
 
 
-def _announce(segments: SegmentMap, slot: PinnedSlot, header: SlotHeader) -> None:
-    """Write a slot header, its generation last, before anything that follows. Each write is complete before the next."""
-    packed, slab, offset = header.pack(), slot.slab, slot.header_offset
-    segments.write(slab, offset, packed[:8])
-    segments.write(slab, offset + 16, packed[16:])
-    segments.write(slab, offset + 8, packed[8:16])
+def _write_header(segments: SegmentMap, slot: PinnedSlot, parts: Iterable[tuple[int, bytes]]) -> None:
+    """Write a slot header part by part; each is complete before the next, and all before anything that follows."""
+    for offset, data in parts:
+        segments.write(slot.slab, slot.header_offset + offset, data)
