@@ -132,6 +132,8 @@ class CacheConfig(_Section, frozen=True, kw_only=True):
     """Whether this engine moves cold chunks from VRAM to host memory in the background when the manager asks for room."""
     remote: Literal["off", "tcp", "rdma"] = "off"
     """How chunks in memory of other hosts are read, by Mooncake's transfer engine; needs `segment.remote` there."""
+    checksum: Literal["off", "sample", "always"] = "off"
+    """Whether stores write a checksum behind each chunk in VRAM and DRAM, and which loads verify it: one in 64, or all."""
 
     def __post_init__(self) -> None:
         self._require(1, 65535, "chunk_size")
