@@ -173,19 +173,19 @@ class VCacheEngine:
     def store_async(
         self, tokens: Any, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: torch.Tensor, offset: int = 0
     ) -> TransferHandle[None]:
-        """`store` in the background. Arguments are checked before it returns. The source must not change until done."""
-        target, follower = self._follow(kvcaches)
-        prompt = self._check(tokens, mask, slot_mapping, offset, target.cache)
-        work = lambda: self._store(prompt, target, slot_mapping)  # noqa: E731
+        """`store` in the background. Arguments are checked, and copied, before it returns; `kvcaches` must not change until
+        done."""
+        prompt, target, slots, follower = self._later(tokens, mask, kvcaches, slot_mapping, offset)
+        work = lambda: self._store(prompt, target, slots)  # noqa: E731
         return TransferHandle(self._executor.submit(follower.run, work))
 
     def retrieve_async(
         self, tokens: Any, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: torch.Tensor
     ) -> TransferHandle[torch.Tensor]:
-        """`retrieve` in the background. Arguments are checked before it returns."""
-        target, follower = self._follow(kvcaches)
-        prompt = self._check(tokens, mask, slot_mapping, 0, target.cache)
-        work = lambda: self._retrieve(prompt, target, slot_mapping)  # noqa: E731
+        """`retrieve` in the background. Arguments are checked, and copied, before it returns; `kvcaches` are written until
+        done."""
+        prompt, target, slots, follower = self._later(tokens, mask, kvcaches, slot_mapping, 0)
+        work = lambda: self._retrieve(prompt, target, slots)  # noqa: E731
         return TransferHandle(self._executor.submit(follower.run, work))
 
     def bind(self, kvcaches: KVCaches, *, layout: str | None = None, block_size: int | None = None) -> Any:
@@ -318,10 +318,16 @@ class VCacheEngine:
         cache.check_slot_mapping(slot_mapping, len(ids) - offset)
         return Prompt(self._tokens, ids, skipped, offset, recent=self._recent)
 
-    def _follow(self, kvcaches: KVCaches) -> tuple[_Target, StreamFollower]:
+    def _later(
+        self, tokens: Any, mask: Any, kvcaches: KVCaches, slot_mapping: torch.Tensor, offset: int
+    ) -> tuple[Prompt, _Target, torch.Tensor, StreamFollower]:
+        """What another thread needs. Nothing of it changes when the caller uses its arguments for the next call: a slot mapping
+        in VRAM is copied in the caller's stream, before the point from which the work follows. Raises as `_check`."""
         self._check_open()
         target: _Target = self.bind(kvcaches)
-        return target, StreamFollower(target.cache.device)
+        prompt = self._check(tokens, mask, slot_mapping, offset, target.cache)
+        slots = slot_mapping.clone()
+        return prompt, target, slots, StreamFollower(target.cache.device)
 
     def _count(self, asked: int, present: Presence) -> None:
         self.metrics.count("lookups", asked)

@@ -70,8 +70,10 @@ class Command:
 class EngineProcess:
     """A process of its own with one engine; runs functions of `support.engine_worker` in it."""
 
-    def __init__(self, config: dict[str, Any], spec: dict[str, Any], main: Callable[..., None] | None = None) -> None:
-        """`main`: what the process runs; default `support.engine_worker.main`."""
+    def __init__(
+        self, config: dict[str, Any], spec: dict[str, Any], main: Callable[..., None] | None = None, *, wait: bool = True
+    ) -> None:
+        """`main`: what the process runs; default `support.engine_worker.main`. With `wait`, until it is ready."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         if main is None:
@@ -79,6 +81,10 @@ class EngineProcess:
         self.process = context.Process(target=main, args=(theirs, config, spec), daemon=True)
         self.process.start()
         theirs.close()
+        if wait:
+            self.wait_ready()
+
+    def wait_ready(self) -> None:
         assert self._answer(START_TIMEOUT) == "ready"
 
     def start(self, function: str, *arguments: Any) -> None:

@@ -1,0 +1,17 @@
+"""`make soak`: kills, stops and restarts of real processes, aimed at the middle of what they do. The parts are in `tests/soak`.
+
+usage: soak.py [--minutes 10] [--seed N] [--only KIND] [--first] [--verbose]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# In place of this folder, in which `soak` would be this file.
+sys.path[0] = str(Path(__file__).resolve().parents[1] / "tests")
+
+from soak.main import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""`vcache lend` whose mounts can be halted."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+from soak.windows import Aim, Halts, exit_now, redirect_output
+
+from vcache.cli import app as commands
+from vcache.manager.client import ManagerClient
+from vcache.segment.lent import LentSlabs
+
+
+def main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None:
+    """Lend as `config["arguments"]` says; `spec` is not used."""
+    redirect_output(config["log"])
+    os.environ.update(config["env"])
+    current = [Halts([], lambda aim: None)]
+    numbers: dict[int, Halts] = {}
+    inventory, mount = LentSlabs.inventory, ManagerClient.mount
+
+    def read(self: LentSlabs, indices: Sequence[int]) -> Any:
+        found = []
+        for place, index in enumerate(indices):
+            current[0].reach("reading", place)
+            found += inventory(self, [index])
+        return found
+
+    def mounting(self: ManagerClient, *arguments: Any) -> int:
+        current[0].reach("mounting")
+        number = mount(self, *arguments)
+        current[0].reach("mounted")
+        return number
+
+    def listen() -> None:
+        try:
+            while True:
+                kind, number, *request = pipe.recv()
+                if kind == "go":
+                    numbers[number].go_on()
+                    continue
+
+                def report(aim: Aim, number: int = number) -> None:
+                    pipe.send(("halted", (number, aim)))
+
+                halts = Halts(request[2], report)
+                numbers[number] = current[0] = halts
+        except EOFError:
+            exit_now()
+
+    LentSlabs.inventory, ManagerClient.mount = read, mounting  # type: ignore[method-assign, assignment]
+    pipe.send(("value", "ready"))
+    threading.Thread(target=listen, daemon=True).start()
+    commands.app(config["arguments"])
