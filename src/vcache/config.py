@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -223,7 +223,12 @@ class VCacheConfig(_Section, frozen=True, kw_only=True):
                             f"{where}: unknown key '{section}.{key}'; known: {', '.join(known.__struct_fields__)}"
                         )
                     origin[f"{section}.{key}"] = where
-                merged.setdefault(section, {}).update(values)
+                hints = get_type_hints(known)
+                # YAML reads an unquoted `off` as False.
+                plain = {
+                    key: "off" if value is False and "off" in get_args(hints[key]) else value for key, value in values.items()
+                }
+                merged.setdefault(section, {}).update(plain)
         try:
             return msgspec.convert(merged, cls, strict=False, dec_hook=_decode)
         except msgspec.ValidationError as error:

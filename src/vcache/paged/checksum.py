@@ -26,8 +26,8 @@ ChecksumMode = Literal["off", "sample", "always"]
 
 BLOCK = 1024
 """Words of a block."""
-_ROWS = 32
-"""Blocks in one step: 256 KiB, which stay in a core's cache between two operations on them."""
+_ROWS = 64
+"""Blocks in one step: 512 KiB, which stay in a core's cache between two operations on them."""
 _TRAILER = struct.Struct("<QQ")
 TRAILER_BYTES = _TRAILER.size
 STEP, FIRST, SECOND = 0x9E3779B97F4A7C15, 0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53
@@ -57,11 +57,12 @@ def checksum(payload: memoryview) -> int:
 
 def _sums(blocks: NDArray[np.uint32], first: int) -> int:
     """Of whole blocks, the number of whose first one is `first`."""
-    total, halves = 0, np.empty((min(_ROWS, len(blocks)), 2 * BLOCK), np.uint32)
+    total, rows = 0, min(_ROWS, len(blocks))
+    halves, upper = np.empty((rows, 2 * BLOCK), np.uint32), np.empty((rows, BLOCK), np.uint64)  # once: new pages cost more
     for start in range(0, len(blocks), _ROWS):
         part = blocks[start : start + _ROWS]
         words: Any = np.add(part, _KEYS, out=halves[: len(part)]).view(np.uint64)
-        high = words >> np.uint64(32)
+        high = np.right_shift(words, np.uint64(32), out=upper[: len(part)])
         np.bitwise_and(words, np.uint64(0xFFFFFFFF), out=words)
         sums = np.einsum("ij,ij->i", words, high)
         numbers = np.arange(first + start + 1, first + start + 1 + len(part), dtype=np.uint64) * np.uint64(STEP)
