@@ -33,6 +33,7 @@ COUNTERS = {
     "retrieve_chunks": "Chunks read and verified.",
     "retrieve_tokens": "Tokens delivered from them.",
     "stale_reads": "Reads thrown away because the slot header was not the one promised.",
+    "checksum_failures": "Chunks in VRAM or DRAM whose header was right and whose checksum was not: misses.",
     "put_exists": "Chunks not written because they were there.",
     "put_busy": "Chunks not written because another client was writing them.",
     "put_no_space": "Chunks not written because the pool had no room.",
