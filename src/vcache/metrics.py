@@ -37,6 +37,7 @@ COUNTERS = {
     "put_exists": "Chunks not written because they were there.",
     "put_busy": "Chunks not written because another client was writing them.",
     "put_no_space": "Chunks not written because the pool had no room.",
+    "slab_headers_mended": "Slab headers that were damaged in memory and kept every writer away.",
     "put_lapsed": "Chunks written but not published: the ticket had lapsed or the manager was gone.",
     "unreachable": "Slots that this process could not map.",
     "transfer_errors": "Transfers that could not be started.",

@@ -23,7 +23,7 @@ from .paged.mover import Mover, SlotTransfer, Transfer
 from .remote_pool import RemotePool, RemoteRead, RemoteTransfer
 from .segment.gate import Passage
 from .segment.mapping import MappedSlab, PinnedSlot, SegmentMap
-from .segment.slots import ALIGNMENT, SlabHeader, SlotHeader, SlotLocation, Tier, align_up
+from .segment.slots import ALIGNMENT, HEADER_BYTES, SlabHeader, SlotHeader, SlotLocation, Tier, align_up, formatted_since
 from .spec import KVCacheSpec
 
 if TYPE_CHECKING:
@@ -356,11 +356,14 @@ class ChunkPool:
 
         def settle(verified: list[bool]) -> PutReport:
             try:
-                # Out of the gates before the tickets end: whoever gets these slots next must not wait for us.
-                passage.leave()
-                for transfer in transfers:
-                    self.segments.unpin(transfer.slot)
                 flags = [*verified, *[False] * (len(transfers) - len(verified))]
+                try:
+                    self._mend_slab_headers([transfer for transfer, ok in zip(transfers, flags, strict=True) if not ok])
+                finally:
+                    # Out of the gates before the tickets end: whoever gets these slots next must not wait for us.
+                    passage.leave()
+                    for transfer in transfers:
+                        self.segments.unpin(transfer.slot)
                 stored = self._publish(written, transfers, flags)
                 # Not the time until somebody asks, nor that of the forward pass which the copy waits for.
                 seconds = started.seconds if started is not None else 0.0
@@ -552,6 +555,20 @@ class ChunkPool:
             written.append(chunk)
         self._revoke(refused)
         return unplaced
+
+    def _mend_slab_headers(self, refused: Sequence[SlotTransfer]) -> None:
+        """Rewrite slab headers that kept writes away by a later format than the tickets'. Inside the gate there is none: a slab
+        is not formatted anew while one of its tickets is out, and tickets of earlier mounts do not get in. So the header is
+        damaged, and would keep every writer away for good."""
+        try:
+            for slab, header in {transfer.slot.slab: transfer.slab_header for transfer in refused}.items():
+                if formatted_since(self.segments.read(slab, 0, HEADER_BYTES), header):
+                    self.segments.write(slab, 0, header)
+                    self.metrics.count("slab_headers_mended")
+                    logger.warning("slab %d on %s: its header was damaged, and is mended", slab.index, slab.device)
+        except TRANSFER_ERRORS as error:
+            self.metrics.count("transfer_errors")
+            logger.warning("slab headers cannot be looked at: %s", error)
 
     def _abandon(self, transfers: list[SlotTransfer]) -> None:
         for transfer in transfers:
