@@ -242,6 +242,9 @@ class World:
         self.finish_all()
         self.replenish()
         self.wait_ready()
+        tokens = self.prompts[self.prompt("all", CHUNK * self.capacity)]
+        self.finish(self.begin(self.rng.choice(self.free()), "refill", tokens, self.rng.getrandbits(32)))
+        self.check(["all"])
 
     def freeze(self, actor: Actor) -> None:
         actor.signal(signal.SIGSTOP)
