@@ -227,6 +227,14 @@ def test_the_input_is_not_changed() -> None:
     assert tokens == array("I", range(10))
 
 
+def test_an_array_is_copied() -> None:
+    """Whoever names its chunks later named those of the caller's next prompt."""
+    tokens = array("I", range(10))
+    ids = token_array(tokens)
+    tokens[0] = 7
+    assert ids == array("I", range(10))
+
+
 @pytest.mark.parametrize(
     ("tokens", "text"),
     [

@@ -12,10 +12,10 @@ from typing import NamedTuple
 from .errors import StorageDeadlineError
 from .keys import CacheKey
 from .metrics import EngineMetrics
-from .pool import TRANSFER_ERRORS, Chunk, ChunkPool, leased
-from .segment.slots import HEADER_BYTES
-from .staging import StagingBuffer, StagingPool
+from .pool import Chunk, ChunkPool, leased
+from .staging import Staging, StagingBuffer
 from .storage.base import StorageTier
+from .storage.values import seal
 
 logger = logging.getLogger("vcache.storage")
 
@@ -27,20 +27,36 @@ class _Job(NamedTuple):
     chunk: Chunk
     nbytes: int
     filled: StagingBuffer | None
-    """Holds the value already; None when it is to be read from the pool."""
+    """Holds header and payload already; None when they are to be read from the pool."""
+    damaged: bool = False
+    """Nothing is written: what storage holds is to be removed."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it does not go into a batch with others."""
+        return self.filled is not None or self.damaged
 
 
 class BackgroundWriter:
     """One thread and a queue of chunks. When more than `limit` payload bytes wait, further chunks are dropped and counted."""
 
-    def __init__(self, storage: StorageTier, pool: ChunkPool, staging: StagingPool, metrics: EngineMetrics, limit: int) -> None:
+    def __init__(
+        self,
+        storage: StorageTier,
+        pool: ChunkPool,
+        staging: Staging,
+        metrics: EngineMetrics,
+        limit: int,
+        patience: float,
+    ) -> None:
+        """`patience`: seconds to wait for buffers that an earlier write has not given back."""
         self._storage = storage
         self._pool = pool
         self._staging = staging
         self._metrics = metrics
         self._limit = limit
-        # The other half is for reads, which must not wait for writes.
-        self._batch = max(1, min(BATCH, staging.limit // 2))
+        self._patience = patience
+        self._batch = min(BATCH, staging.writes.limit)
         self._queue: deque[_Job] = deque()
         self._waiting_bytes = 0
         self._busy = False
@@ -56,9 +72,13 @@ class BackgroundWriter:
             self._enqueue(_Job(chunk, self._pool.spec.payload_bytes(chunk.tokens), None))
 
     def submit_filled(self, chunk: Chunk, buffer: StagingBuffer) -> None:
-        """Queue a value that lies in a staging buffer; the writer gives the buffer back. Does not block."""
+        """Queue a chunk whose header and payload lie in a buffer for gathers; the writer gives it back. Does not block."""
         if not self._enqueue(_Job(chunk, self._pool.spec.payload_bytes(chunk.tokens), buffer)):
-            self._staging.give([buffer])
+            self._staging.gathers.give([buffer])
+
+    def remove(self, chunk: Chunk) -> None:
+        """Queue the removal of a damaged value, so that the chunk can be written again. Does not block."""
+        self._enqueue(_Job(chunk, 0, None, damaged=True))
 
     def flush(self, timeout: float | None = None) -> bool:
         """Block until nothing waits; False on timeout (seconds)."""
@@ -72,7 +92,7 @@ class BackgroundWriter:
             self._closed = True
             if self._queue:
                 self._metrics.count("storage_dropped", len(self._queue))
-            self._staging.give([job.filled for job in self._queue if job.filled is not None])
+            self._staging.gathers.give([job.filled for job in self._queue if job.filled is not None])
             self._queue.clear()
             self._changed.notify_all()
         self._thread.join(timeout)
@@ -100,7 +120,7 @@ class BackgroundWriter:
             try:
                 self._write(jobs)
                 self._failing = False
-            except TRANSFER_ERRORS as error:
+            except Exception as error:  # noqa: BLE001 - the thread goes on, or `flush` would wait for ever
                 # These chunks are missing in this tier, nothing else. The first of many is news, the others are counted.
                 self._metrics.count("storage_errors")
                 level = logging.DEBUG if self._failing else logging.WARNING
@@ -108,47 +128,54 @@ class BackgroundWriter:
                 self._failing = True
 
     def _next(self) -> list[_Job]:
-        """The next jobs, oldest first, taken out of the queue: one whose value lies in staging, or several to read from the
-        pool, each chunk once. Under `_changed`."""
+        """The next jobs, oldest first, taken out of the queue: one that goes alone, or several to read from the pool, each
+        chunk once. Under `_changed`."""
         jobs: list[_Job] = []
         while self._queue and len(jobs) < self._batch:
             job = self._queue[0]
-            if jobs and (job.filled is not None or any(job.chunk.digest == other.chunk.digest for other in jobs)):
+            if jobs and (job.alone or any(job.chunk.digest == other.chunk.digest for other in jobs)):
                 break
             jobs.append(self._queue.popleft())
             self._waiting_bytes -= job.nbytes
-            if job.filled is not None:
+            if job.alone:
                 break
         return jobs
 
     def _write(self, jobs: list[_Job]) -> None:
         began = time.perf_counter()
+        shard = self._pool.spec.rank
+        if jobs[0].damaged:
+            self._storage.remove(self._keys(jobs), shard)
+            return
         filled = jobs[0].filled
         buffers = [filled] if filled is not None else []
+        staging = self._staging.gathers if filled is not None else self._staging.writes
         try:
-            shard = self._pool.spec.rank
             there = self._storage.prefix(self._keys(jobs), shard)
             if there:
                 self._metrics.count("storage_exists", there)
             jobs = jobs[there:]
             while jobs:
-                if filled is None:
-                    buffers += self._staging.take(len(jobs) - len(buffers))
+                if len(jobs) > len(buffers) and filled is None:
+                    buffers += staging.take(len(jobs) - len(buffers), self._patience if not buffers else 0)
+                if not buffers:
+                    self._metrics.count("storage_dropped", len(jobs))
+                    return
                 ready, jobs = jobs[: len(buffers)], jobs[len(buffers) :]
-                sizes = [HEADER_BYTES + ready[0].nbytes] if filled is not None else self._read(ready, buffers)
-                self._put(ready, buffers, sizes, shard, began)
+                here = [True] if filled is not None else self._read(ready, buffers)
+                self._put(ready, buffers, here, shard, began)
                 began = time.perf_counter()
         except StorageDeadlineError as error:
             # The call still reads from its buffers.
             late, buffers = buffers, []
-            error.when_over(lambda: self._staging.give(late))
+            error.when_over(lambda: staging.give(late))
             raise
         finally:
-            self._staging.give(buffers)
+            staging.give(buffers)
 
-    def _put(self, jobs: list[_Job], buffers: list[StagingBuffer], sizes: list[int], shard: int, began: float) -> None:
-        """Write what was read; a size of 0 is a chunk that was evicted before its turn."""
-        found = [(job, buffer.view[:size]) for job, buffer, size in zip(jobs, buffers, sizes, strict=False) if size]
+    def _put(self, jobs: list[_Job], buffers: list[StagingBuffer], here: list[bool], shard: int, began: float) -> None:
+        """Write those that are `here`; the others were evicted before their turn."""
+        found = [(job, seal(buffer.view, job.nbytes)) for job, buffer, ok in zip(jobs, buffers, here, strict=False) if ok]
         if len(found) < len(jobs):
             self._metrics.count("storage_skipped", len(jobs) - len(found))
         if not found:
@@ -161,18 +188,18 @@ class BackgroundWriter:
         if len(written) < len(found):
             self._metrics.count("storage_rejected", len(found) - len(written))
 
-    def _read(self, jobs: list[_Job], buffers: list[StagingBuffer]) -> list[int]:
-        """Bytes of each chunk's value, now in its buffer; 0 for those that left the pool."""
-        sizes: list[int] = []
-        while len(sizes) < len(jobs):
+    def _read(self, jobs: list[_Job], buffers: list[StagingBuffer]) -> list[bool]:
+        """Whether each chunk's header and payload are in its buffer now; False for those that left the pool."""
+        here: list[bool] = []
+        while len(here) < len(jobs):
             # A lease ends before the first chunk that is gone.
-            with leased(self._pool, [job.chunk.digest for job in jobs[len(sizes) :]]) as lease:
+            with leased(self._pool, [job.chunk.digest for job in jobs[len(here) :]]) as lease:
                 for location in lease.locations:
-                    here = len(sizes)
-                    sizes.append(self._pool.read(location, jobs[here].chunk, buffers[here].view))
-            if len(sizes) < len(jobs):
-                sizes.append(0)
-        return sizes
+                    job, buffer = jobs[len(here)], buffers[len(here)]
+                    here.append(self._pool.read(location, job.chunk, buffer.view) > 0)
+            if len(here) < len(jobs):
+                here.append(False)
+        return here
 
     def _keys(self, jobs: Sequence[_Job]) -> list[CacheKey]:
         return [CacheKey(self._pool.namespace, job.chunk.digest) for job in jobs]

@@ -18,6 +18,7 @@ from .keys import CacheKey, TokenDatabase, skipped_tokens, token_array
 from .lower_tier import LowerTier
 from .manager.messages import ManagerApi
 from .metrics import EngineMetrics
+from .paged.checksum import slot_bytes_for
 from .pool import HEAD_CHUNKS, MANAGER_ERRORS, ChunkPool, PoolTransfer, Presence
 from .prompt import Prompt, RecentPrompts
 from .resources import Resources, open_resources
@@ -74,7 +75,7 @@ class VCacheEngine:
         self.metrics = EngineMetrics(floor_gbps=self.config.transfer.floor_gbps)
         self._tokens = TokenDatabase(spec.namespace(size), size, partial=settings.save_partial_chunk)
         self._recent = RecentPrompts(size)
-        slot_bytes = spec.payload_bytes(size)
+        slot_bytes = slot_bytes_for(spec.payload_bytes(size), settings.checksum)
         self._resources: Resources = open_resources(self.config, slot_bytes, name or f"engine-{os.getpid()}", device)
         self.pool = ChunkPool(
             self._resources.manager,
@@ -84,6 +85,7 @@ class VCacheEngine:
             self.metrics,
             placement=settings.placement,
             remote=self._resources.remote,
+            checksum=settings.checksum,
         )
         self.manager.set_write_gate(self.pool.wait_writes)
         self._lower: LowerTier | None = self._resources.open_lower_tier(self.config, self.pool, self.metrics)
@@ -171,19 +173,19 @@ class VCacheEngine:
     def store_async(
         self, tokens: Any, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: torch.Tensor, offset: int = 0
     ) -> TransferHandle[None]:
-        """`store` in the background. Arguments are checked before it returns. The source must not change until done."""
-        target, follower = self._follow(kvcaches)
-        prompt = self._check(tokens, mask, slot_mapping, offset, target.cache)
-        work = lambda: self._store(prompt, target, slot_mapping)  # noqa: E731
+        """`store` in the background. Arguments are checked, and copied, before it returns; `kvcaches` must not change until
+        done."""
+        prompt, target, slots, follower = self._later(tokens, mask, kvcaches, slot_mapping, offset)
+        work = lambda: self._store(prompt, target, slots)  # noqa: E731
         return TransferHandle(self._executor.submit(follower.run, work))
 
     def retrieve_async(
         self, tokens: Any, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: torch.Tensor
     ) -> TransferHandle[torch.Tensor]:
-        """`retrieve` in the background. Arguments are checked before it returns."""
-        target, follower = self._follow(kvcaches)
-        prompt = self._check(tokens, mask, slot_mapping, 0, target.cache)
-        work = lambda: self._retrieve(prompt, target, slot_mapping)  # noqa: E731
+        """`retrieve` in the background. Arguments are checked, and copied, before it returns; `kvcaches` are written until
+        done."""
+        prompt, target, slots, follower = self._later(tokens, mask, kvcaches, slot_mapping, 0)
+        work = lambda: self._retrieve(prompt, target, slots)  # noqa: E731
         return TransferHandle(self._executor.submit(follower.run, work))
 
     def bind(self, kvcaches: KVCaches, *, layout: str | None = None, block_size: int | None = None) -> Any:
@@ -316,10 +318,16 @@ class VCacheEngine:
         cache.check_slot_mapping(slot_mapping, len(ids) - offset)
         return Prompt(self._tokens, ids, skipped, offset, recent=self._recent)
 
-    def _follow(self, kvcaches: KVCaches) -> tuple[_Target, StreamFollower]:
+    def _later(
+        self, tokens: Any, mask: Any, kvcaches: KVCaches, slot_mapping: torch.Tensor, offset: int
+    ) -> tuple[Prompt, _Target, torch.Tensor, StreamFollower]:
+        """What another thread needs. Nothing of it changes when the caller uses its arguments for the next call: a slot mapping
+        in VRAM is copied in the caller's stream, before the point from which the work follows. Raises as `_check`."""
         self._check_open()
         target: _Target = self.bind(kvcaches)
-        return target, StreamFollower(target.cache.device)
+        prompt = self._check(tokens, mask, slot_mapping, offset, target.cache)
+        slots = slot_mapping.clone()
+        return prompt, target, slots, StreamFollower(target.cache.device)
 
     def _count(self, asked: int, present: Presence) -> None:
         self.metrics.count("lookups", asked)

@@ -57,12 +57,13 @@ class ChunkSpan(NamedTuple):
 
 
 def token_array(tokens: Any) -> array[int]:
-    """Token ids as native u32. Accepts a sequence of ints, `array`, a NumPy array or a 1-D torch tensor; does not mutate it.
+    """Token ids as native u32, in an array of its own: the caller may use `tokens` for something else afterwards. Accepts a
+    sequence of ints, `array`, a NumPy array or a 1-D torch tensor; does not mutate it.
 
     Raises `ArgumentError` when an id does not fit in 32 bits or the object is not one-dimensional.
     """
     if isinstance(tokens, array) and tokens.typecode == "I":
-        return tokens
+        return tokens[:]
     if isinstance(tokens, (str, bytes, bytearray)):
         raise ArgumentError(f"tokens: expected token ids, got {type(tokens).__name__}")
     ndim = getattr(tokens, "ndim", 1)
@@ -96,7 +97,7 @@ class TokenDatabase:
     def spans(self, tokens: Any, *, after: ChunkSpan | None = None, limit: int | None = None) -> list[ChunkSpan]:
         """Chunks of `tokens` in order, from position 0 or behind the span `after` of the same tokens; at most `limit` of them.
         Pure; about 1 ms for 131,072 tokens held in an array."""
-        ids = token_array(tokens)
+        ids = tokens if isinstance(tokens, array) and tokens.typecode == "I" else token_array(tokens)
         count, size, spans = len(ids), self.chunk_size, []
         begin, digest = (after.end, after.digest) if after is not None else (0, self.namespace)
         last = min(self.count(count) * size, count)

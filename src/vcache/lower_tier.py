@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Literal
 
 from .background import BackgroundWriter
-from .errors import StorageDeadlineError, StorageError
+from .errors import StorageDeadlineError, VCacheError
 from .keys import CacheKey
 from .metrics import EngineMetrics
 from .paged.mover import Mover, SlotTransfer
-from .pool import TRANSFER_ERRORS, Chunk, ChunkPool
+from .pool import Chunk, ChunkPool
 from .segment.slots import HEADER_BYTES, SlotHeader
 from .spill import Spiller
-from .staging import StagingBuffer, StagingPool
+from .staging import Staging, StagingBuffer
 from .storage.base import StorageTier
+from .storage.values import is_intact, value_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vcache.storage")
 
 WritePolicy = Literal["through", "eviction", "never"]
-
-STAGING_LIMIT = 8
-"""Values in flight between storage and cache at a time: bounds host memory, and is enough to fill a batched get."""
 
 _DIRECT_GENERATION = 2
 """Generation of values that never were in a slot: the smallest even one above 0."""
@@ -42,29 +41,34 @@ class LowerTier:
         storage: StorageTier,
         pool: ChunkPool,
         metrics: EngineMetrics,
-        staging: StagingPool,
+        staging: Staging,
         queue_bytes: int,
         *,
+        deadline: float,
         write: WritePolicy,
         promote: bool = False,
         spiller: Spiller | None = None,
     ) -> None:
-        """`write`: what is kept: all that is stored (`through`), only what finds no room in the pool (`eviction`; the rest is
-        for `spiller`), nothing (`never`). `promote`: put what was loaded into the pool too. Closes `spiller`, too."""
+        """`deadline`: seconds that a load waits for buffers which earlier ones still use. `write`: what is kept: all that is
+        stored (`through`), only what finds no room in the pool (`eviction`; the rest is for `spiller`), nothing (`never`).
+        `promote`: put what was loaded into the pool too. Closes `spiller`, too."""
         self._storage = storage
         self._pool = pool
         self._metrics = metrics
         self._staging = staging
+        self._deadline = deadline
         self._promote = promote
         self._write = write
         self.spiller = spiller
-        self._writer = BackgroundWriter(storage, pool, staging, metrics, queue_bytes) if write != "never" else None
+        self._writer: BackgroundWriter | None = None
+        if write != "never":
+            self._writer = BackgroundWriter(storage, pool, staging, metrics, queue_bytes, patience=deadline)
 
     def prefix(self, digests: Sequence[bytes]) -> int:
         """Number of leading digests in storage; 0 when it fails. Blocks up to the tier's deadline."""
         try:
             return self._storage.prefix(self._keys(digests), self._pool.spec.rank) if digests else 0
-        except StorageError as error:
+        except Exception as error:  # noqa: BLE001 - a miss, whatever a binding raises
             self._failed("prefix", error)
             return 0
 
@@ -96,26 +100,28 @@ class LowerTier:
         if self._writer is None:
             return
         for position, chunk in enumerate(chunks):
-            buffers = self._staging.take(1, timeout=0)
+            buffers = self._staging.gathers.take(1, timeout=0)
             if not buffers:
                 self._metrics.count("storage_dropped", len(chunks) - position)
                 return
             if self._gather(chunk, buffers[0], cache, slot_mapping, mover):
                 self._writer.submit_filled(chunk, buffers[0])
             else:
-                self._staging.give(buffers)
+                self._staging.gathers.give(buffers)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Block until queued writes are done; False on timeout (seconds)."""
         return self._writer is None or self._writer.flush(timeout)
 
     def close(self, timeout: float) -> None:
-        if self._writer is not None:
-            self._writer.close(timeout)
-        if self.spiller is not None:
-            self.spiller.close()
-        self._staging.close()
-        self._storage.close()
+        """Write what waits, at most `timeout` seconds. Idempotent."""
+        with ExitStack() as stack:  # all of them, whatever one raises; the last one first
+            stack.callback(self._storage.close)
+            stack.callback(self._staging.close)
+            if self.spiller is not None:
+                stack.callback(self.spiller.close)
+            if self._writer is not None:
+                stack.callback(self._writer.close, timeout)
 
     def _put_above(
         self, chunks: Sequence[Chunk], parent: bytes, cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover
@@ -131,7 +137,10 @@ class LowerTier:
         began = time.perf_counter()
         buffers: list[StagingBuffer] = []
         try:
-            buffers = self._staging.take(len(chunks))
+            buffers = self._staging.reads.take(len(chunks), self._deadline)
+            if not buffers:
+                self._metrics.count("storage_busy")
+                return 0
             chunks = chunks[: len(buffers)]
             keys = self._keys([chunk.digest for chunk in chunks])
             sizes = self._storage.get(keys, self._pool.spec.rank, [buffer.view for buffer in buffers])
@@ -155,26 +164,33 @@ class LowerTier:
         except StorageDeadlineError as error:
             # The call still writes to its buffers.
             late, buffers = buffers, []
-            error.when_over(lambda: self._staging.give(late))
+            error.when_over(lambda: self._staging.reads.give(late))
             self._failed("get", error)
             return 0
-        except TRANSFER_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - a miss, whatever a binding or a compiler raises
             self._failed("get", error)
             return 0
         finally:
-            self._staging.give(buffers)
+            self._staging.reads.give(buffers)
 
     def _valid_header(self, chunk: Chunk, buffer: StagingBuffer, size: int) -> SlotHeader | None:
-        """The value's own header, if it is complete and names exactly this chunk (rule I1); None is a miss."""
-        if size < HEADER_BYTES:
+        """The value's own header, if it names exactly this chunk and the value is whole (rule I1); None is a miss. A value that
+        can never be read is removed, or it would keep its chunk from being written again."""
+        if size < 0:
             self._metrics.count("storage_unreadable")
             return None
         header = SlotHeader.unpack(buffer.view[:HEADER_BYTES])
         expected = self._pool.header(chunk, header.generation) if header is not None else None
-        if header is None or header != expected or header.is_writing or size != HEADER_BYTES + header.payload_bytes:
+        if header is None or header != expected or header.is_writing or size != value_bytes(header.payload_bytes):
             self._metrics.count("storage_invalid")
-            return None
-        return header
+        elif is_intact(buffer.view[:size]):
+            return header
+        else:
+            self._metrics.count("storage_damaged")
+            logger.warning("a value in storage is damaged: its checksum is wrong; the chunk is a miss")
+        if self._writer is not None:
+            self._writer.remove(chunk)
+        return None
 
     def _gather(self, chunk: Chunk, buffer: StagingBuffer, cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover) -> bool:
         buffer.view[:HEADER_BYTES] = bytes(HEADER_BYTES)  # or the mover would respect the last use's generation
@@ -183,7 +199,7 @@ class LowerTier:
             moved = mover.store(cache, slot_mapping, [transfer], self._pool.manager.client_id)
             moved.wait()
             return moved.verified() == [True]
-        except TRANSFER_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - as for loads
             self._failed("gather", error)
             return False
 
@@ -192,4 +208,5 @@ class LowerTier:
 
     def _failed(self, what: str, error: Exception) -> None:
         self._metrics.count("storage_errors")
-        logger.debug("storage %s: %s", what, error)
+        expected = isinstance(error, VCacheError)
+        logger.log(logging.DEBUG if expected else logging.WARNING, "storage %s: %s", what, error, exc_info=not expected)

@@ -24,7 +24,8 @@ class Prompt:
         *,
         recent: RecentPrompts | None = None,
     ) -> None:
-        """`skipped`: leading tokens that are left alone. `offset`: index of the first token that the slot mapping covers.
+        """`ids`: nobody else's (`keys.token_array`), for chunks are named later. `skipped`: leading tokens that are left alone.
+        `offset`: index of the first token that the slot mapping covers.
         `recent`: prompts of earlier calls, from which names are taken and which this one joins once it is named whole."""
         self._database = database
         self._ids = ids

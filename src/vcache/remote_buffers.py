@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from .errors import VCacheError
+from .errors import ArgumentError
 from .segment.slots import HEADER_BYTES, align_up
 from .staging import Pinning, StagingBuffer
 
@@ -65,8 +65,10 @@ class RemoteBuffers:
         self._changed = threading.Condition()
 
     def take(self, count: int, timeout: float | None = None) -> list[RemoteBuffer]:
-        """Between 1 and `count` buffers; blocks until one is free, `[]` on timeout (seconds). Raises `SegmentError` when the
-        GPU cannot use one."""
+        """Between 1 and `count` buffers; blocks until one is free, `[]` on timeout (seconds). Raises `ArgumentError` unless
+        `count` is positive, `SegmentError` when the GPU cannot use one, and whatever else keeps one from being made."""
+        if count < 1:
+            raise ArgumentError(f"count: must be at least 1, got {count}")
         with self._changed:
             if not self._changed.wait_for(lambda: self._out < self.limit, timeout):
                 return []
@@ -76,7 +78,7 @@ class RemoteBuffers:
         try:
             while len(taken) < count:
                 taken.append(self._make())
-        except VCacheError:
+        except BaseException:
             self.give(taken, missing=count - len(taken))
             raise
         return taken

@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 
-from .errors import VCacheError
 from .manager.breaker import CircuitBreaker
 from .remote_buffers import RemoteBuffer
 from .segment.mapping import RemoteSlot
@@ -58,29 +57,36 @@ class Peer:
             return True
         with self._lock:
             if (self._probe is None or self._probe.done()) and self.breaker.allow():
-                buffer = self._probe_buffer
-                self.engine.register(buffer.address, buffer.slab.nbytes)
-                self._probe = _in_thread(lambda: self._call([buffer.address], [slot.header], [HEADER_BYTES]))
+                self._probe = _in_thread(lambda: self._try(slot))
                 self._probe.add_done_callback(self._probed)
         return False
+
+    def _try(self, slot: RemoteSlot) -> int:
+        buffer = self._probe_buffer
+        self.engine.register(buffer.address, buffer.slab.nbytes)
+        return self._call([buffer.address], [slot.header], [HEADER_BYTES])
 
     def read(
         self, buffers: Sequence[RemoteBuffer], targets: list[int], sources: list[int], sizes: list[int], until: float
     ) -> bool:
         """Read into `buffers`; whether all bytes are there. Blocks at most until `until` (by `time.monotonic`). After False
         bytes may still arrive, at any time until the engine's end: retire the buffers."""
-        for buffer in buffers:
-            if not self.engine.register(buffer.address, buffer.slab.nbytes):
-                logger.warning("a buffer of %d bytes cannot be registered for reads from other hosts", buffer.slab.nbytes)
-                self.breaker.failure()
-                return False
+        try:
+            registered = all(self.engine.register(buffer.address, buffer.slab.nbytes) for buffer in buffers)
+        except Exception as error:  # noqa: BLE001 - a miss, whatever a binding raises
+            self._failed(str(error))
+            return False
+        if not registered:
+            logger.warning("buffers of %d bytes cannot be registered for reads from other hosts", buffers[0].slab.nbytes)
+            self.breaker.failure()
+            return False
         call = _in_thread(lambda: self._call(targets, sources, sizes))
         try:
             code = call.result(max(0.0, until - time.monotonic()))
         except FutureTimeout:
             self._failed("no answer within the deadline", trip=True)
             return False
-        except (VCacheError, OSError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - as above
             self._failed(str(error))
             return False
         if code:

@@ -11,7 +11,7 @@ import msgspec
 
 from .config import ByteSize, StorageConfig, VCacheConfig
 from .errors import ConfigError
-from .lower_tier import STAGING_LIMIT, LowerTier
+from .lower_tier import LowerTier
 from .manager.address import parse_address
 from .manager.connect import connect
 from .manager.messages import ManagerApi, Push, SegmentGone, SegmentMounted, SessionInfo
@@ -28,7 +28,7 @@ from .segment.remote_engine import MooncakeEngine, load_engine, local_address
 from .segment.remote_export import open_export
 from .segment.slots import HEADER_BYTES, SegmentKind
 from .spill import SPILL_BUFFERS, Spiller
-from .staging import StagingPool
+from .staging import Staging, StagingPool
 from .storage.base import StorageTier
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Resources:
             return None
         pinning, write = self._pinning(), config.storage.write
         room = max(1, config.storage.queue // (pool.slot_bytes + HEADER_BYTES))
-        staging = StagingPool(pool.slot_bytes, min(STAGING_LIMIT, room), storage, pinning)
+        staging = Staging.open(pool.slot_bytes, room, storage, pinning)
         spiller = None
         if write == "eviction":
             own = StagingPool(pool.slot_bytes, min(SPILL_BUFFERS, room), storage, pinning)
@@ -96,6 +96,7 @@ class Resources:
             metrics,
             staging,
             config.storage.queue,
+            deadline=config.storage.deadline,
             write=write,
             promote=config.storage.promote,
             spiller=spiller,

@@ -12,12 +12,12 @@ from .errors import StorageDeadlineError, StorageError
 from .keys import CacheKey
 from .manager.messages import Spill
 from .metrics import EngineMetrics
-from .pool import TRANSFER_ERRORS
 from .segment.mapping import SegmentMap
 from .segment.slot_copy import SourceSlot, read_slot, slot_header
 from .segment.slots import HEADER_BYTES
 from .staging import StagingBuffer, StagingPool
 from .storage.base import StorageTier
+from .storage.values import TRAILER_BYTES, seal, value_bytes
 
 logger = logging.getLogger("vcache.storage")
 
@@ -60,7 +60,7 @@ class Spiller:
         try:
             while position < len(spills) and not stopped():
                 position += self._write_some(spills[position:], done)
-        except TRANSFER_ERRORS as error:
+        except Exception as error:  # noqa: BLE001 - whatever a binding raises, its chunks stay where they are
             failed = True
             self._metrics.count("spill_errors")
             logger.warning("storage takes no chunks that are about to be evicted: %s", error)
@@ -87,7 +87,7 @@ class Spiller:
                 for value, ok in zip(batch, flags, strict=True):
                     self._metrics.count("spilled_chunks" if ok else "spill_skipped")
                     if ok:
-                        accepted, nbytes = accepted + 1, nbytes + len(value.view) - HEADER_BYTES
+                        accepted, nbytes = accepted + 1, nbytes + len(value.view) - HEADER_BYTES - TRAILER_BYTES
                         done.add((value.key.digest, shard))
             if accepted:
                 self._metrics.observe("spill", "storage", time.perf_counter() - began, nbytes)
@@ -102,13 +102,13 @@ class Spiller:
         try:
             source = SourceSlot(slot, spill.source, spill.key, spill.shard)
             header = slot_header(self._segments, source)
-            if header is not None and HEADER_BYTES + header.payload_bytes <= buffer.view.nbytes:
+            if header is not None and value_bytes(header.payload_bytes) <= buffer.view.nbytes:
                 key = CacheKey(header.namespace, header.key)
                 if self._storage.prefix([key], header.shard):
                     done.add((spill.key, spill.shard))
                     return None
                 if read_slot(self._segments, source, header, buffer.view):
-                    return _Value(key, header.shard, buffer.view[: HEADER_BYTES + header.payload_bytes])
+                    return _Value(key, header.shard, seal(buffer.view, header.payload_bytes))
             self._metrics.count("spill_skipped")
             return None
         finally:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import mmap
 import threading
 from ctypes import addressof, c_char
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from .errors import VCacheError
+from .errors import ArgumentError
 from .segment.backing import MappedSlab
 from .segment.mapping import PinnedSlot
 from .segment.slots import HEADER_BYTES, align_up
 from .storage.base import StorageTier
+from .storage.values import value_bytes
+
+STAGING_LIMITS = (8, 4, 8)
+"""Buffers of `Staging`: bounds host memory, and is enough to fill batched gets and puts. Made when first used."""
 
 
 class StagingBuffer:
     """Memory for one value. `slot` looks like a slot of the pool, so that movers and header checks work on it unchanged."""
 
     def __init__(self, payload_bytes: int) -> None:
-        nbytes = align_up(HEADER_BYTES + payload_bytes, mmap.PAGESIZE)
+        nbytes = align_up(value_bytes(payload_bytes), mmap.PAGESIZE)
         memory = mmap.mmap(-1, nbytes)
         first = c_char.from_buffer(memory)
         self.view = memoryview(memory)
@@ -48,7 +52,10 @@ class StagingPool:
         self._changed = threading.Condition()
 
     def take(self, count: int, timeout: float | None = None) -> list[StagingBuffer]:
-        """Between 1 and `count` buffers; blocks until one is free, `[]` on timeout (seconds)."""
+        """Between 1 and `count` buffers; blocks until one is free, `[]` on timeout (seconds). Raises `ArgumentError` unless
+        `count` is positive, and whatever keeps a new buffer from being made."""
+        if count < 1:
+            raise ArgumentError(f"count: must be at least 1, got {count}")
         with self._changed:
             if not self._changed.wait_for(lambda: self._out < self.limit, timeout):
                 return []
@@ -56,8 +63,9 @@ class StagingPool:
             self._out += count
             taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
         try:
-            taken += [self._make() for _ in range(count - len(taken))]
-        except VCacheError:
+            while len(taken) < count:
+                taken.append(self._make())
+        except BaseException:
             with self._changed:
                 self._out -= count
                 self._free += taken
@@ -83,6 +91,31 @@ class StagingPool:
     def _make(self) -> StagingBuffer:
         buffer = StagingBuffer(self._payload_bytes)
         self._storage.register(buffer.view)
-        if self._pinning is not None:
-            self._pinning.register(buffer.slab)
+        try:
+            if self._pinning is not None:
+                self._pinning.register(buffer.slab)
+        except BaseException:
+            self._storage.unregister(buffer.view)
+            raise
         return buffer
+
+
+class Staging(NamedTuple):
+    """The staging buffers of an engine, apart for each use: none of them ever waits for another one's."""
+
+    reads: StagingPool
+    """From storage to the paged cache."""
+    writes: StagingPool
+    """From the pool to storage."""
+    gathers: StagingPool
+    """From the paged cache to storage: what found no room in the pool."""
+
+    @classmethod
+    def open(cls, payload_bytes: int, limit: int, storage: StorageTier, pinning: Pinning | None = None) -> Staging:
+        """`limit`: buffers of each kind, at most."""
+        return cls(*(StagingPool(payload_bytes, min(most, limit), storage, pinning) for most in STAGING_LIMITS))
+
+    def close(self) -> None:
+        """As `StagingPool.close`."""
+        for pool in self:
+            pool.close()

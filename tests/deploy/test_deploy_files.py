@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import typer.main
 
+from vcache.bindings import LIBRARIES
 from vcache.cli.app import app
 from vcache.config import VCacheConfig
-from vcache.storage.mooncake_options import LIBRARIES, MooncakeOptions, find_master
+from vcache.storage.mooncake_options import MooncakeOptions, find_master
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNITS = sorted(DEPLOY.glob("*.service"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -105,6 +107,44 @@ def test_async_calls_give_the_same_result() -> None:
         assert np.array_equal(b.read(slots), content(spec, tokens))
         with pytest.raises(ArgumentError, match="mask"):
             engine.retrieve_async(tokens, [True], kvcaches=b.tensors, slot_mapping=torch.tensor(slots))
+
+
+KINDS: dict[str, Callable[[list[int]], Any]] = {
+    "array": lambda ids: array("I", ids),
+    "memoryview": lambda ids: memoryview(array("I", ids)),
+    "numpy": lambda ids: np.array(ids, dtype=np.uint32),
+    "torch": torch.tensor,
+    "list": list,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_of_async_calls_may_be_used_again_at_once(kind: str) -> None:
+    """An `array` of token ids was not copied, and a slot mapping never: the caller's next prompt in the same memory gave the
+    first one's KV the second one's names, or its rows. That was another prompt's KV under a verified True."""
+    spec = spec_for("BHNC", "bfloat16")
+    tokens, others, slots = tokens_of(48), tokens_of(48, 1), random_slots(48, 5)
+    ids, mapping, mask = KINDS[kind](tokens), torch.tensor(slots), np.ones(48, dtype=bool)
+
+    def use_again() -> None:
+        ids[:] = KINDS[kind](others)
+        mapping.copy_(torch.arange(48))
+        mask[:] = False
+
+    with VCacheEngine(config(transfer={"threads": 1}), spec) as engine:
+        a, b = filled(spec, "BHNC", tokens, slots), Paged.zeros(spec, "BHNC", 12, 8)
+        for paged, call in ((a, engine.store_async), (b, engine.retrieve_async)):
+            free = threading.Event()
+            engine._executor.submit(free.wait, 30)  # the only thread
+            handle = call(ids, mask, kvcaches=paged.tensors, slot_mapping=mapping)
+            use_again()
+            free.set()
+            handle.result(10)
+            assert engine.lookup(others) == 0
+            assert engine.lookup(tokens) == 48
+            ids, mapping, mask = KINDS[kind](tokens), torch.tensor(slots), np.ones(48, dtype=bool)
+        assert handle.result().all()
+        assert np.array_equal(b.read(slots), content(spec, tokens))
 
 
 def test_namespaces_never_meet() -> None:

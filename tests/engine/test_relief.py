@@ -364,7 +364,7 @@ def test_what_is_not_what_the_plan_says_is_not_written(world: World) -> None:
 def test_values_larger_than_a_buffer_are_skipped(world: World) -> None:
     storage = MemoryStorage()
     maker = world.maker(storage, value_bytes=100)  # a buffer is a page
-    large, small = world.fill(VRAM, 0, payload_bytes=SLOT_BYTES), world.fill(VRAM, 1, payload_bytes=SLOT_BYTES - 64)
+    large, small = world.fill(VRAM, 0, payload_bytes=SLOT_BYTES), world.fill(VRAM, 1, payload_bytes=SLOT_BYTES - 80)
     lease = world.plan_spills(world.spill(large, VRAM, 0), world.spill(small, VRAM, 1))
     world.make_room(maker)
     assert world.manager.of("spilled") == [(lease, [small.key])]
@@ -410,6 +410,20 @@ def test_a_full_storage_tier_ends_the_round(world: World) -> None:
     storage.refused = set()
     world.make_room(maker)
     assert world.manager.of("spilled")[1:] == [(leases[1], [header.key])]
+
+
+def test_a_storage_tier_that_raises_what_nobody_foresaw_ends_the_round_only(world: World) -> None:
+    """A ValueError of a binding went on through the thread that makes room, so that no chunk ever left VRAM again."""
+    storage = Choosy()
+    maker = world.maker(storage)
+    header = world.fill(VRAM, 0)
+    leases = [world.plan_spills(world.spill(header, VRAM, 0)) for _ in range(2)]
+    storage.error = ValueError("not foreseen")
+    world.make_room(maker)
+    assert world.count("spill_errors") == 1
+    storage.error = None
+    world.make_room(maker)
+    assert world.manager.of("spilled") == [(leases[0], []), (leases[1], [header.key])]
 
 
 def test_a_failing_storage_tier_ends_the_round_and_the_lease(world: World) -> None:

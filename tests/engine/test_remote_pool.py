@@ -312,3 +312,27 @@ def test_a_broken_part_does_not_end_the_wait_for_the_others() -> None:
     remote.over.set()
     with pytest.raises(RuntimeError, match="broken"):
         joined.wait()
+
+
+@pytest.mark.parametrize("call", ["read", "register"])
+def test_whatever_a_transfer_engine_raises_is_a_miss(make: Callable[..., World], call: str) -> None:
+    """Only some kinds of exceptions were foreseen: after a ValueError of the binding, buffers stayed out for ever and the
+    pool could not be closed."""
+    world = make(limit=2, deadline=1.0)
+    tokens = world.stored(2)
+    assert world.load(tokens).flags() == [True] * 2
+    (engine,) = world.engines
+
+    def fail(*arguments: Any) -> int:
+        raise ValueError("not foreseen")
+
+    works = engine.register
+    if call == "read":
+        world.behave = fail
+    else:
+        engine.register = fail  # type: ignore[method-assign]
+    for _ in range(2):
+        assert world.load(tokens).flags() == [False] * 2
+    assert world.counter("remote_errors") == 2
+    world.behave, engine.register = None, works  # type: ignore[method-assign]
+    eventually(lambda: world.load(tokens).flags() == [True] * 2, 10, what="it recovers by itself")

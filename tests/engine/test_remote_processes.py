@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support.cluster import Command, eventually
+from support.mooncake import need_mooncake
 from support.paged import Paged, content, spec_for
 
 from vcache import VCacheConfig, VCacheEngine
@@ -23,7 +24,7 @@ SLOTS = torch.arange(64)
 
 @pytest.fixture
 def lender(cluster: Cluster) -> Iterator[Command]:
-    pytest.importorskip("mooncake.engine", exc_type=ImportError)
+    need_mooncake("engine")
     options = ("--kind", "host", "--size", "1MiB", "--slab-size", "256KiB", "--remote", "tcp", "--remote-host", "127.0.0.1")
     command = Command(cluster.folder, "lend", *options, env={**cluster.env, "VCACHE_HOST_ID": "there"})
     command.wait_for("read by other hosts at 127.0.0.1:")

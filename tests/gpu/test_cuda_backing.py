@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from pathlib import Path
 
 import pytest
 from fake_driver import GRANULARITY, FakeDriver
 
 from vcache.errors import DeviceUnavailableError, SegmentError
 from vcache.segment import cuda_doctor
-from vcache.segment.backing import MappedSlab
+from vcache.segment.backing import MappedSlab, SlabBacking
 from vcache.segment.cuda import CudaBacking, HostPinning
 from vcache.segment.cuda_driver import CudaCallError, CudaDriver
+from vcache.segment.host import HostBacking
 
 real = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 
@@ -190,8 +193,11 @@ def test_the_callers_context_survives_errors(fake: FakeDriver, backing: CudaBack
 
 
 def test_close_gives_everything_back(fake: FakeDriver, backing: CudaBacking) -> None:
-    backing.read(backing.create(GRANULARITY), 0, 1)
+    slab = backing.create(GRANULARITY)
+    backing.read(slab, 0, 1)
     assert len(fake.pinned) == 1
+    slab.retire()
+    backing.release(slab)
     backing.close()
     backing.close()
     assert (fake.retained, fake.streams, fake.pinned) == (0, 0, {})
@@ -212,6 +218,94 @@ def test_host_slabs_are_registered_once(fake: FakeDriver) -> None:
     with pytest.raises(SegmentError, match="cuMemHostGetDevicePointer"):
         pinning.register(slab)
     assert not fake.registered
+
+
+def host_backing(pinning: HostPinning) -> HostBacking:
+    return HostBacking(register=pinning.register, unregister=pinning.unregister)
+
+
+def mapped_addresses() -> set[int]:
+    """Where this process has host slabs mapped."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {int(line.partition("-")[0], 16) for line in lines if "vcache-slab" in line}
+
+
+def test_registered_memory_stays_mapped_until_it_is_unregistered(fake: FakeDriver) -> None:
+    """A slab that was dropped without being released was unmapped while the driver still had it registered; the next slab
+    that came to lie there was refused: CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED."""
+    pinning = HostPinning(driver=CudaDriver(fake))
+    owner, importer = HostBacking(), host_backing(pinning)
+    slab = owner.create(4096)
+    for _ in range(3):
+        importer.map(slab.fd, slab.nbytes)  # and dropped
+        gc.collect()
+        assert fake.registered <= mapped_addresses()
+    assert len(fake.registered) == 3
+    del pinning, importer
+    gc.collect()
+    assert not fake.registered
+    assert fake.retained == 0
+    assert mapped_addresses() == {slab.address}
+    slab.retire()
+    owner.release(slab)
+
+
+def test_a_driver_that_refuses_to_unregister_costs_memory_and_nothing_else(fake: FakeDriver) -> None:
+    """The slab's descriptor and pages were kept for good, and its memory went as soon as the slab was dropped, registered as
+    it was."""
+    before = open_fds()
+    pinning = HostPinning(driver=CudaDriver(fake))
+    backing = host_backing(pinning)
+    slab = backing.create(4096)
+    address, observer = slab.address, os.dup(slab.fd)
+    backing.write(slab, 0, b"bytes")
+    fake.failures["cuMemHostUnregister"] = "CUDA_ERROR_UNKNOWN"
+    slab.retire()
+    with pytest.raises(SegmentError, match="cuMemHostUnregister"):
+        backing.release(slab)
+    del slab
+    assert os.fstat(observer).st_blocks == 0
+    os.close(observer)
+    assert open_fds() == before
+    assert address in mapped_addresses()
+
+
+def test_a_forked_child_unregisters_nothing(fake: FakeDriver) -> None:
+    """The child's copies are dropped, too, but CUDA cannot be called there."""
+    pinning = HostPinning(driver=CudaDriver(fake))
+    backing = host_backing(pinning)
+    backing.create(4096)
+    child = os.fork()
+    if not child:
+        fake.failures["cuMemHostUnregister"] = "CUDA_ERROR_NOT_INITIALIZED"
+        del pinning, backing
+        os._exit(0 if fake.retained else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize("kind", ["cuda", "host"])
+def test_slabs_that_a_transfer_still_uses_outlive_close(fake: FakeDriver, kind: str) -> None:
+    """Closing waits for transfers, but not for ever. What was unmapped or unregistered after it failed, the context being
+    gone: VRAM and descriptors were never given back, and host memory was unmapped while it was registered."""
+    before = open_fds()
+    if kind == "cuda":
+        backing: SlabBacking = CudaBacking(driver=CudaDriver(fake))
+        gpu_user: CudaBacking | HostPinning = backing  # type: ignore[assignment]
+    else:
+        gpu_user = HostPinning(driver=CudaDriver(fake))
+        backing = host_backing(gpu_user)
+    slab = backing.create(GRANULARITY)
+    gpu_user.close()
+    assert fake.retained == 1
+    with pytest.raises(DeviceUnavailableError, match="already closed"):
+        backing.create(GRANULARITY)
+    slab.retire()
+    backing.release(slab)
+    assert not fake.registered
+    assert not fake.mapped
+    assert (fake.retained, fake.streams) == (0, 0)
+    assert open_fds() == before
+    gpu_user.close()
 
 
 def test_a_call_error_names_call_and_code(fake: FakeDriver) -> None:

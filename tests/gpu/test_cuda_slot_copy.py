@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
 from collections.abc import Callable
@@ -50,6 +51,8 @@ def test_a_payload_has_landed_when_the_call_returns(fake: FakeDriver, backing: C
     backing.read_into(slab, 0, memoryview(bytearray()))
     backing.read_into(slab, 0, out[:9])
     assert len(fake.priorities) == 2, "one such stream is enough"
+    slab.retire()
+    backing.release(slab)
     backing.close()
     assert fake.streams == 0
 
@@ -101,6 +104,13 @@ class Pool:
             )
             self.segments.update(info)
 
+    def close(self) -> None:
+        self.segments.close()
+        for kind, slab in self.slabs.items():
+            slab.retire()
+            self.backings[kind].release(slab)
+            self.backings[kind].close()
+
     def pin(self, kind: str, slot: int, generation: int) -> tuple[PinnedSlot, SlotLocation]:
         location = SlotLocation(1 + list(self.slabs).index(kind), 0, 16, slot, SLOT_BYTES, generation)
         pinned = self.segments.pin(location)
@@ -127,6 +137,8 @@ def copy_and_check(pool: Pool, source: str, target: str) -> None:
     assert there.read(slab, place.header_offset, 64) == header._replace(generation=32).pack()
     assert there.read(slab, place.payload_offset, len(payload)) == payload
     assert copy_slot(pool.segments, job, TargetSlot(place, grant, pool.header.pack()), WRITER) == 0, "it is newer now"
+    for pinned in (origin, place):
+        pool.segments.unpin(pinned)
 
 
 KINDS = [(source, target) for source in ("cuda", "host") for target in ("cuda", "host")]
@@ -144,7 +156,28 @@ def test_slots_are_copied_on_a_gpu(place: Place, source: str, target: str) -> No
         pytest.skip("needs a CUDA GPU")
     backing = CudaBacking()
     pinning = HostPinning(backing.gpu.uuid)
-    copy_and_check(Pool(backing, HostBacking(register=pinning.register, unregister=pinning.unregister)), source, target)
+    pool = Pool(backing, HostBacking(register=pinning.register, unregister=pinning.unregister))
+    copy_and_check(pool, source, target)
+    pool.close()
+    pinning.close()
+
+
+@pytest.mark.gpu
+def test_slabs_dropped_on_a_gpu_do_not_stand_in_the_way_of_others(place: Place) -> None:
+    """Addresses stayed registered when the memory behind them was gone:
+    CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED for the next slab that came to lie there."""
+    if not place.on_gpu:
+        pytest.skip("needs a CUDA GPU")
+    owner = HostBacking()
+    slab = owner.create(SLAB_BYTES)
+    for _ in range(3):
+        pinning = HostPinning()
+        importer = HostBacking(register=pinning.register, unregister=pinning.unregister)
+        for _ in range(3):
+            assert importer.map(slab.fd, slab.nbytes).device_address  # and dropped
+            gc.collect()
+    slab.retire()
+    owner.release(slab)
 
 
 @pytest.mark.gpu
@@ -169,6 +202,8 @@ def test_speed_of_payloads_to_host_memory(place: Place, record: Callable[..., No
         host.release(target)
     slab.retire()
     backing.release(slab)
+    pinning.close()
+    backing.close()
     record(**gbps)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from segment_support import CLIENT, FakeManager, MiB, eventually, segment_config
+from support.mooncake import need_mooncake
 
 from vcache.config import SegmentConfig
 from vcache.errors import ConfigError
@@ -219,7 +220,7 @@ def test_a_missing_wheel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rdma_without_a_device_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Mooncake would use TCP, and say nothing."""
-    pytest.importorskip("mooncake.engine")
+    need_mooncake("engine")
     monkeypatch.setattr(remote_engine, "_INFINIBAND", tmp_path)
     with pytest.raises(ConfigError, match=r"cache\.remote: rdma needs an RDMA device"):
         load_engine("rdma", "cache.remote")
@@ -242,6 +243,6 @@ def test_lending_to_other_hosts_needs_neither_torch_nor_numpy() -> None:
         "assert export.endpoint.startswith('127.0.0.1:'), export.endpoint\n"
         "export.close(); print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     )
-    pytest.importorskip("mooncake.engine")
+    need_mooncake("engine")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ})
     assert done.stdout.strip() == "[]", done.stderr

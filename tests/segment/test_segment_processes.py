@@ -143,6 +143,7 @@ def test_stopped_importer_is_not_gone_and_shrinking_is_bounded(lender: Lender, m
         start(alice, ALICE, lender.info)
         assert read(alice, 1) == WORDS
         alice.stop()
+        lender.backing.frees_under_importers = True  # Alice has no GPU, whatever the machine has.
         report = lender.shrink(MiB)
         assert (report.slabs, report.freed_bytes, report.late) == (1, slab_nbytes(lender), (ALICE,))
         assert 0.4 < report.seconds < 3

@@ -83,7 +83,15 @@ def soak(tally: Tally, seed: int, until: float, chosen: argparse.Namespace) -> N
             tally.rounds[name] += 1
             if tally.failures > failures or chosen.verbose:
                 what = "FAILED" if tally.failures > failures else "clean"
-                print("\n".join([f"round {number} ({name}): {what}, {time.monotonic() - began:.1f} s", *(f"    {line}" for line in world.log)]), flush=True)
+                print(
+                    "\n".join(
+                        [
+                            f"round {number} ({name}): {what}, {time.monotonic() - began:.1f} s",
+                            *(f"    {line}" for line in world.log),
+                        ]
+                    ),
+                    flush=True,
+                )
             if time.monotonic() > told + PROGRESS:
                 told = time.monotonic()
                 print(f"{number} rounds, {tally.compared} tokens compared, {tally.wrong} wrong", flush=True)

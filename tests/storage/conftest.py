@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import tempfile
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from support.cluster import Command, eventually, free_port
+from support.mooncake import need_mooncake
 
 from vcache.storage.mooncake_master import MooncakeMaster
-from vcache.storage.mooncake_options import LIBRARIES, MooncakeOptions, find_master, reachable
+from vcache.storage.mooncake_options import MooncakeOptions, find_master, reachable
 
 
 class Store:
@@ -60,13 +59,9 @@ class Store:
 @pytest.fixture
 def store() -> Iterator[Store]:
     """Nothing is started yet."""
-    if find_spec("mooncake") is None or find_master() is None:
-        pytest.skip("Mooncake is not installed: pip install 'vcache[mooncake]'")
-    for library, package in LIBRARIES.items():
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            pytest.skip(f"{library} is missing: apt install {package}")
+    need_mooncake("store")
+    if find_master() is None:
+        pytest.skip("mooncake_master is not installed: pip install 'vcache[mooncake]'")
     made = Store(Path(tempfile.mkdtemp(prefix="vc-")))
     yield made
     made.close()

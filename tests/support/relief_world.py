@@ -32,6 +32,7 @@ from vcache.segment.slots import (
 from vcache.spill import Spiller
 from vcache.staging import StagingPool
 from vcache.storage.base import StorageTier
+from vcache.storage.values import TRAILER_BYTES, is_intact
 
 SLOTS = 8
 SLOT_BYTES = 4096
@@ -251,7 +252,8 @@ class Pause:
 
 
 def value_of(storage: StorageTier, header: SlotHeader) -> bytes:
-    """What storage holds for a shard: header and payload; empty for nothing."""
+    """What storage holds for a shard: header and payload, whose checksum is right; empty for nothing."""
     buffer = memoryview(bytearray(2 * SLOT_BYTES))
     size = storage.get([CacheKey(header.namespace, header.key)], header.shard, [buffer])[0]
-    return bytes(buffer[: max(size, 0)])
+    assert size < 0 or is_intact(buffer[:size])
+    return bytes(buffer[: max(size - TRAILER_BYTES, 0)])

@@ -34,6 +34,7 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "hidden_act": "silu",
     }
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes(b"\2" + bytes(7) + b"{}" + bytes(8))
     return folder
 
 

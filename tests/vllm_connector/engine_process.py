@@ -100,9 +100,7 @@ class Engine:
         connector.unregister_kv_caches()
         for tensor in runner.kv_caches:
             tensor.fill_(1.0)
-        names = connector._worker._group.layer_names
-        context = self.llm.llm_engine.vllm_config.compilation_config.static_forward_context
-        connector.restore_kv_caches({name: context[name].kv_cache for name in names})
+        connector.restore_kv_caches()  # vLLM 0.33 names no tensors
         self.llm.wake_up()
 
     def share_memory_storage(self) -> None:
@@ -198,11 +196,11 @@ class Engine:
     def facts(self) -> dict[str, Any]:
         """What the connector of this process knows about itself."""
         connector = self.connector()
-        scheduler, worker = connector._scheduler, self.worker()
+        store = getattr(self.worker(), "_store", None)
         return {
-            "declined": scheduler is None,
-            "lent": worker._store._resources.lent_bytes() if worker is not None and worker._store is not None else 0,
-            "layout": worker._store.cache.layout if worker is not None and worker._store is not None else "",
+            "declined": connector._scheduler is None,
+            "lent": store._resources.lent_bytes() if store is not None else 0,
+            "layout": store.cache.layout if store is not None else "",
         }
 
     def connector(self) -> Any:

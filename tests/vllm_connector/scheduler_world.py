@@ -163,7 +163,8 @@ class World:
 
     def digests(self, request: Any) -> list[bytes]:
         names = self.side._names
-        return list(names.of(request, [(i + 1) * CHUNK for i in range(names.whole(request.block_hashes, request.num_tokens))]))
+        ends = [(i + 1) * CHUNK for i in range(names.whole(request.block_hashes, request.num_tokens))]
+        return list(names.of(request, ends, self.side._adapters.name(request.lora_request)))
 
     def publish(self, request: Any, chunks: int) -> None:
         self.manager.keys |= set(self.digests(request)[:chunks])

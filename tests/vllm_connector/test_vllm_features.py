@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from shared_engines import LENGTH, WHOLE, Bench, Pool, check, computed_by, counted, prompts
 from support.cluster import Command, eventually, free_port
+from support.mooncake import need_mooncake
 from tiny_models import prompt, write_adapter
 from vllm_harness import EngineProcess, connector, require_vllm
 
@@ -82,12 +81,9 @@ def mooncake() -> Iterator[dict[str, str]]:
     """`storage.options` of a real Mooncake store on this host."""
     from vcache.storage.mooncake_options import find_master
 
-    if find_spec("mooncake") is None or find_master() is None:
-        pytest.skip("Mooncake is not installed here: pip install 'vcache[mooncake]'")
-    try:
-        ctypes.CDLL("libibverbs.so.1")
-    except OSError:
-        pytest.skip("libibverbs.so.1 is missing: apt install libibverbs1")
+    need_mooncake("store")
+    if find_master() is None:
+        pytest.skip("mooncake_master is not installed: pip install 'vcache[mooncake]'")
     options = {"master": f"127.0.0.1:{free_port()}", "buffer": "16MiB"}
     text = ", ".join(f'"{key}": "{value}"' for key, value in options.items())
     with tempfile.TemporaryDirectory(prefix="vc-") as folder:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from scheduler_world import CHUNK
 from vllm_harness import require_vllm
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 require_vllm()
 
 PROMPT = list(range(1, 101))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapters `a` and `b` lie in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"the same weights")
 
 
 def lora(name: str, path: str, number: int = 1) -> Any:
@@ -35,10 +47,10 @@ VARIANTS: list[dict[str, Any]] = [
     {},
     {"cache_salt": "tenant a"},
     {"cache_salt": "tenant b"},
-    {"lora_request": ("adapter", "/a")},
-    {"lora_request": ("adapter", "/b")},
-    {"lora_request": ("other", "/a")},
-    {"lora_request": ("adapter", "/a"), "cache_salt": "tenant a"},
+    {"lora_request": ("adapter", "a")},
+    {"lora_request": ("adapter", "b")},
+    {"lora_request": ("other", "a")},
+    {"lora_request": ("adapter", "a"), "cache_salt": "tenant a"},
     {"mm_features": ["cat"]},
     {"mm_features": ["dog"]},
     {"mm_features": ["dog"], "cache_salt": "tenant a"},
@@ -88,14 +100,56 @@ def test_an_image_behind_a_chunk_does_not_matter_to_it(world: Any) -> None:
 
 def test_an_adapter_counts_even_where_block_hashes_know_only_its_name(world: Any) -> None:
     """vLLM 0.26 hashes the name alone, and a name is no more than what one instance calls it."""
-    from types import SimpleNamespace
-
     w = world()
-    request = w.add("r", PROMPT, lora_request=lora("adapter", "/a"))
+    request = w.add("r", PROMPT, lora_request=lora("adapter", "a"))
     here = w.digests(request)
-    there = w.side._names.of(
-        SimpleNamespace(block_hashes=request.block_hashes, lora_request=lora("adapter", "/b")), [CHUNK, 2 * CHUNK, 3 * CHUNK]
-    )
+    there = w.side._names.of(request, [CHUNK, 2 * CHUNK, 3 * CHUNK], w.side._adapters.name(lora("adapter", "b")))
     assert not set(here) & set(there)
-    without = w.side._names.of(SimpleNamespace(block_hashes=request.block_hashes, lora_request=None), [CHUNK])
-    assert without[0] == w.side._names.digest(request.block_hashes, CHUNK)
+    assert w.side._names.of(request, [CHUNK]) == [w.side._names.digest(request.block_hashes, CHUNK)]
+
+
+def test_two_fine_tunes_under_one_path_share_nothing(world: Any, one_layer: Path) -> None:
+    """Containers mount whatever they serve at one path, and the configurations of fine-tunes are equal: the second one was
+    given the KV of the first."""
+    file = one_layer / "model.safetensors"
+    before = file.read_bytes()
+    found = []
+    try:
+        for weights in (before, before[:-1] + b"x", before):
+            file.write_bytes(weights)
+            w = world()
+            found.append(w.digests(w.add("r", PROMPT)))
+    finally:
+        file.write_bytes(before)
+    assert found[0] == found[2]
+    assert not set(found[0]) & set(found[1])
+
+
+def test_two_adapters_of_one_name_and_path_share_nothing(world: Any, tmp_path: Path) -> None:
+    one, other = world(), world()
+    found = [one.digests(one.add("r", PROMPT, lora_request=lora("adapter", "a")))]
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"other weights ..")
+    found.append(other.digests(other.add("r", PROMPT, lora_request=lora("adapter", "a"))))
+    found.append(one.digests(one.add("again", PROMPT, lora_request=lora("adapter", "a"))))
+    assert found[0] == found[2]
+    assert not set(found[0]) & set(found[1])
+
+
+def test_an_adapter_whose_files_are_not_here_is_neither_loaded_nor_saved(world: Any, caplog_vllm: Any) -> None:
+    w = world()
+    request = w.add("r", PROMPT, lora_request=lora("adapter", "/nowhere"))
+    assert w.connector.get_num_new_matched_tokens(request, 0) == (0, False)
+    assert w.step().saves == []
+    assert w.manager.calls == 0
+    assert "is not shared" in caplog_vllm.text
+
+
+def test_an_adapter_that_was_changed_in_place_is_another_after_a_reset(world: Any, tmp_path: Path) -> None:
+    w = world()
+    request = w.add("r", PROMPT, new=20, lora_request=lora("adapter", "a"))
+    before = w.digests(request)
+    (tmp_path / "a" / "adapter_model.safetensors").write_bytes(b"other weights ..")
+    w.connector.reset_cache()
+    (job,) = w.step().saves
+    assert job.digests == w.digests(request)
+    assert not set(before) & set(job.digests)

@@ -159,6 +159,26 @@ class TestLoads:
         assert not w.manager.leases
         assert w.side._loads == []
 
+    @pytest.mark.parametrize(("allotted", "chunks", "failed"), [(48, 1, 1), (32, 1, 0), (16, 0, 1), (112, 3, 1), (96, 3, 0)])
+    def test_no_more_is_loaded_than_blocks_were_allotted_for(self, world: Any, allotted: int, chunks: int, failed: int) -> None:
+        """The load wrote all that had been found, beyond the request's blocks. What vLLM counts as computed and is not loaded
+        is reported as failed."""
+        w = world()
+        request = w.add("r", PROMPT)
+        w.publish(request, 3)
+        w.connector.get_num_new_matched_tokens(request, 0)
+        blocks = list(range(1, 8))
+        w.side.allocated(request, blocks, allotted)
+        (job,) = w.side._loads
+        assert job.digests == w.digests(request)[:chunks]
+        assert sum(job.tokens) == chunks * CHUNK
+        assert job.blocks == blocks[: allotted // BLOCK]
+        assert job.blocks[sum(job.tokens) // BLOCK :] == blocks[chunks * CHUNK // BLOCK :][:failed]
+        assert w.connector.get_num_new_matched_tokens(request, 0)[0] == (0 if allotted != 96 else 96), "not asked for twice"
+        w.side.report(loaded(job)["kv_connector_worker_meta"])
+        w.side.finished(request)
+        assert not w.manager.leases
+
     def test_two_workers_both_have_to_report(self, world: Any) -> None:
         w = world()
         w.side._policy = w.side._policy._replace(workers=2)
@@ -423,6 +443,51 @@ class TestSaves:
         w.step(**saved(job, dropped=True))
         (again,) = w.step().saves
         assert (again.digests, again.blocks) == (job.digests, job.blocks)
+
+    def test_a_save_that_is_always_dropped_is_offered_ever_less_often(self, world: Any) -> None:
+        """It was offered at once, in every second step, for as long as the request lived."""
+        w = world(blocks=64)
+        w.add("r", PROMPT, new=400)
+        offered = []
+        jobs: list[Any] = []
+        for number in range(300):
+            jobs = w.step(**(saved(*jobs, dropped=True) if jobs else {})).saves
+            offered += [number] * len(jobs)
+        assert len(offered) <= 10
+        assert offered[:2] == [0, 2], "the first time at once: one failed load drops what was computed from it"
+        assert offered[-1] > 100, "and never given up"
+        assert w.used() == len(w.scheduler.kv_cache_manager.get_block_ids("r")[0])
+
+    def test_nothing_is_offered_while_a_worker_is_off(self, world: Any) -> None:
+        from vcache.integrations.vllm.metadata import VCacheWorkerMetadata
+
+        w = world(prefix_caching=False)
+        w.side._policy = w.side._policy._replace(workers=2)
+        request = w.add("r", PROMPT, new=40)
+        (job,) = w.step().saves
+        report = saved(job, dropped=True, workers=2)
+        report["kv_connector_worker_meta"].off = 1
+        for answer in (report, {}, {}):
+            assert w.step(**answer).saves == []
+        assert not w.connector.has_pending_push_work()
+        w.manager.keys |= set(w.digests(request))
+        other = w.add("other", PROMPT[:50])
+        assert w.connector.get_num_new_matched_tokens(other, 0) == (0, False)
+        w.step(kv_connector_worker_meta=VCacheWorkerMetadata(off=-1))
+        assert [each.digests for each in w.step().saves if each.request == "r"] == [job.digests], "now it is"
+        assert w.connector.get_num_new_matched_tokens(w.add("third", PROMPT), 0) == (96, True)
+
+    def test_a_tail_is_made_of_whole_blocks_where_hashes_are_finer(self, world: Any) -> None:
+        """Its end was that of a hash: its last tokens had no block, the save failed, and was offered again for ever."""
+        w = world(save_tail=True)
+        size = 2 * BLOCK
+        w.side._group = w.side._group._replace(block_size=size)
+        w.side._names.block_size = w.side._names.chunk_tokens = size
+        request = w.add("r", PROMPT[:64], new=1)
+        extra = w.add("s", [*PROMPT, *range(200, 213)], new=1)  # 113 tokens: 7 hashes, 3 blocks
+        for state, tokens in ((request, 64), (extra, 96)):
+            job = next(job for job in w.side.build(going_on(state.request_id, 0, 113)).saves)
+            assert sum(job.tokens) == tokens
 
     def test_reset_clears_the_namespace_and_what_was_under_way(self, world: Any) -> None:
         w = world()

@@ -13,37 +13,15 @@ from typing import Any
 
 import pytest
 from support.cluster import eventually
+from vllm_facts import GROUP, facts
 from vllm_harness import managers
 
 from vcache.config import ByteSize, SegmentConfig
 from vcache.errors import ConfigError
 from vcache.integrations.vllm.autostart import ensure_manager
-from vcache.integrations.vllm.group import KVGroup
 from vcache.integrations.vllm.keys import ChunkNames, chunk_tokens, namespace, worker_spec
 from vcache.integrations.vllm.lending import fit, in_slabs
 from vcache.integrations.vllm.settings import read_settings
-
-GROUP = KVGroup(("layer.0", "layer.1"), 16, 16, 8, 128, "bfloat16", False, 8192)
-
-
-def facts(**changes: Any) -> Any:
-    """As much of a `VllmConfig` as names depend on; `changes` are `section__name=value`."""
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(
-            model="m", revision=None, quantization=None, seed=0, hf_config={"rope_theta": 1e4}, layers=32
-        ),
-        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
-        load_config=SimpleNamespace(load_format="auto"),
-        cache_config=SimpleNamespace(prefix_caching_hash_algo="sha256", cache_dtype="auto"),
-        speculative_config=None,
-    )
-    for name, value in changes.items():
-        section, _, key = name.partition("__")
-        setattr(getattr(config, section), key, value) if key else setattr(config, section, value)
-    model = config.model_config
-    model.hf_config = SimpleNamespace(to_dict=lambda data=model.hf_config: data)
-    model.get_total_num_hidden_layers = lambda: model.layers
-    return config
 
 
 class TestSettings:
@@ -103,17 +81,18 @@ class TestNames:
 
     def test_a_digest_depends_on_namespace_and_last_block_hash_only(self) -> None:
         hashes = [sha256(bytes([i])).digest() for i in range(8)]
-        one, other = ChunkNames(bytes(16), 64, 16), ChunkNames(bytes(15) + b"x", 64, 16)
+        one, other = ChunkNames(bytes(16), 64, 16, 16), ChunkNames(bytes(15) + b"x", 64, 16, 16)
         assert one.digest(hashes, 64) == one.digest([b""] * 3 + hashes[3:], 64)
         assert one.digest(hashes, 64) != one.digest(hashes, 128)
         assert one.digest(hashes, 64) != other.digest(hashes, 64)
         assert (one.whole(hashes, 127), one.whole(hashes, 128), one.whole(hashes[:5], 128)) == (1, 2, 1)
         assert one.tail(hashes, 127) == 112
+        assert ChunkNames(bytes(16), 64, 32, 16).tail(hashes, 127) == 96, "in whole blocks"
 
     def test_the_same_set_up_has_the_same_namespace_everywhere(self) -> None:
         """When this value changes, all chunks stored before are misses: change it only on purpose."""
-        assert namespace(facts(), GROUP, 256).hex() == "2cf00031dc58f9ff071b81385befd6de"
-        assert namespace(facts(model_config__seed=7), GROUP, 256) == namespace(facts(), GROUP, 256)
+        assert namespace(facts(), GROUP, 256, "w").hex() == "d406a5eb8c650c785a3847098f899a4c"
+        assert namespace(facts(model_config__seed=7), GROUP, 256, "w") == namespace(facts(), GROUP, 256, "w")
 
     @pytest.mark.parametrize(
         "change",
@@ -132,20 +111,17 @@ class TestNames:
         ],
     )
     def test_whatever_decides_the_bytes_changes_the_namespace(self, change: dict[str, Any]) -> None:
-        assert namespace(facts(**change), GROUP, 256) != namespace(facts(), GROUP, 256)
+        assert namespace(facts(**change), GROUP, 256, "w") != namespace(facts(), GROUP, 256, "w")
 
     @pytest.mark.parametrize("change", [{"hash_block_size": 8}, {"dtype": "float16"}, {"num_kv_heads": 4}, {"head_size": 64}])
     def test_so_does_the_group(self, change: dict[str, Any]) -> None:
-        assert namespace(facts(), GROUP._replace(**change), 256) != namespace(facts(), GROUP, 256)
-        assert namespace(facts(), GROUP, 128) != namespace(facts(), GROUP, 256)
+        assert namespace(facts(), GROUP._replace(**change), 256, "w") != namespace(facts(), GROUP, 256, "w")
+        assert namespace(facts(), GROUP, 128, "w") != namespace(facts(), GROUP, 256, "w")
+        assert namespace(facts(), GROUP, 256, "v") != namespace(facts(), GROUP, 256, "w")
 
     def test_block_size_and_layer_names_do_not(self) -> None:
         other = GROUP._replace(block_size=64, layer_names=("another",))
-        assert namespace(facts(), other, 256) == namespace(facts(), GROUP, 256)
-
-    def test_dummy_weights_depend_on_the_seed(self) -> None:
-        one, other = (facts(load_config__load_format="dummy", model_config__seed=seed) for seed in (0, 1))
-        assert namespace(one, GROUP, 256) != namespace(other, GROUP, 256)
+        assert namespace(facts(), other, 256, "w") == namespace(facts(), GROUP, 256, "w")
 
     def test_mla_has_one_shard_for_all_tensor_parallel_ranks(self) -> None:
         group = GROUP._replace(mla=True, num_kv_heads=1)

@@ -25,6 +25,7 @@ class Store:
 
         self.cache = type("Cache", (), {"device": torch.device("cpu")})
         self.loaded: int | Exception = 2
+        self.closed = False
         self.saved: Exception | None = None
         self.saves: list[Any] = []
         self.landing: dict[int, threading.Event] = {}
@@ -75,7 +76,11 @@ class Store:
     _block_size = 16
 
     def close(self) -> None:
-        pass
+        self.closed = True
+
+
+class OutOfResources(Exception):
+    """Neither ours nor the system's, nor a RuntimeError: as Triton has several."""
 
 
 @pytest.fixture
@@ -141,15 +146,170 @@ def test_blocks_from_the_first_bad_chunk_on_are_reported(worker: Any, loaded: An
     assert loads[1].chunks == (loaded if isinstance(loaded, int) else 0)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_even_an_error_in_our_own_code_is_a_failed_load(worker: Any, caplog: pytest.LogCaptureFixture) -> None:
-    import logging
-
-    logging.getLogger("vllm.vcache").addHandler(caplog.handler)
-    worker._store.loaded = TypeError("a mistake")
+@pytest.mark.parametrize("error", [TypeError("a mistake"), OutOfResources("shared memory")])
+def test_an_error_of_any_kind_is_a_failed_load(worker: Any, caplog_vllm: pytest.LogCaptureFixture, error: Exception) -> None:
+    worker._store.loaded = error
     worker.start_loads(step(1, load()))
     assert outcome(worker) == ({"request 1"}, set(BLOCKS), {1: (1, 0, ())})
-    eventually(lambda: "not foreseen" in caplog.text, what="the log")
+    eventually(lambda: "not foreseen" in caplog_vllm.text, what="the log")
+    assert worker.take_stats().data["errors"] == 1
+
+
+def test_an_error_of_any_kind_within_a_step_does_not_reach_the_engine(worker: Any) -> None:
+    """Only three kinds were caught: any other one ended the engine from within `start_load_kv`."""
+    worker._store.loaded = OutOfResources("shared memory")
+    worker.start_loads(step(3, load(blocking=True)))
+    assert worker.finished().bad_blocks == set(BLOCKS)
+    report = worker.report()
+    assert (report.loads, report.failed_step) == ({1: (1, 0, ())}, 3)
+
+
+def test_an_error_while_the_store_is_opened_turns_the_worker_off_and_it_says_so_once(
+    worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of any kind: no kernel could be compiled, say. It went up to vLLM and ended the engine."""
+    from vcache.integrations.vllm import worker as module
+
+    def fail(*_: Any) -> None:
+        raise OutOfResources("shared memory")
+
+    monkeypatch.setattr(module, "this_rank", fail)
+    for _ in range(2):
+        worker.register({})
+    assert worker.report().off == 1
+    worker.start_saves(step(1, save()))
+    report = worker.report()
+    assert (report.saves[2].dropped, report.off) == (True, 0)
+    monkeypatch.setattr(module, "this_rank", lambda group: worker._rank)
+    monkeypatch.setattr(worker, "_open", lambda caches: Store())
+    worker.register({})
+    assert worker.report().off == -1
+
+
+def test_work_that_cannot_follow_the_stream_is_reported_too(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA error in the thread before the work began, or in the runner's: blocks stayed pinned, and the request waited for
+    ever."""
+    from vcache.integrations.vllm import worker as module
+
+    class InThread:
+        def __init__(self, device: Any) -> None:
+            pass
+
+        def run(self, work: Any) -> None:
+            raise OutOfResources("no stream")
+
+    def in_runner(device: Any) -> None:
+        raise OutOfResources("no event")
+
+    for follower in (InThread, in_runner):
+        monkeypatch.setattr(module, "StreamFollower", follower)
+        worker.start_loads(step(1, load()))
+        assert outcome(worker) == ({"request 1"}, set(BLOCKS), {1: (1, 0, ())})
+        worker.start_saves(step(1, save(2), save(3)))
+        saves: dict[int, Any] = {}
+
+        def all_reported(saves: dict[int, Any] = saves) -> bool:
+            report = worker.report()
+            saves.update(report.saves if report else {})
+            return len(saves) == 2
+
+        eventually(all_reported, what="both")
+        assert all(each.dropped for each in saves.values())
+    assert worker._store.saves == []
+    assert worker._loading == 0
+
+
+def test_work_whose_thread_cannot_be_started_is_reported_once(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`ThreadPoolExecutor` keeps the work all the same: another thread may come to it, when its blocks are long reused."""
+    late = []
+
+    def submit(run: Any, work: Any) -> None:
+        late.append(work)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(worker._savers, "submit", submit)
+    worker.start_saves(step(1, save()))
+    assert worker.report().saves[2].dropped
+    late[0]()
+    assert worker.report() is None
+    assert worker._store.saves == []
+
+
+def test_blocks_behind_the_last_chunk_are_reported_as_not_loaded(worker: Any) -> None:
+    worker.start_loads(step(1, load()._replace(blocks=[*BLOCKS, 8])))
+    assert outcome(worker) == ({"request 1"}, {8}, {1: (1, 2, ())})
+    worker._store.loaded = 0
+    worker.start_loads(step(1, load()._replace(digests=[], tokens=[], blocks=[4])))
+    assert outcome(worker)[1] == {4}
+
+
+def test_a_worker_of_another_namespace_takes_no_part(worker: Any) -> None:
+    """Weights that were exchanged while the engine started: the names of one are not for what the other computes."""
+    store, metadata = worker._store, step(1, load(), save())
+    metadata.namespace = bytes(16)
+    worker.start_loads(metadata)
+    assert outcome(worker)[1] == set()
+    metadata.namespace = b"another" + bytes(9)
+    worker.start_loads(metadata)
+    worker.start_saves(metadata)
+    assert store.closed
+    assert store.saves == []
+    report = eventually(worker.report)
+    assert (report.off, report.saves[2].dropped) == (1, True)
+    eventually(lambda: worker.finished().bad_blocks == set(BLOCKS), what="the failed load")
+
+
+def test_a_worker_that_declined_answers_all_the_same(caplog_vllm: pytest.LogCaptureFixture) -> None:
+    """The scheduler's side had decided otherwise: its blocks stayed pinned, its requests waited, and an idle engine never came
+    to rest."""
+    from vcache.integrations.vllm.declined import DeclinedWorker
+
+    worker = DeclinedWorker("a reason")
+    worker.start_loads(step(0))
+    assert worker.report() is None
+    assert caplog_vllm.text == "", "the scheduler's side declined as well, and said so"
+    for number in (1, 2):
+        worker.start_loads(step(number, load(1), load(5, blocking=True)))
+        worker.start_saves(step(number, save()))
+        assert worker.finished() == ({"request 1"}, set(BLOCKS))
+        assert worker.finished() == (set(), set())
+        report = worker.report()
+        assert report.loads == {1: (1, 0, ()), 5: (1, 0, ())}
+        assert report.saves == {2: (1, False, True)}
+        assert (report.failed_step, report.off) == (number, number == 1)
+        assert worker.report() is None
+    assert caplog_vllm.text.count("a reason") == 1
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_store_that_closes_waits_for_its_writes(ended: bool, caplog_vllm: pytest.LogCaptureFixture) -> None:
+    from types import SimpleNamespace
+
+    from vcache.integrations.vllm.store import ShardStore
+
+    order: list[str] = []
+    pool = SimpleNamespace(wait_writes=lambda timeout: (order.append("wait"), ended)[1])
+    resources = SimpleNamespace(close=lambda: order.append("close"))
+    store: Any = ShardStore(None, None, pool, None, resources, None, 16)  # type: ignore[arg-type]
+    store.close()
+    assert order == ["wait", "close"]
+    assert ("writes to the pool do not end" in caplog_vllm.text) is not ended
+
+
+def test_what_vllm_wakes_up_with_is_what_it_had(one_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM 0.33 calls `restore_kv_caches()` without tensors: a TypeError on wake-up."""
+    from types import SimpleNamespace
+
+    from vcache.integrations.vllm.connector import VCacheConnector
+
+    registered: list[Any] = []
+    connector = object.__new__(VCacheConnector)
+    connector._worker = SimpleNamespace(register=registered.append, unregister=lambda: registered.append("slept"))  # type: ignore[assignment]
+    connector.register_kv_caches({"layer": 1})  # type: ignore[dict-item]
+    connector.unregister_kv_caches()
+    connector.restore_kv_caches()
+    connector.restore_kv_caches({"layer": 2})  # type: ignore[dict-item]
+    assert registered == [{"layer": 1}, "slept", {"layer": 1}, {"layer": 2}]
 
 
 def test_nothing_computed_from_a_failed_load_is_saved(worker: Any) -> None:

@@ -38,6 +38,17 @@ OTHERS: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 64,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
+    "gemma4": {  # window layers with heads of another size than full attention's
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 64,
+        "head_dim": 32,
+        "global_head_dim": 64,
+        "hidden_size_per_layer_input": 0,
+        "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
     "mla": {
         "architectures": ["DeepseekV2ForCausalLM"],
         "model_type": "deepseek_v2",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import socket
@@ -219,25 +218,25 @@ def gpu(config: VCacheConfig) -> Iterator[Check]:
 
 
 def mooncake(config: VCacheConfig) -> Iterator[Check]:
-    from ..storage.mooncake_options import LIBRARIES, MISSING, find_master
+    from ..bindings import MISSING, find_problem
+    from ..storage.mooncake_options import find_master
 
-    name, wanted = "Mooncake", config.storage.kind == "mooncake"
-    why = "it is the storage tier: DRAM and SSD of this and other hosts"
+    name, store = "Mooncake", config.storage.kind == "mooncake"
+    wanted = store or config.segment.remote != "off" or config.cache.remote != "off"
+    why = "it is the storage tier (DRAM and SSD of this and other hosts), and reads memory of other hosts"
     wheels = _versions(("mooncake-transfer-engine", "mooncake-transfer-engine-non-cuda", "mooncake-transfer-engine-cuda13"))
     if not wheels:
-        detail = "not installed (needed only for storage.kind mooncake)"
+        detail = "not installed (needed only for storage.kind mooncake, segment.remote and cache.remote)"
         yield Check(name, "fail", "not installed", why, MISSING) if wanted else Check(name, "ok", detail)
         return
     detail = ", ".join(f"{wheel} {version}" for wheel, version in wheels.items())
-    missing = [library for library in LIBRARIES if not _loadable(library)]
-    if missing:
-        advice = f"apt install {' '.join(LIBRARIES[library] for library in missing)}"
-        absent = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-        yield Check(name, "fail" if wanted else "warn", f"{detail}, but {absent}", why, advice)
+    problem = find_problem("store") or find_problem("engine")
+    if problem is not None:
+        yield Check(name, "fail" if wanted else "warn", f"{detail}, but {problem.detail}", why, problem.advice)
         return
     master = find_master()
     yield Check(name, "ok", f"{detail}, its libraries, mooncake_master {'at ' + master if master else 'not on the path'}")
-    yield from _mooncake_store(config, wanted)
+    yield from _mooncake_store(config, store)
 
 
 def _mooncake_store(config: VCacheConfig, wanted: bool) -> Iterator[Check]:
@@ -266,14 +265,6 @@ def _mooncake_store(config: VCacheConfig, wanted: bool) -> Iterator[Check]:
         yield Check(name, bad, str(error), why, advice)
     else:
         yield Check(name, "ok", f"master at {options.master}: a put and a get work")
-
-
-def _loadable(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
 
 
 def _versions(names: Sequence[str]) -> dict[str, str]:

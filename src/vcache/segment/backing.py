@@ -157,8 +157,9 @@ class SlabBacking(ABC):
     device: str
     """Where the memory lies, in the notation of `SegmentInfo.device`."""
     frees_under_importers: bool
-    """Whether `release` gives the memory back while importers still map it (host: yes, they then read zeros; VRAM: no, it
-    is free when the last importer unmaps)."""
+    """Whether `release` is sure to give the memory back while importers still map it, who then read zeros. VRAM: no, it is
+    free when the last importer unmaps. Host memory: yes, but for pages that an importer has pinned for its GPU: so only
+    where there is none."""
 
     @property
     @abstractmethod
@@ -184,8 +185,8 @@ class SlabBacking(ABC):
 
     @abstractmethod
     def release(self, slab: OwnedSlab) -> None:
-        """Give the memory of an owned slab back to the system (as far as importers allow: host memory at once, VRAM when the
-        last importer unmaps) and close its fd. The slab must be retired and idle. Idempotent."""
+        """Give the memory of an owned slab back to the system (as far as importers allow: host memory that nobody has pinned at
+        once, the rest when the last importer unmaps) and close its fd. The slab must be retired and idle. Idempotent."""
 
     @abstractmethod
     def read(self, slab: MappedSlab, offset: int, nbytes: int) -> bytes:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
+import weakref
 
 from ..errors import DeviceUnavailableError, SegmentError
 from .backing import MappedSlab, OwnedSlab, SlabBacking, address_of
 from .cuda_driver import CudaCallError, CudaDriver, Gpu
 from .slots import SegmentKind
+
+logger = logging.getLogger(__name__)
 
 _UNREACHABLE = {
     "CUDA_ERROR_INVALID_DEVICE": "no direct link between the two GPUs (P2P is missing)",
@@ -89,11 +93,13 @@ class CudaBacking(SlabBacking):
                 # The mapping and the file descriptor hold the memory; the handle is needed no more.
                 self.gpu.release(handle)
             self.gpu.zero(address, nbytes)
-        except CudaCallError as error:
+        except (CudaCallError, DeviceUnavailableError) as error:
             if address:
                 self.gpu.unmap(address, nbytes)
             if fd >= 0:
                 os.close(fd)
+            if isinstance(error, DeviceUnavailableError):
+                raise
             if error.code == "CUDA_ERROR_OUT_OF_MEMORY":
                 free, total = self.gpu.memory()
                 raise SegmentError(f"{self._no_memory(nbytes, free, total)} ({error})") from None
@@ -164,7 +170,9 @@ class HostPinning:
     """Makes host slabs reachable for the GPUs of this process. Thread-safe.
 
     Pages stay pinned until `unregister`: memory that the owner takes back is free once every process that registered it has
-    unregistered (or died).
+    unregistered (or died). Until then they stay mapped, too, whatever becomes of the slab: to the driver, addresses stay
+    registered when the memory behind them is gone, and it refuses the next memory that comes to lie there. What is still
+    registered when this object is collected is unregistered then.
     """
 
     def __init__(self, device: str = "", *, driver: CudaDriver | None = None) -> None:
@@ -175,6 +183,9 @@ class HostPinning:
             raise DeviceUnavailableError(f"GPU {device} is not visible to this process; check CUDA_VISIBLE_DEVICES")
         self.gpu = Gpu(driver, ordinal)
         self._lock = threading.Lock()
+        self._registered: dict[int, memoryview | None] = {}
+        """By address: what keeps the memory mapped."""
+        weakref.finalize(self, _unregister_all, self.gpu, self._registered, os.getpid()).atexit = False
 
     def register(self, slab: MappedSlab) -> int:
         """Pin the slab's memory once and set its `device_address`, which is returned. Blocks about 0.3 s a GiB."""
@@ -186,14 +197,31 @@ class HostPinning:
                     raise SegmentError(
                         f"host slab of {slab.nbytes} bytes: the GPU cannot use it ({error}); check `ulimit -l` and free memory"
                     ) from None
+                self._registered[slab.address] = slab.buffer
             return slab.device_address
 
     def unregister(self, slab: MappedSlab) -> None:
-        """Undo `register`; before the slab is unmapped. Idempotent."""
+        """Undo `register`; before the slab is unmapped. Idempotent. Possible after `close`, too."""
         with self._lock:
             registered, slab.device_address = slab.device_address, 0
             if registered:
                 self.gpu.unregister_host(slab.address)
+                self._registered.pop(slab.address, None)
 
     def close(self) -> None:
+        """Register nothing more. What is still registered (a transfer uses it, say) stays so until `unregister`. Idempotent."""
         self.gpu.close()
+
+
+def _unregister_all(gpu: Gpu, registered: dict[int, memoryview | None], process: int) -> None:
+    """Undo what is left of a `HostPinning` that is gone. A forked child has only a copy of it, and no say."""
+    if os.getpid() != process:
+        return
+    for address in list(registered):
+        try:
+            gpu.unregister_host(address)
+        except CudaCallError as error:
+            logger.warning("host memory at %#x stays registered and mapped: %s", address, error)
+            continue
+        del registered[address]
+    gpu.close()

@@ -98,7 +98,8 @@ class CudaDriver:
 
 
 class Gpu:
-    """One visible device: its primary context, held until `close`, and a stream of its own for headers. Thread-safe."""
+    """One visible device: its primary context and a stream of its own for headers, held until `close` and until the last
+    memory that was mapped or registered through this object is undone. Thread-safe."""
 
     def __init__(self, driver: CudaDriver, ordinal: int) -> None:
         self.driver = driver
@@ -108,7 +109,10 @@ class Gpu:
         self.name = driver.call("cuDeviceGetName", _NAME_BYTES, self._device).split(b"\0")[0].decode()
         self._context = driver.call("cuDevicePrimaryCtxRetain", self._device)
         self._lock = threading.Lock()
+        self._closing = False
         self._closed = False
+        self._in_use = 0
+        """Mappings and registrations not undone yet."""
         self._pinned = 0
         self._background: Any = None
         with self.current():
@@ -172,7 +176,7 @@ class Gpu:
     def map(self, handle: Any, nbytes: int) -> int:
         """Map the memory into this process, readable and writable by this device: its address."""
         call = self.driver.call
-        with self.current():
+        with self._one_more(), self.current():
             address = int(call("cuMemAddressReserve", nbytes, 0, 0, 0))
             try:
                 call("cuMemMap", address, nbytes, 0, handle, 0)
@@ -191,6 +195,7 @@ class Gpu:
         with self.current():
             self.driver.call("cuMemUnmap", address, nbytes)
             self.driver.call("cuMemAddressFree", address, nbytes)
+        self._one_less()
 
     def release(self, handle: Any) -> None:
         """Drop a handle; the memory is free once nobody maps it, holds a handle or a file descriptor of it."""
@@ -288,8 +293,9 @@ class Gpu:
     # Host memory --------------------------------------------------------------------------------------------------------
 
     def register_host(self, address: int, nbytes: int) -> int:
-        """Pin host memory (page-aligned) for every GPU of this process; the address by which they reach it."""
-        with self.current():
+        """Pin host memory (page-aligned) for every GPU of this process; the address by which they reach it. It must stay mapped
+        until `unregister_host`: the driver would refuse whatever is mapped at these addresses later."""
+        with self._one_more(), self.current():
             self.driver.call("cuMemHostRegister", address, nbytes, _HOST_REGISTER_PORTABLE | _HOST_REGISTER_DEVICEMAP)
             try:
                 return int(self.driver.call("cuMemHostGetDevicePointer", address, 0))
@@ -301,17 +307,44 @@ class Gpu:
         """Undo `register_host`. Work that uses the memory must be done."""
         with self.current():
             self.driver.call("cuMemHostUnregister", address)
+        self._one_less()
+
+    # End ----------------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Give the primary context back. Idempotent. Memory mapped through this object must be unmapped before."""
+        """Map and register nothing more, and give the primary context back: at once, or when the last memory is unmapped and
+        unregistered (what a transfer still uses is, when that ends). Idempotent."""
         with self._lock:
-            if self._closed:
-                return
-            with self.current():
-                self.driver.call("cuStreamDestroy", self._stream)
-                if self._background is not None:
-                    self.driver.call("cuStreamDestroy", self._background)
-                if self._pinned:
-                    self.driver.call("cuMemFreeHost", self._pinned)
-            self._closed = True
-            self.driver.call("cuDevicePrimaryCtxRelease", self._device)
+            self._closing = True
+            self._end_if_unused()
+
+    @contextmanager
+    def _one_more(self) -> Iterator[None]:
+        """Inside, memory is mapped or registered; it counts when nothing is raised. Raises `DeviceUnavailableError` after
+        `close`."""
+        with self._lock:
+            if self._closing:
+                raise DeviceUnavailableError(f"GPU {self.uuid}: already closed in this process")
+            self._in_use += 1
+        try:
+            yield
+        except BaseException:
+            self._one_less()
+            raise
+
+    def _one_less(self) -> None:
+        with self._lock:
+            self._in_use -= 1
+            self._end_if_unused()
+
+    def _end_if_unused(self) -> None:
+        if self._closed or not self._closing or self._in_use:
+            return
+        with self.current():
+            self.driver.call("cuStreamDestroy", self._stream)
+            if self._background is not None:
+                self.driver.call("cuStreamDestroy", self._background)
+            if self._pinned:
+                self.driver.call("cuMemFreeHost", self._pinned)
+        self._closed = True
+        self.driver.call("cuDevicePrimaryCtxRelease", self._device)

@@ -9,6 +9,7 @@ import mmap
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 from ..errors import SegmentError
 from .backing import MappedSlab, OwnedSlab, SlabBacking, address_of
@@ -23,6 +24,8 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
+_GPU_DRIVER = (Path("/sys/module/nvidia"), Path("/dev/nvidiactl"))
+"""One of them is there where a process could register host memory with a GPU."""
 
 
 class Fence:
@@ -58,7 +61,6 @@ class HostBacking(SlabBacking):
 
     kind: SegmentKind = "host"
     device = "host"
-    frees_under_importers = True
 
     def __init__(
         self,
@@ -68,6 +70,8 @@ class HostBacking(SlabBacking):
         unregister: UnregisterHook | None = None,
     ) -> None:
         """`register`/`unregister`: called after a slab was mapped and before it is unmapped, own slabs and imported ones."""
+        # A GPU's process pins what it maps, and nobody tells the lender who has a GPU.
+        self.frees_under_importers = not any(path.exists() for path in _GPU_DRIVER)
         self._prefault = prefault
         self._register = register
         self._unregister = unregister
@@ -138,25 +142,23 @@ class HostBacking(SlabBacking):
     def unmap(self, slab: MappedSlab) -> None:
         if slab.buffer is None:
             return
-        if self._unregister is not None and slab.device_address:
-            self._unregister(slab)
-        # The last reference to the mmap object unmaps. A view that somebody still keeps stays harmless instead of dangling.
-        slab.buffer = None
-        slab.address = slab.device_address = 0
+        try:
+            if self._unregister is not None and slab.device_address:
+                self._unregister(slab)
+        finally:
+            # The last reference to the mmap object unmaps. A view that somebody still keeps stays harmless instead of dangling.
+            slab.buffer = None
+            slab.address = slab.device_address = 0
 
     def release(self, slab: OwnedSlab) -> None:
         with self._lock:
             if self._owned.pop(slab.fd, None) is not slab:
                 return
-        self.unmap(slab)
         fd, slab.fd = slab.fd, -1
         try:
-            # Importers keep their mapping and read zeros from now on, which no reader takes for a chunk.
-            if self._libc.fallocate(fd, _KEEP_SIZE_PUNCH_HOLE, 0, slab.nbytes):
-                code = ctypes.get_errno()
-                raise SegmentError(f"host slab: cannot free {slab.nbytes} bytes: {os.strerror(code)}")
+            self.unmap(slab)
         finally:
-            os.close(fd)
+            self._give_back(fd, slab.nbytes)
 
     def read(self, slab: MappedSlab, offset: int, nbytes: int) -> bytes:
         data = bytes(_buffer(slab, offset, nbytes))
@@ -173,6 +175,16 @@ class HostBacking(SlabBacking):
         self._fence()
         _buffer(slab, offset, len(data))[:] = data
         self._fence()
+
+    def _give_back(self, fd: int, nbytes: int) -> None:
+        """Free the pages and close `fd`. Raises `SegmentError`."""
+        try:
+            # Importers keep their mapping and read zeros from now on, which no reader takes for a chunk.
+            if self._libc.fallocate(fd, _KEEP_SIZE_PUNCH_HOLE, 0, nbytes):
+                code = ctypes.get_errno()
+                raise SegmentError(f"host slab: cannot free {nbytes} bytes: {os.strerror(code)}")
+        finally:
+            os.close(fd)
 
     def _pin_for_gpu(self, slab: MappedSlab) -> None:
         if self._register is None:

@@ -42,6 +42,7 @@ class TakenBack(NamedTuple):
     """What became of slabs that were to be freed."""
 
     freed_bytes: int
+    """Of which it is certain that the system has them back (`SlabBacking.frees_under_importers`)."""
     late: set[bytes]
     """Client ids (possibly our own) that still map some."""
 

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from ..bindings import load
 from ..errors import ConfigError, SegmentError
 
 Protocols = Literal["tcp", "rdma"]
-
-MISSING = "pip install 'vcache[mooncake]' and the system library libibverbs1"
 
 _SHORTEST_TIMEOUT = 5
 """Seconds: what Mooncake takes for the least sensible time limit of one call."""
@@ -108,14 +107,10 @@ def load_engine(protocol: Protocols, setting: str, *, timeout: float = _SHORTEST
     """Mooncake's transfer engine, uninstantiated. Imports neither torch nor NumPy. `setting`: what asked for it, for messages.
     `timeout`: seconds after which a call that makes no progress gives up (at least 5).
 
-    Raises `ConfigError` when the package or, for `rdma`, every RDMA device is missing."""
-    # Mooncake reads these when it is loaded or an engine is made. It logs to stderr by itself, and a lot.
-    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+    Raises `ConfigError` when Mooncake does not load or, for `rdma`, every RDMA device is missing."""
+    # Mooncake reads it when it is loaded or an engine is made.
     os.environ.setdefault("MC_TRANSFER_TIMEOUT", str(max(_SHORTEST_TIMEOUT, round(timeout + 0.5))))
-    try:
-        import mooncake.engine as package
-    except ImportError as error:
-        raise ConfigError(f"{setting}: Mooncake's transfer engine cannot be loaded ({error}); {MISSING}") from None
+    package = load("engine", setting)
     if protocol == "rdma" and not (_INFINIBAND.is_dir() and any(_INFINIBAND.iterdir())):
         # Mooncake would go on over TCP without a word.
         raise ConfigError(f"{setting}: rdma needs an RDMA device, and there is none in {_INFINIBAND}; use tcp")

@@ -12,8 +12,8 @@ class StorageTier(ABC):
     """Thread-safe. Calls may block, but never beyond the deadline given to the constructor; a failure is a `StorageError`,
     which the engine counts and treats as a miss. Objects are immutable: a second `put` of a key changes nothing.
 
-    A value is the slot header (64 bytes, `SlotHeader.pack`, even generation) followed by the payload: readers verify key,
-    namespace, shard and length after every get.
+    A value is the slot header (64 bytes, `SlotHeader.pack`, even generation), the payload and a checksum (`values.seal`):
+    readers verify key, namespace, shard, length and checksum after every get.
     """
 
     @abstractmethod

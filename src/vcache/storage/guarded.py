@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import queue
 import random
 import threading
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import StorageDeadlineError, StorageError
 from ..keys import CacheKey
@@ -26,11 +27,22 @@ _PROBE_KEY = CacheKey(bytes(16), bytes(16))
 _MAX_COOLDOWN = 4.0
 
 
+class _Read(NamedTuple):
+    """A `get`: what is tried again to find out whether reads work."""
+
+    keys: tuple[CacheKey, ...]
+    shard: int
+    nbytes: int
+    """Of its longest buffer."""
+
+
 class GuardedStorage(StorageTier):
-    """Runs another tier's calls in threads of its own. A call that outlasts its deadline is left behind and raises; after
-    some failures calls raise at once. Then look-ups for a key that nobody has, in the background, find out when the tier is
-    well again: no caller waits for a probe. Reads (`prefix`, `get`) and writes (`put`, `remove`) have threads of their own, so
-    that a slow write does not delay a look-up. The threads do not hold up the end of the process."""
+    """Runs another tier's calls in threads of its own. A call that outlasts its deadline is left behind and raises; whatever
+    the tier raises is a `StorageError`; after some failures calls raise at once. Then probes in the background find out when
+    the tier is well again, and no caller waits for them: a look-up for a key that nobody has, and the read that failed last,
+    since a directory may answer while those who hold the values do not. Reads (`prefix`, `get`) and writes (`put`, `remove`)
+    have threads of their own, so that a slow write does not delay a look-up. The threads do not hold up the end of the
+    process."""
 
     def __init__(self, tier: StorageTier, deadline: float, *, breaker: CircuitBreaker | None = None, threads: int = 2) -> None:
         """`deadline`: seconds that a `get` may take. `threads`: reads at a time."""
@@ -42,7 +54,8 @@ class GuardedStorage(StorageTier):
         self._reads = _Lane("read", threads)
         self._writes = _Lane("write", 1)
         self._probes = _Lane("probe", 1)
-        self._probe: Future[int] | None = None
+        self._probe: Future[None] | None = None
+        self._failed_read: _Read | None = None
         self._lock = threading.Lock()
         self._closed = False
 
@@ -50,7 +63,8 @@ class GuardedStorage(StorageTier):
         return self._call(self._reads, "look-up", LOOKUP_SHARE * self._deadline, lambda: self._tier.prefix(keys, shard))
 
     def get(self, keys: Sequence[CacheKey], shard: int, buffers: Sequence[memoryview]) -> list[int]:
-        return self._call(self._reads, "get", self._deadline, lambda: self._tier.get(keys, shard, buffers))
+        read = _Read(tuple(keys), shard, max((buffer.nbytes for buffer in buffers), default=0))
+        return self._call(self._reads, "get", self._deadline, lambda: self._tier.get(keys, shard, buffers), read)
 
     def put(self, keys: Sequence[CacheKey], shard: int, values: Sequence[memoryview]) -> list[bool]:
         return self._call(self._writes, "put", WRITE_FACTOR * self._deadline, lambda: self._tier.put(keys, shard, values))
@@ -59,7 +73,11 @@ class GuardedStorage(StorageTier):
         self._call(self._writes, "remove", WRITE_FACTOR * self._deadline, lambda: self._tier.remove(keys, shard))
 
     def register(self, buffer: memoryview) -> None:
-        self._tier.register(buffer)
+        """As `StorageTier.register`. Raises `StorageError`, whatever the tier raises."""
+        try:
+            self._tier.register(buffer)
+        except Exception as error:
+            raise _storage_error("register", error) from error
 
     def unregister(self, buffer: memoryview) -> None:
         self._tier.unregister(buffer)
@@ -76,7 +94,8 @@ class GuardedStorage(StorageTier):
         closer.start()
         closer.join(self._deadline)
 
-    def _call(self, lane: _Lane, what: str, deadline: float, work: Callable[[], T]) -> T:
+    def _call(self, lane: _Lane, what: str, deadline: float, work: Callable[[], T], read: _Read | None = None) -> T:
+        """Run `work` within `deadline` seconds. `read`: what it reads, if it does."""
         if self._closed:
             raise StorageError(f"storage {what}: already closed")
         if self.breaker.state != "closed":
@@ -84,32 +103,53 @@ class GuardedStorage(StorageTier):
             raise StorageError(f"storage {what}: bypassed after repeated failures, next try in {self.breaker.retry_in():.1f} s")
         future = lane.submit(work)
         try:
-            result = future.result(deadline)
+            error = future.exception(deadline)
         except FutureTimeout:
+            self._failed_read = read or self._failed_read
             self.breaker.trip()
             if future.cancel():
                 raise StorageError(f"storage {what}: no thread was free within {deadline:g} s") from None
             raise StorageDeadlineError(
                 f"storage {what}: no answer within {deadline:g} s", lambda call: future.add_done_callback(lambda _: call())
             ) from None
-        except StorageError:
+        if error is not None:
+            self._failed_read = read or self._failed_read
             self.breaker.failure()
-            raise
+            raise _storage_error(what, error) from error
         self.breaker.success()
-        return result
+        return future.result()
 
     def _probe_when_due(self) -> None:
         with self._lock:
             if self._closed or (self._probe is not None and not self._probe.done()) or not self.breaker.allow():
                 return
-            self._probe = self._probes.submit(lambda: self._tier.prefix([_PROBE_KEY], 0))
+            self._probe = self._probes.submit(self._try)
         self._probe.add_done_callback(self._probed)
 
-    def _probed(self, probe: Future[int]) -> None:
+    def _try(self) -> None:
+        """Look up, and read again what could not be read. Blocks for as long as the tier does."""
+        self._tier.prefix([_PROBE_KEY], 0)
+        read = self._failed_read
+        if read is None or not read.nbytes:
+            return
+        buffer = memoryview(mmap.mmap(-1, read.nbytes))
+        self._tier.register(buffer)
+        try:
+            for key in read.keys:  # which may lie with several owners
+                self._tier.get([key], read.shard, [buffer])
+        finally:
+            self._tier.unregister(buffer)
+
+    def _probed(self, probe: Future[None]) -> None:
         if probe.cancelled() or probe.exception() is not None:
             self.breaker.failure()
         else:
+            self._failed_read = None
             self.breaker.success()
+
+
+def _storage_error(what: str, error: BaseException) -> StorageError:
+    return error if isinstance(error, StorageError) else StorageError(f"storage {what}: {type(error).__name__}: {error}")
 
 
 class _Lane:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
+from ..bindings import MISSING
 from ..errors import ConfigError, StorageError
-from .mooncake_options import MISSING, MooncakeOptions, find_master, reachable
+from .mooncake_options import MooncakeOptions, find_master, reachable
 
 logger = logging.getLogger("vcache.storage")
 

@@ -9,13 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..bindings import load
 from ..config import ByteSize
 from ..errors import ConfigError, StorageError
 from .ssd import Ssd
-
-LIBRARIES = {"libibverbs.so.1": "libibverbs1", "libcurl.so.4": "libcurl4", "libnuma.so.1": "libnuma1"}
-"""System libraries that Mooncake's wheels need, also for TCP, and their packages in Debian and Ubuntu."""
-MISSING = f"pip install 'vcache[mooncake]' and the system libraries {', '.join(LIBRARIES.values())}"
 
 _DEFAULTS = {
     "master": "127.0.0.1:50051",
@@ -118,21 +115,13 @@ class MooncakeOptions(NamedTuple):
 
 
 def load_store() -> Any:
-    """Mooncake's store class, uninstantiated. Imports neither torch nor NumPy. Raises `ConfigError` when it is missing."""
-    # Mooncake logs to stderr by itself, and every full store as a warning; what matters is counted here.
-    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
-    try:
-        from mooncake.store import MooncakeDistributedStore
-    except ImportError as error:
-        raise ConfigError(f"storage.kind: mooncake cannot be loaded ({error}); {MISSING}") from None
-    return MooncakeDistributedStore
+    """Mooncake's store class, uninstantiated. Imports neither torch nor NumPy. Raises `ConfigError` when it does not load."""
+    return load("store", "storage.kind").MooncakeDistributedStore
 
 
 def replicate_config(replicas: int) -> Any:
     """Mooncake's description of a put. Field names differ between releases: only the one that never changed is used."""
-    from mooncake.store import ReplicateConfig
-
-    config = ReplicateConfig()
+    config = load("store", "storage.kind").ReplicateConfig()
     config.replica_num = replicas
     return config
 

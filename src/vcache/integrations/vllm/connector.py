@@ -13,6 +13,7 @@ from ...config import StorageConfig
 from ...manager.connect import connect
 from ...resources import open_storage
 from .autostart import ensure_manager
+from .declined import DeclinedWorker
 from .events import EventLog
 from .group import DeclinedError, KVGroup, deterministic_hashes, shared_group
 from .keys import ChunkNames, chunk_tokens, namespace
@@ -21,6 +22,7 @@ from .scheduler import Policy, SchedulerSide
 from .settings import Settings, read_settings
 from .stats import VCachePromMetrics, VCacheStats
 from .versions import peer_source, safe_sync_budget
+from .weights import of_model
 from .worker import WorkerSide
 
 if TYPE_CHECKING:
@@ -47,23 +49,28 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         settings = read_settings(self._kv_transfer_config.kv_connector_extra_config)
         self._scheduler: SchedulerSide | None = None
-        self._worker: WorkerSide | None = None
+        self._worker: WorkerSide | DeclinedWorker | None = None
+        self._kv_caches: dict[str, torch.Tensor] = {}
         self._bad_blocks: set[int] = set()
         in_scheduler = role == KVConnectorRole.SCHEDULER
         try:
             if in_scheduler:
                 deterministic_hashes(vllm_config.cache_config)
             group = shared_group(vllm_config, kv_cache_config)
+            weights = of_model(vllm_config, settings.options.weights)
         except DeclinedError as error:
             if in_scheduler:
                 logger.warning("VCache does not share the KV cache of this model: %s. Every look-up is a miss.", error)
+            else:
+                self._worker = DeclinedWorker(str(error))
             return
         chunk = chunk_tokens(settings.config.cache.chunk_size, group.block_size)
-        space = namespace(vllm_config, group, chunk)
+        space = namespace(vllm_config, group, chunk, weights)
         if settings.autostart:
             ensure_manager(settings.config.manager.address)
         if in_scheduler:
-            self._scheduler = self._scheduler_side(settings, group, ChunkNames(space, chunk, group.hash_block_size))
+            names = ChunkNames(space, chunk, group.block_size, group.hash_block_size)
+            self._scheduler = self._scheduler_side(settings, group, names)
         else:
             self._worker = WorkerSide(vllm_config, group, space, chunk, settings)
 
@@ -189,6 +196,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     # -- worker ----------------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._kv_caches = dict(kv_caches)
         if self._worker is not None:
             self._worker.register(kv_caches)
 
@@ -197,8 +205,9 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is not None:
             self._worker.unregister()
 
-    def restore_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        self.register_kv_caches(kv_caches)
+    def restore_kv_caches(self, kv_caches: dict[str, torch.Tensor] | None = None) -> None:
+        """vLLM woke up. It names its tensors when they are others than before only."""
+        self.register_kv_caches(self._kv_caches if kv_caches is None else kv_caches)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
@@ -238,6 +247,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._scheduler.take_stats() if self._scheduler is not None else None
 
     def shutdown(self) -> None:
+        self._kv_caches = {}
         if self._worker is not None:
             self._worker.close()
         if self._scheduler is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ...spec import DTYPE_BYTES
@@ -44,13 +45,18 @@ def shared_group(vllm_config: Any, kv_cache_config: Any) -> KVGroup:
         if getattr(parallel, name, 1) > 1:
             raise DeclinedError(f"{name} > 1 splits the tokens of a block over workers")
     groups = kv_cache_config.kv_cache_groups
+    if not groups:
+        raise DeclinedError("the model has no KV cache")
     if len(groups) != 1:
-        kinds = sorted({type(group.kv_cache_spec).__name__ for group in groups})
-        # vLLM can make one group of those with a window only where there is full attention as well.
-        one = any(kind in FULL for kind in kinds) and not any("Mamba" in kind for kind in kinds)
+        specs = [spec for group in groups for spec in _layer_specs(group.kv_cache_spec)]
+        kinds = sorted({type(spec).__name__ for spec in specs})
+        # vLLM can make one group of those with a window only where there is full attention as well. It does so with layers
+        # of different sizes, too, but such a group is declined below.
+        one = any(kind in FULL for kind in kinds) and len({_size(spec) for spec in specs}) == 1
         advice = f"; {_WITHOUT_HYBRID}" if one else ""
         raise DeclinedError(f"the model has {len(groups)} KV cache groups ({', '.join(kinds)}), one can be shared{advice}")
     spec = groups[0].kv_cache_spec
+    _check_sizes(spec, getattr(kv_cache_config, "kv_cache_tensors", ()))
     _check_spec(spec)
     block_size = int(spec.block_size)
     hash_block_size = int(getattr(vllm_config.cache_config, "hash_block_size", None) or block_size)
@@ -88,6 +94,31 @@ def _check_hashes(cache_config: Any) -> None:
 
 def _weak(cache_config: Any) -> bool:
     return "xxhash" in str(cache_config.prefix_caching_hash_algo)
+
+
+def _layer_specs(spec: Any) -> list[Any]:
+    """The specs of a group's layers: vLLM wraps those that differ in size."""
+    return list(getattr(spec, "kv_cache_specs", {"": spec}).values())
+
+
+def _size(spec: Any) -> tuple[Any, ...]:
+    """What must be equal for layers to be one group of equal rows; Mamba states have nothing of it."""
+    head_size = getattr(spec, "head_size", None)
+    return (
+        getattr(spec, "num_kv_heads", None),
+        head_size,
+        getattr(spec, "head_size_v", None) or head_size,
+        getattr(spec, "dtype", None),
+    )
+
+
+def _check_sizes(spec: Any, tensors: Sequence[Any]) -> None:
+    """Decline layers of different sizes. A worker sees their specs; the scheduler is given the first layer's in place of all,
+    and learns it from where they lie: one tensor for each spec, or (vLLM 0.26) for each layer."""
+    by_spec = all(hasattr(tensor, "layers") for tensor in tensors)
+    places = len(tensors) if by_spec else len({tensor.size for tensor in tensors})
+    if hasattr(spec, "kv_cache_specs") or places > 1:
+        raise DeclinedError("the layers of its KV cache differ in size (heads of different sizes, an indexer or a drafter)")
 
 
 def _check_spec(spec: Any) -> None:

@@ -23,10 +23,11 @@ class ChunkNames:
     last block stands for the whole prefix up to there. LoRA adapters are in the hashes by name (vLLM 0.26) or name and path.
     """
 
-    def __init__(self, namespace: bytes, chunk_tokens: int, hash_block_size: int) -> None:
-        """`chunk_tokens` is a multiple of `hash_block_size`."""
+    def __init__(self, namespace: bytes, chunk_tokens: int, block_size: int, hash_block_size: int) -> None:
+        """`chunk_tokens` is a multiple of `block_size`, which is one of `hash_block_size`."""
         self.namespace = namespace
         self.chunk_tokens = chunk_tokens
+        self.block_size = block_size
         self.hash_block_size = hash_block_size
 
     def digest(self, block_hashes: Sequence[bytes], end: int, adapter: bytes = b"") -> bytes:
@@ -36,9 +37,8 @@ class ChunkNames:
         state.update(adapter)
         return state.digest()
 
-    def of(self, request: Any, ends: Sequence[int]) -> list[bytes]:
-        """Digests of the chunks of a vLLM request that end before these tokens. Pure."""
-        adapter = adapter_name(getattr(request, "lora_request", None))
+    def of(self, request: Any, ends: Sequence[int], adapter: bytes = b"") -> list[bytes]:
+        """Digests of the chunks of a vLLM request that end before these tokens. `adapter`: by `weights.Adapters`. Pure."""
         return [self.digest(request.block_hashes, end, adapter) for end in ends]
 
     def whole(self, block_hashes: Sequence[bytes], tokens: int) -> int:
@@ -47,12 +47,7 @@ class ChunkNames:
 
     def tail(self, block_hashes: Sequence[bytes], tokens: int) -> int:
         """End of the whole blocks within the first `tokens` tokens; the last whole chunk's end when there are none after it."""
-        return min(tokens // self.hash_block_size, len(block_hashes)) * self.hash_block_size
-
-
-def adapter_name(lora: Any) -> bytes:
-    """What tells a LoRA adapter from others, on whatever instance it is loaded; empty without one. Pure."""
-    return b"" if lora is None else f"{lora.lora_name}\0{lora.lora_path}".encode()
+        return min(tokens, len(block_hashes) * self.hash_block_size) // self.block_size * self.block_size
 
 
 def chunk_tokens(chunk_size: int, block_size: int) -> int:
@@ -67,8 +62,9 @@ def shard_count(vllm_config: Any, group: KVGroup) -> int:
     return tensor * int(parallel.pipeline_parallel_size)
 
 
-def namespace(vllm_config: Any, group: KVGroup, chunk: int) -> bytes:
-    """16 bytes, equal for all workers of an instance and for all instances whose chunks are interchangeable. Pure."""
+def namespace(vllm_config: Any, group: KVGroup, chunk: int, weights: str) -> bytes:
+    """16 bytes, equal for all workers of an instance and for all instances whose chunks are interchangeable. `weights`: by
+    `weights.of_model`. Pure."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     load, cache = vllm_config.load_config, vllm_config.cache_config
     extra = {
@@ -82,9 +78,8 @@ def namespace(vllm_config: Any, group: KVGroup, chunk: int) -> bytes:
         "layer_partition": os.environ.get("VLLM_PP_LAYER_PARTITION", ""),
         "load_format": str(getattr(load, "load_format", "")),
         "speculative": _speculative(vllm_config),
+        "weights": weights,
     }
-    if "dummy" in extra["load_format"]:
-        extra["seed"] = str(model.seed)
     spec = KVCacheSpec(
         model=str(model.model),
         revision=str(model.revision or ""),

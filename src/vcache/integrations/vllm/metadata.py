@@ -21,7 +21,8 @@ class LoadJob(NamedTuple):
     skip: int
     """Leading tokens of the first chunk that are there already."""
     blocks: list[int]
-    """Blocks that hold the tokens to load, in order; the first holds token `skip` of the first chunk at its beginning."""
+    """Blocks that hold the tokens to load, in order; the first holds token `skip` of the first chunk at its beginning. Those
+    behind the last chunk, if any, are reported as not loaded."""
     blocking: bool
     """Load within the step, before its forward pass."""
 
@@ -58,6 +59,8 @@ class VCacheMetadata(KVConnectorMetadata):  # type: ignore[misc]
     """False once the cache was reset: what the storage tier holds cannot be told from what is valid."""
     broken: list[bytes] = field(default_factory=list)
     """Chunks whose slots hold something else, on some worker: every worker drops them before its next save."""
+    namespace: bytes = b""
+    """Of these chunks. A worker that made another of what it sees (other weights, say) takes no part."""
 
 
 class LoadOutcome(NamedTuple):
@@ -90,6 +93,12 @@ class VCacheWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """By save job."""
     failed_step: int = 0
     """Last step with a failed blocking load."""
+    off: int = 0
+    """Workers that ceased to load and save anything, less those that began again."""
+
+    def __bool__(self) -> bool:
+        """Whether it says anything."""
+        return bool(self.loads or self.saves or self.failed_step or self.off)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> VCacheWorkerMetadata:
         """Add what another worker reports. Changes and returns `self`."""
@@ -99,6 +108,7 @@ class VCacheWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
         for job, save in other.saves.items():
             self.saves[job] = merge_saves(self.saves.get(job), save)
         self.failed_step = max(self.failed_step, other.failed_step)
+        self.off += other.off
         return self
 
 

@@ -18,6 +18,7 @@ from .keys import ChunkNames
 from .metadata import LoadJob, LoadOutcome, SaveJob, SaveOutcome, VCacheMetadata, VCacheWorkerMetadata, merge_saves
 from .pins import BlockPins
 from .stats import VCacheStats
+from .weights import Adapters
 
 logger = logging.getLogger("vllm.vcache")
 
@@ -72,10 +73,24 @@ class _Found(NamedTuple):
 class _Request:
     """What is known of one unfinished request."""
 
-    __slots__ = ("blocks", "delayed", "found", "load_failed", "request", "saved", "settled", "wait_until")
+    __slots__ = (
+        "adapter",
+        "blocks",
+        "delayed",
+        "drops",
+        "found",
+        "load_failed",
+        "request",
+        "saved",
+        "settled",
+        "wait_until",
+        "wakes",
+    )
 
-    def __init__(self, request: Any) -> None:
+    def __init__(self, request: Any, adapter: bytes | None) -> None:
         self.request = request
+        self.adapter = adapter
+        """Of its LoRA adapter; None for one that cannot be told from others: its KV is not shared."""
         self.blocks: list[int] = []
         """Of its prompt at least, once it was scheduled; all of them while it is not settled."""
         self.found: _Found | None = None
@@ -84,7 +99,11 @@ class _Request:
         self.settled = UNSETTLED
         """In steps that begin with so many tokens computed, or more, nothing is left to save."""
         self.delayed = False
-        """Chunks wait to be saved, because too many blocks are held for other saves."""
+        """Chunks wait to be saved, because too many blocks are held for other saves, or workers dropped the last one."""
+        self.drops = 0
+        """Saves in a row that some worker dropped."""
+        self.wakes = 0
+        """Step before which nothing is offered again."""
         self.wait_until = -1.0
         """Until when it waits for chunks; negative before the first look-up."""
         self.load_failed = False
@@ -135,6 +154,9 @@ class SchedulerSide:
         self._events = events
         self._storage = storage
         self._clock = clock
+        self._adapters = Adapters()
+        self._off = 0
+        """Workers that load and save nothing."""
         self._requests: dict[str, _Request] = {}
         self._loads: list[LoadJob] = []
         self._loading: dict[int, _Load] = {}
@@ -161,7 +183,12 @@ class SchedulerSide:
         """Remember a request. Idempotent."""
         state = self._requests.get(request.request_id)
         if state is None:
-            state = self._requests[request.request_id] = _Request(request)
+            adapter = self._adapters.name(getattr(request, "lora_request", None))
+            if adapter is None:
+                logger.warning(
+                    "the KV of request %s is not shared: the files of its adapter are not found here", request.request_id
+                )
+            state = self._requests[request.request_id] = _Request(request, adapter)
         return state
 
     def finished(self, request: Any) -> None:
@@ -183,7 +210,8 @@ class SchedulerSide:
         state = self.add(request)
         if not self._policy.loads or state.load_failed or computed % self._group.block_size or self._reset_owed():
             return 0, False
-        if getattr(request, "skip_reading_prefix_cache", False):
+        if self._off or state.adapter is None or getattr(request, "skip_reading_prefix_cache", False):
+            self._drop_found(state)
             return 0, False
         ends = self._ends(request, computed)
         if not ends or ends[-1] - computed < self._policy.min_load_tokens:
@@ -192,7 +220,7 @@ class SchedulerSide:
         found = state.found
         if found is None or found.computed != computed or not self._still_good(found, ends):
             self._drop_found(state)
-            found = state.found = self._look_up(request, computed, ends)
+            found = state.found = self._look_up(state, computed, ends)
         if len(found.ends) < len(ends) and self._waits(state):
             state.found = found._replace(valid_until=min(found.valid_until, self._clock() + WAIT_STEP))
             return None, False
@@ -210,7 +238,10 @@ class SchedulerSide:
         return self._clock() < state.wait_until
 
     def allocated(self, request: Any, blocks: Sequence[int], tokens: int) -> None:
-        """The request got `blocks` (all it has). Load `tokens` tokens into them; 0 means that nothing is wanted from here."""
+        """The request got `blocks` (all it has). Load `tokens` tokens into them; 0 means that nothing is wanted from here.
+
+        vLLM counts them as computed. Where they are not what was found, those that cannot be loaded are reported as failed.
+        """
         state = self.add(request)
         state.blocks, state.settled = list(blocks), UNSETTLED
         found, state.found = state.found, None
@@ -221,7 +252,14 @@ class SchedulerSide:
             return
         first = found.computed // self._names.chunk_tokens
         begin = first * self._names.chunk_tokens
-        digests = self._names.of(request, found.ends)
+        reach = found.computed + tokens
+        ends = [end for end in found.ends if end <= reach]
+        if reach != found.ends[-1]:
+            logger.warning(
+                "%d tokens of request %s were found, %d are wanted", found.ends[-1] - found.computed, request.request_id, tokens
+            )
+            state.load_failed = True
+        digests = self._digests(state, ends)
         size = self._group.block_size
         job = self._next_job()
         self._loads.append(
@@ -230,14 +268,14 @@ class SchedulerSide:
                 request.request_id,
                 digests,
                 first,
-                _sizes(begin, found.ends),
+                _sizes(begin, ends),
                 found.computed - begin,
-                state.blocks[found.computed // size : found.ends[-1] // size],
+                state.blocks[found.computed // size : -(-reach // size)],
                 blocking=self._within_step(found, request),
             )
         )
         self._loading[job] = _Load(state, found.leases, found.epoch, digests, self._policy.workers)
-        state.saved = max(state.saved, found.ends[-1])
+        state.saved = max(state.saved, *ends, 0)
 
     def _within_step(self, found: _Found, request: Any) -> bool:
         """Whether to load before the forward pass of the same step, which must have a token left to compute."""
@@ -255,9 +293,9 @@ class SchedulerSide:
                 ends.append(tail)
         return ends
 
-    def _look_up(self, request: Any, computed: int, ends: list[int]) -> _Found:
+    def _look_up(self, state: _Request, computed: int, ends: list[int]) -> _Found:
         began = time.perf_counter()
-        digests = self._names.of(request, ends)
+        digests = self._digests(state, ends)
         usable = next((i for i, digest in enumerate(digests) if self._is_bad(digest)), len(digests))
         epoch = self.manager.epoch
         leases: list[int] = []
@@ -279,7 +317,7 @@ class SchedulerSide:
                 break
         self.stats.add("lookups")
         self.stats.add("lookup_seconds", time.perf_counter() - began)
-        self.stats.add("queried_tokens", request.num_tokens - computed)
+        self.stats.add("queried_tokens", state.request.num_tokens - computed)
         if count:
             self.stats.add("hit_tokens", ends[count - 1] - computed)
         self._remember(digests[:count])
@@ -323,6 +361,7 @@ class SchedulerSide:
         self._loads = []
         metadata.broken, self._broken = self._broken, []
         metadata.storage = not self._was_reset
+        metadata.namespace = self._names.namespace
         if self._policy.saves:
             self._offer(metadata, output)
         return metadata
@@ -355,7 +394,10 @@ class SchedulerSide:
         """One request is scheduled in this step: save the chunks that the step completes. Constant time when there are none."""
         # Preempted, or what was loaded turned out wrong: it is computed again, and offered again.
         state.saved = min(state.saved, computed)
-        if self._reset_owed():
+        if state.adapter is None or self._off or self._reset_owed():
+            return
+        if self._step < state.wakes:
+            state.delayed = True
             return
         request = state.request
         name = request.request_id
@@ -385,7 +427,7 @@ class SchedulerSide:
     def _save(self, metadata: VCacheMetadata, state: _Request, ends: list[int]) -> None:
         size = self._names.chunk_tokens
         now = self._clock()
-        digests = self._names.of(state.request, ends)
+        digests = self._digests(state, ends)
         fresh = next((i for i, digest in enumerate(digests) if self._known.get(digest, -1e18) < now - KNOWN_SECONDS), len(ends))
         if fresh:
             state.saved = ends[fresh - 1]
@@ -402,7 +444,7 @@ class SchedulerSide:
         blocks = state.blocks[begin // block : ends[-1] // block]
         state.saved = ends[-1]
         job = self._next_job()
-        parent = self._names.of(state.request, [begin])[0] if begin else b""
+        parent = self._digests(state, [begin])[0] if begin else b""
         bound = self.pins.bound
         if bound:
             self.pins.hold(job, blocks)
@@ -416,6 +458,11 @@ class SchedulerSide:
     def report(self, metadata: VCacheWorkerMetadata) -> None:
         """Take in what the workers did since the last step."""
         self._failed_step = max(self._failed_step, metadata.failed_step)
+        self._off += metadata.off
+        if metadata.off:
+            logger.warning(
+                "VCache is off on %d of %d workers: until none is, every look-up is a miss", self._off, self._policy.workers
+            )
         for job, outcome in metadata.loads.items():
             self._load_report(job, outcome)
         for job, saved in metadata.saves.items():
@@ -456,7 +503,12 @@ class SchedulerSide:
             self._remove(save.digests)
         elif outcome.dropped:
             save.state.saved, save.state.settled = min(save.state.saved, save.start), UNSETTLED
+            if save.state.wakes <= self._step:
+                # In the next step, then after 2, 4, 8 ...: a worker that always drops must not cost a look at each step.
+                save.state.wakes = self._step + 2**save.state.drops
+                save.state.drops += 1
         elif outcome.complete:
+            save.state.drops = 0
             self._remember(save.digests)
             for digest in save.digests:
                 self._bad.pop(digest, None)  # it was stored again
@@ -474,9 +526,11 @@ class SchedulerSide:
         if not self._policy.clear_on_reset:
             return True
         self._known.clear()
+        self._adapters.forget()
         self._stale_saves |= set(self._saves)
         for state in self._requests.values():
             self._drop_found(state)
+            state.adapter = self._adapters.name(getattr(state.request, "lora_request", None))
         self._events.cleared()
         if self._storage is not None and not self._was_reset:
             logger.warning("storage cannot forget what was reset: this instance does without it from now on")
@@ -518,6 +572,10 @@ class SchedulerSide:
             self._storage.close()
         self.manager.close()
 
+    def _digests(self, state: _Request, ends: Sequence[int]) -> list[bytes]:
+        """Of the chunks of a request that ends before these tokens."""
+        return self._names.of(state.request, ends, state.adapter or b"")
+
     def _remove(self, digests: list[bytes]) -> None:
         try:
             self.manager.remove(digests)
@@ -546,4 +604,4 @@ class SchedulerSide:
 
 def _sizes(begin: int, ends: Sequence[int]) -> list[int]:
     """Tokens of consecutive chunks, the first of which begins at `begin`. Pure."""
-    return [end - start for start, end in zip((begin, *ends[:-1]), ends, strict=True)]
+    return [end - start for start, end in zip((begin, *ends), ends, strict=False)]

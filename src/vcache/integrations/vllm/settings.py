@@ -38,6 +38,8 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """Also save what was generated, not only prompts."""
     save_tail: bool = False
     """Also save the blocks after the last whole chunk of a prompt, as a short chunk: a hit for the same prompt only."""
+    weights: str = ""
+    """A name for the weights: equal where they are equal. Default: a fingerprint of their files."""
     reset: Literal["clear", "keep"] = "clear"
     """What `reset_prefix_cache(reset_connector=True)`, and going to sleep, do with the shared chunks of this model."""
     load_threads: int = 2

@@ -17,6 +17,7 @@ COUNTERS = {
     "load_bytes": "Bytes of them.",
     "load_seconds": "Time from the start of a load to its end, summed up.",
     "load_failures": "Loads of which at least one chunk failed; its tokens were recomputed.",
+    "errors": "Loads and saves that ended in an error, of whatever kind; they count as failed or dropped, too.",
     "saves": "Saves that ended, by worker.",
     "save_bytes": "Bytes written.",
     "save_seconds": "Time that the bytes took to move, without waiting for the forward pass, summed up.",

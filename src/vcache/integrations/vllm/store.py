@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.vcache")
 
+CLOSE_WAIT = 5.0
+"""Seconds that writes get to end when the store closes."""
+
 
 class Rank(NamedTuple):
     """Which shard a worker holds."""
@@ -165,7 +168,8 @@ class ShardStore:
         """Wait for writes, give back what was lent. Bounded. Idempotent."""
         if self._relief is not None:
             self._relief.close(5.0)
-        self.pool.wait_writes(5.0)
+        if not self.pool.wait_writes(CLOSE_WAIT):
+            logger.warning("writes to the pool do not end: the manager is left without a goodbye, and keeps their slots")
         if self._lower is not None:
             self._lower.close(5.0)
         self._resources.close()

@@ -31,12 +31,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.vcache")
 
 T = TypeVar("T")
+Work = Callable[[], None]
+Run = Callable[[Work], None]
 DROPPED = Saved(SaveOutcome(1, False, True))
 IDLE_WAIT = 1e-3
 """Seconds that an engine with nothing to compute waits for a load before it looks again. It must not spin: the threads that
 load need the interpreter."""
-EXPECTED = (VCacheError, OSError, RuntimeError)
-"""What a broken set-up or transfer may raise; torch reports CUDA errors as RuntimeError."""
+KNOWN = (VCacheError, OSError)
+"""Errors whose text says enough. Any other (torch, Triton and CUDA have several of their own) is logged with its traceback."""
 
 
 class Finished(NamedTuple):
@@ -65,6 +67,7 @@ class WorkerSide:
         self._loaders = ThreadPoolExecutor(settings.options.load_threads, "vcache-load")
         self._savers = ThreadPoolExecutor(settings.options.save_threads, "vcache-save")
         self._failed_step = 0
+        self._off = False
         self._lock = threading.Lock()
         """Guards what follows: written by the threads, emptied by the runner's."""
         self._report = VCacheWorkerMetadata()
@@ -82,29 +85,37 @@ class WorkerSide:
         try:
             self._rank = this_rank(self._group)
             self._store = self._open(own_caches(kv_caches, self._group))
-        except EXPECTED as error:
-            logger.error("VCache is off on this worker, every look-up of this instance will end in a recompute: %s", error)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the engine can do without
+            self._turn_off(error)
+        else:
+            self._tell_off(False)
 
     def unregister(self) -> None:
         """Let go of the KV cache: wait for transfers, give back what was lent."""
         if self._store is not None:
             self._drain()
-            self._store.close()
-            self._store = None
+            store, self._store = self._store, None
+            try:
+                store.close()
+            except Exception as error:  # noqa: BLE001 - vLLM goes to sleep, or ends
+                self._log("the pool was not left in order", error)
 
     def start_loads(self, metadata: VCacheMetadata) -> None:
         """Start the loads of a step; returns when those are done that the step itself needs. Broken chunks are dropped beside
         them, and before the saves of the step."""
+        if metadata.namespace not in (b"", self._namespace) and self._store is not None:
+            self.unregister()
+            self._turn_off("the scheduler sees another model, other weights or other settings than this worker")
         store = self._store
         if store is not None and not metadata.storage:
             store.leave_storage()
         if store is not None and metadata.broken:
-            self._submit(self._savers, partial(store.drop, metadata.broken), _at_once)
+            self._submit(self._savers, partial(store.drop, metadata.broken), _nothing, _at_once)
         if not metadata.loads:
             return
         beside = [job for job in metadata.loads if not job.blocking]
         for job in metadata.loads:
-            if job.blocking and self._load(job) < len(job.digests):
+            if job.blocking and not self._load(job, store):
                 self._failed_step = metadata.step
                 with self._lock:
                     self._report.failed_step = metadata.step
@@ -113,7 +124,8 @@ class WorkerSide:
             with self._lock:
                 self._loading += len(beside)
             for job in beside:
-                self._submit(self._loaders, partial(self._load_beside, job), run)
+                load = partial(self._load_beside, job)
+                self._submit(self._loaders, partial(load, store), partial(load, None), run)
 
     def start_saves(self, metadata: VCacheMetadata) -> None:
         """Start the saves of a step, after its forward pass was launched. Blocks only for jobs that say so."""
@@ -127,8 +139,9 @@ class WorkerSide:
                 self._stats.add("save_drops", len(metadata.saves) if outcome.dropped else 0)
             return
         # One piece of work for all of them: threads that wake up for each contend with the runner for the interpreter.
-        future = self._submit(self._savers, partial(self._save, store, metadata.saves), self._follower())
-        if any(job.blocking for job in metadata.saves):
+        jobs = metadata.saves
+        future = self._submit(self._savers, partial(self._save, store, jobs), partial(self._refuse, jobs), self._follower())
+        if future is not None and any(job.blocking for job in jobs):
             wait([future])
 
     def finished(self, *, idle: bool = False) -> Finished:
@@ -147,8 +160,7 @@ class WorkerSide:
 
     def report(self) -> VCacheWorkerMetadata | None:
         """For the scheduler's side: since the last call; None when there is nothing to say."""
-        report = self._report
-        if not (report.loads or report.saves or report.failed_step):
+        if not self._report:
             return None  # what comes in this moment is said in the next step
         with self._lock:
             report, self._report = self._report, VCacheWorkerMetadata()
@@ -170,37 +182,38 @@ class WorkerSide:
 
     # -- in the threads --------------------------------------------------------------------------------------------
 
-    def _load_beside(self, job: LoadJob) -> None:
+    def _load_beside(self, job: LoadJob, store: ShardStore | None) -> None:
         try:
-            self._load(job)
+            self._load(job, store)
         finally:
             with self._lock:
                 self._loaded.add(job.request)
                 self._load_ended.notify_all()
 
-    def _load(self, job: LoadJob) -> int:
+    def _load(self, job: LoadJob, store: ShardStore | None) -> bool:
+        """Whether all blocks of the job were loaded; none are without a store."""
         began = time.perf_counter()
-        store, loaded, bad = self._store, 0, job.blocks
+        loaded, bad = 0, job.blocks
         broken: tuple[bytes, ...] = ()
         try:
             if store is not None:
                 loaded = store.load(job)
                 bad = store.failed_blocks(job, loaded)
                 broken = store.broken(job)
-        except EXPECTED as error:
-            logger.warning("load of request %s failed, it is recomputed: %s", job.request, error)
+        except Exception as error:  # noqa: BLE001 - the request waits for its blocks, and can be recomputed
+            self._log(f"load of request {job.request} failed, it is recomputed", error)
         finally:  # whatever happened, the blocks hold what is reported here, or nothing that counts
             tokens = sum(job.tokens[:loaded]) - (job.skip if loaded else 0)
             with self._lock:
                 self._report.loads[job.job] = LoadOutcome(1, loaded, broken)
-                if loaded < len(job.digests):
+                if bad:
                     self._bad_blocks.update(bad)
                     self._stats.add("load_failures")
                 self._stats.add("loads")
                 self._stats.add("load_tokens", tokens)
                 self._stats.add("load_bytes", tokens * self._group.token_bytes)
                 self._stats.add("load_seconds", time.perf_counter() - began)
-        return loaded
+        return not bad
 
     def _save(self, store: ShardStore, jobs: list[SaveJob]) -> None:
         """Start all of them, then wait for each. Each is reported as soon as it is over, whatever becomes of the others."""
@@ -209,7 +222,7 @@ class WorkerSide:
             save = self._guarded(job, partial(store.start_save, job))
             if save is None:
                 self._saved(job, DROPPED)
-            elif save.landed():
+            elif self._guarded(job, save.landed):
                 self._saved(job, self._guarded(job, save.finish) or DROPPED)
             else:
                 started.append((job, save))
@@ -220,11 +233,13 @@ class WorkerSide:
         """The result of a part of a save; None, and a line in the log, when it breaks."""
         try:
             return work()
-        except EXPECTED as error:
-            logger.warning("save of request %s failed: %s", job.request, error)
         except Exception as error:  # noqa: BLE001 - the scheduler waits for all of them to free their blocks
-            _log_unforeseen(error)
+            self._log(f"save of request {job.request} failed", error)
         return None
+
+    def _refuse(self, jobs: list[SaveJob]) -> None:
+        for job in jobs:
+            self._saved(job, DROPPED)
 
     def _saved(self, job: SaveJob, saved: Saved) -> None:
         with self._lock:
@@ -237,12 +252,14 @@ class WorkerSide:
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _open(self, kv_caches: Mapping[str, torch.Tensor]) -> ShardStore:
+        from ...paged.checksum import slot_bytes_for
         from ...paged.layout import PagedCache
         from ...paged.select import mover_for
 
         spec = worker_spec(self._vllm_config, self._group, len(kv_caches), self._rank.shard)
         cache = PagedCache.bind(kv_caches, spec)
-        slot_bytes = spec.payload_bytes(self._chunk_tokens)
+        checksum = self._settings.config.cache.checksum
+        slot_bytes = slot_bytes_for(spec.payload_bytes(self._chunk_tokens), checksum)
         segment = lendable(self._settings, slot_bytes, cache.device)
         config = msgspec.structs.replace(self._settings.config, segment=segment)
         mover = mover_for(cache, config.transfer)
@@ -260,6 +277,7 @@ class WorkerSide:
                 placement=config.cache.placement,
                 namespace=self._namespace,
                 remote=resources.remote,
+                checksum=checksum,
             )
             resources.manager.set_write_gate(pool.wait_writes)
             lower = resources.open_lower_tier(config, pool, metrics)
@@ -280,26 +298,62 @@ class WorkerSide:
         )
         return ShardStore(cache, mover, pool, lower, resources, metrics, self._group.block_size, relief)
 
-    def _follower(self) -> Callable[[Callable[[], None]], None]:
+    def _follower(self) -> Run:
         """How to run work in a thread, after what the current stream has queued."""
         store = self._store
-        return StreamFollower(store.cache.device).run if store is not None else _at_once
+        if store is None:
+            return _at_once
+        try:
+            return StreamFollower(store.cache.device).run
+        except Exception as error:  # noqa: BLE001 - work that cannot follow the stream must not be done
+            return partial(_fail, error)
 
-    def _submit(
-        self, executor: ThreadPoolExecutor, work: Callable[[], None], run: Callable[[Callable[[], None]], None]
-    ) -> Future[None]:
-        future = executor.submit(run, work)
+    def _submit(self, executor: ThreadPoolExecutor, work: Work, refuse: Work, run: Run) -> Future[None] | None:
+        """Let a thread do the work; or, if it never comes to that, refuse it, in whatever thread finds out."""
+        turn = threading.Lock()  # for the first of the two
+
+        def take(either: Work) -> None:
+            if turn.acquire(blocking=False):
+                either()
+
+        def over(future: Future[None]) -> None:
+            with self._lock:
+                self._pending.discard(future)
+            error = future.exception()
+            if error is not None:
+                self._log("a transfer ended", error)
+                take(refuse)
+
+        try:
+            future = executor.submit(run, partial(take, work))
+        except Exception as error:  # noqa: BLE001 - no thread can be started
+            self._log("a transfer was not started", error)
+            take(refuse)
+            return None
         with self._lock:
             self._pending.add(future)
-        future.add_done_callback(self._over)
+        future.add_done_callback(over)
         return future
 
-    def _over(self, future: Future[None]) -> None:
+    def _turn_off(self, error: Exception | str) -> None:
+        text = "VCache is off on this worker, every look-up of this instance is a miss: %s"
+        logger.error(text, error, exc_info=_traceback(error))
+        self._tell_off(True)
+
+    def _tell_off(self, off: bool) -> None:
+        """Let the scheduler know, once, whether there is a use in offering anything."""
         with self._lock:
-            self._pending.discard(future)
-        error = future.exception()
-        if error is not None:
-            _log_unforeseen(error)
+            self._report.off += off - self._off
+            self._off = off
+
+    def _log(self, what: str, error: BaseException) -> None:
+        traceback = _traceback(error)
+        if traceback is None:
+            logger.warning("%s: %s", what, error)
+        else:
+            logger.error("%s with an error that was not foreseen; its chunks are misses", what, exc_info=traceback)
+        with self._lock:
+            self._stats.add("errors")
 
     def _drain(self) -> None:
         """Wait for all jobs that were started."""
@@ -308,9 +362,17 @@ class WorkerSide:
         wait(pending)
 
 
-def _log_unforeseen(error: BaseException) -> None:
-    logger.error("a transfer ended with an error that was not foreseen; its chunks are misses", exc_info=error)
+def _traceback(error: BaseException | str) -> BaseException | None:
+    return None if isinstance(error, (str, *KNOWN)) else error
 
 
-def _at_once(work: Callable[[], None]) -> None:
+def _at_once(work: Work) -> None:
     work()
+
+
+def _fail(error: Exception, work: Work) -> None:
+    raise error
+
+
+def _nothing() -> None:
+    """Nobody waits for it."""
