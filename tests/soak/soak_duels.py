@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-from soak.windows import HEADER_STORES, Aim
-from soak.world import CHUNK, Call, World
+from soak_windows import HEADER_STORES, Aim
+from soak_world import CHUNK, Call, World
 
 Event = Callable[[World, Call], None]
 

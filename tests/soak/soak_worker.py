@@ -12,9 +12,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from soak.checker import Read, compare, poisoned
-from soak.mutants import undo
-from soak.windows import Aim, Halts, WatchedMover, Window, exit_now, redirect_output
+from soak_checker import Read, compare, poisoned
+from soak_mutants import undo
+from soak_windows import Aim, Halts, WatchedMover, Window, exit_now, redirect_output
 from support.cluster import eventually
 from support.paged import Paged, content
 
@@ -89,14 +89,16 @@ class SoakWorker:
         self.engine.close()
 
     def ready(self, segments: int) -> None:
-        """Block until this engine has a session and knows that many segments. Raises `AssertionError` after 25 s."""
+        """Block until this engine has a session and knows all segments, which are so many. Raises `AssertionError` after
+        25 s."""
 
         def seen() -> bool:
             try:
-                mounted = self.engine.manager.stats().segments
+                mounted = {segment.info.uuid for segment in self.engine.manager.stats().segments}
             except VCacheError:
                 return False
-            return len(mounted) == segments == len(self.engine._resources.segments.segments())
+            known = {info.uuid for info in self.engine._resources.segments.segments()}
+            return len(mounted) == segments and mounted <= known
 
         eventually(seen, 25.0, what="a session and all segments")
 
