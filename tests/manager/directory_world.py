@@ -3,6 +3,8 @@ step, readers that verify. It checks the rules as it goes."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from directory_model import (
     CONFIG,
     MAX_CHUNKS,
@@ -23,6 +25,7 @@ from directory_relief import Relief
 
 from vcache.config import ManagerConfig
 from vcache.manager.directory import Directory
+from vcache.manager.jobs import SLICE, Job
 from vcache.manager.messages import (
     PutGrant,
     PutRequest,
@@ -44,8 +47,25 @@ from vcache.segment.slots import (
 )
 
 
+@dataclass(eq=False)
+class Removing:
+    """A `remove` or `clear` under way."""
+
+    job: Job
+    keys: set[bytes]
+    """Those that must be gone at its end."""
+    clears: bool
+    sure: bool
+    """Whether all memory was there when it began."""
+    since: int
+    """Number of the last removal before."""
+
+
 class World(Relief):
-    def __init__(self, eviction: str = "sieve", engines: int = 2, lenders: int = 2, slabs: int = 2) -> None:
+    def __init__(
+        self, eviction: str = "sieve", engines: int = 2, lenders: int = 2, slabs: int = 2, slice_size: int = SLICE
+    ) -> None:
+        self.slice_size = slice_size
         self.eviction = eviction
         self.now = 1.0
         self.epoch = 1000
@@ -57,6 +77,9 @@ class World(Relief):
         self.banned: dict[bytes, bool] = {}
         self.gone: list[Flight] = []
         """Unfinished writes of dead clients."""
+        self.lazy = False
+        """Whether mounts and removals are left unfinished, for `work` to go on with."""
+        self.removing: list[Removing] = []
         self.start_manager()
         for _ in range(engines):
             self.new_client()
@@ -143,7 +166,9 @@ class World(Relief):
 
     def start_manager(self) -> None:
         self.epoch += 1_000_000
-        self.directory = Directory(ManagerConfig(eviction=self.eviction, **CONFIG), epoch=self.epoch, now=self.now)
+        self.directory = Directory(
+            ManagerConfig(eviction=self.eviction, **CONFIG), epoch=self.epoch, now=self.now, slice_size=self.slice_size
+        )
 
     def restart_manager(self) -> None:
         if self.directory.stats(self.now).gauges["wipes_outstanding"]:
@@ -151,6 +176,7 @@ class World(Relief):
         self.banned = {key: sure for key, sure in self.banned.items() if sure}
         self.start_manager()
         self.leases.clear()
+        self.removing.clear()
         # Nobody begins to write for a manager that is gone; what is written stays a complete chunk.
         self.gone = [flight for flight in self.gone if 0 < flight.phase < 4]
         for client in self.living:
@@ -159,7 +185,10 @@ class World(Relief):
             client.wipes.clear()
 
     def settle(self) -> None:
-        """Carry out what the directory instructs."""
+        """Carry out what the directory instructs, and hear which removals are over."""
+        for removing in [removing for removing in self.removing if removing.job.done]:
+            self.removing.remove(removing)
+            self.removed(removing)
         for target, push in self.directory.take_instructions():
             for client in self.living:
                 if target not in (None, client.id) or not client.connected:
@@ -219,9 +248,18 @@ class World(Relief):
     def mount(self, lender: Client) -> None:
         self.void_memory(lender.uuid)
         lender.wipes.clear()
-        number = self.directory.mount(lender.id, self.info(lender), self.inventory(lender), self.now)
-        assert number > 0
+        job = self.directory.begin_mount(lender.id, self.info(lender), self.inventory(lender), self.now)
+        if not self.lazy:
+            assert job.finish() > 0
         self.settle()
+
+    def work(self, slices: int | None = None) -> None:
+        """Go on with mounts and removals, to their end without a number."""
+        while self.directory.has_work and slices != 0:
+            self.directory.work(self.now)
+            self.settle()
+            self.directory.check_integrity()
+            slices = slices - 1 if slices is not None else None
 
     def disconnect(self, client: Client) -> None:
         self.directory.close_session(client.id, self.now)
@@ -292,6 +330,8 @@ class World(Relief):
             assert (grant.location is not None) == (grant.status == "granted")
             if grant.location is not None:
                 self.banned.pop(request.keys[offset], None)
+                for removing in self.removing:
+                    removing.keys.discard(request.keys[offset])
                 client.flights.append(self.flight(client, variant, request.keys[offset], start + offset, shard, grant))
         self.settle()
         return grants
@@ -317,6 +357,8 @@ class World(Relief):
         assert location is not None
         info = next(info for info in self.directory.segments() if info.number == location.segment)
         assert info.host == client.host
+        allocator = self.directory._core.allocator
+        assert not allocator.slab_at(location).unread, "granted among slots whose headers nobody has read"
         slab_header = SlabHeader(grant.format_generation, location.slot_bytes, grant.slots)
         flight = Flight(client.id, info.uuid, header, slab_header, location.slab, location.slot, self.epoch)
         assert slab_geometry(SLAB_BYTES, location.slot_bytes).slots == grant.slots
@@ -420,7 +462,8 @@ class World(Relief):
         chunks: dict[bytes, Places] = {}
         for key, location in zip(keys, reply.locations, strict=False):
             self.verify(variant.namespace, key, shard, location)
-            chunks[key] = self.places_of(visible[key])
+            if not any(removing.clears for removing in self.removing):
+                chunks[key] = self.places_of(visible[key])
         if reply.lease and not lease:
             assert reply.expires_in == CONFIG["lease_ttl"]
             self.leases[reply.lease] = (client.id, self.now + reply.expires_in, chunks)
@@ -465,33 +508,62 @@ class World(Relief):
 
     # Removing and resizing
 
-    def ban(self, keys: list[bytes]) -> None:
+    def written(self) -> set[bytes]:
+        """Keys that somebody writes: a removal may pass them by. A move that the manager knows of is no write: its copy must
+        not come back either."""
+        return {flight.header.key for flight in self.flights if flight.source is None or flight.epoch != self.epoch}
+
+    def all_read(self) -> bool:
+        """Whether the manager knows what is in all memory there is."""
+        slabs = self.directory._core.allocator.slabs.values()
+        return not any(slab.closed for slab in slabs) and all(client.connected for client in self.living if client.uuid)
+
+    def begin_removal(self, job: Job, keys: list[bytes], clears: bool, since: int) -> None:
+        removing = Removing(job, set(keys) - self.written(), clears, self.all_read(), since)
+        self.removing.append(removing)
+        if not self.lazy:
+            job.finish()
+        self.settle()
+
+    def removals(self) -> int:
+        return self.directory._removal.event
+
+    def removed(self, removing: Removing) -> None:
         """Removed keys must not come back, unless a write of them was under way. Sure over a restart only if all were there."""
-        # A move that the manager knows of is no write: its copy must not come back either.
-        writing = {flight.header.key for flight in self.flights if flight.source is None or flight.epoch != self.epoch}
-        sure = all(client.connected for client in self.living if client.uuid)
+        removing.job.result()
+        visible = self.directory._core.chunks.visible
+        keys = removing.keys - self.written()
+        if removing.clears:
+            for _, _, chunks in self.leases.values():
+                chunks.clear()
+        else:
+            forgotten = self.directory._removal._forgotten
+            keys = {key for key in keys if forgotten.get(key, 0) > removing.since}
+        assert not any(key in visible for key in keys)
+        sure = removing.sure and self.all_read()
         for key in keys:
-            if key not in writing:
-                self.banned[key] = sure
+            self.banned[key] = sure
 
     def remove(self, client: Client, variant: Variant, prompt: int, start: int) -> None:
         keys = variant.keys(prompt, MAX_CHUNKS)[start:]
         visible = self.directory._core.chunks.visible
         leased = {key for key in keys if key in visible and visible[key].pins}
-        self.directory.remove(client.id, keys, self.now)
-        assert not any(key in visible for key in keys if key not in leased)
-        self.ban([key for key in keys if key not in leased])
-        self.settle()
+        since = self.removals()
+        job = self.directory.begin_remove(client.id, keys, self.now)
+        self.begin_removal(job, keys, False, since)
+        if not self.lazy:
+            assert not any(key in visible for key in keys if key not in leased)
 
     def clear(self, client: Client, variant: Variant | None) -> None:
-        self.directory.clear(client.id, variant.namespace if variant else b"", self.now)
         chosen = [variant] if variant else VARIANTS
         keys = [key for each in chosen for prompt in range(4) for key in each.keys(prompt, MAX_CHUNKS)]
-        assert not any(key in self.directory._core.chunks.visible for key in keys)
         for _, _, chunks in self.leases.values():
             chunks.clear()
-        self.ban(keys)
-        self.settle()
+        since = self.removals()
+        job = self.directory.begin_clear(client.id, variant.namespace if variant else b"", self.now)
+        self.begin_removal(job, keys, True, since)
+        if not self.lazy:
+            assert not any(key in self.directory._core.chunks.visible for key in keys)
 
     def wipe(self, lender: Client) -> None:
         for push in lender.wipes:

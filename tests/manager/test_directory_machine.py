@@ -23,7 +23,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     )
     def begin(self, eviction, slabs, lenders, other) -> None:
         """`other`: what there is on another host: a lender (x) with (e) a transfer engine, and an engine that uses it (r)."""
-        self.world = World(eviction, engines=2, lenders=lenders, slabs=slabs)
+        self.world = World(eviction, engines=2, lenders=lenders, slabs=slabs, slice_size=2)
         if other:
             endpoint = "other:1" if "e" in other else ""
             self.world.connect(self.world.new_client("g", remote="r" in other))
@@ -227,6 +227,16 @@ class DirectoryMachine(RuleBasedStateMachine):
             keys = list(dict.fromkeys(spill.key for spill in plan.spills))[:written]
             self.world.spilled(client, plan.lease, keys)
 
+    @rule(lazy=st.booleans())
+    def leave_unfinished(self, lazy) -> None:
+        """From now on mounts and removals go on bit by bit, or in one go again."""
+        self.world.lazy = lazy
+
+    @precondition(lambda self: self.world.directory.has_work)
+    @rule(slices=st.integers(1, 5))
+    def work(self, slices) -> None:
+        self.world.work(slices)
+
     @rule(seconds=st.sampled_from([0.1, 1.0, 2.5, 9.0]))
     def wait(self, seconds) -> None:
         self.world.advance(seconds)
@@ -303,6 +313,8 @@ class DirectoryMachine(RuleBasedStateMachine):
         order.shuffle(clients)
         for client in clients if everybody else clients[1:]:
             self.world.connect(client)
+        if everybody:
+            self.world.work()
         lost = [key for key in before if key not in self.world.directory._core.chunks.visible]
         assert wiping or not lost or not everybody
 
@@ -317,6 +329,8 @@ class DirectoryMachine(RuleBasedStateMachine):
         if not hasattr(self, "world"):
             return
         world = self.world
+        world.lazy = False
+        world.work()
         for client in list(world.living):
             if not client.uuid:
                 world.kill(client)

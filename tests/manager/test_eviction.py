@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -183,8 +185,17 @@ def test_recovered_records_are_the_coldest_and_deep_ones_go_first(name):
             record.packed = SlotLocation(1, 0, 1, 0, 256, 2).pack()
         return records
 
-    policy.add_cold(recovered(7, 4, 0), 256)
-    policy.add_cold(recovered(9, 5, 1), 256)
+    sorts = []
+    for records in recovered(7, 4, 0), recovered(9, 5, 1):
+        for record in records:
+            policy.add_cold(record, 256)
+            policy.check_integrity()
+        sorts.append(policy.sort_cold(records, 256, 1))
+    # Sorted bit by bit, both at a time, while others look for victims.
+    for pauses in zip_longest(*sorts):
+        assert pauses == (None, None)
+        assert policy.victim(256, None) is not None
+        policy.check_integrity()
     assert order(policy) == ["r9", "r7", "r5", "r4", "r1", "r0", "new0"]
 
 

@@ -97,7 +97,8 @@ def test_recovered_chunks_are_found_although_they_are_older_than_where_the_sweep
     assert found(policy) == []
     cold = Record(b"cold", None, 0)
     in_vram(cold)
-    policy.add_cold([cold], 256)
+    policy.add_cold(cold, 256)
+    assert list(policy.sort_cold([cold], 256, 10)) == []
     policy.check_integrity()
     assert found(policy) == [b"cold"]
 

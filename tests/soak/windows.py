@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from vcache.paged.layout import PagedCache
 
 Window = Literal[
-    "granted", "begun", "slab header", "header", "payload", "landed", "leased", "loading", "loaded", "reading", "mounting", "mounted"
+    "granted",
+    "begun",
+    "slab header",
+    "header",
+    "payload",
+    "landed",
+    "leased",
+    "loading",
+    "loaded",
+    "reading",
+    "mounting",
+    "mounted",
 ]
 """In a store: tickets are there, but nothing was checked yet; the mover has been called; the slab header was written; a single
 store of a slot header was made; amid a payload; all bytes landed, the manager does not know. In a retrieve: the lease is there;

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from soak.checker import Read, compare, poisoned
+from soak.mutants import undo
 from soak.windows import Aim, Halts, WatchedMover, Window, exit_now, redirect_output
 from support.cluster import eventually
 from support.paged import Paged, content
@@ -130,6 +131,7 @@ def main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None
     torch.set_num_threads(1)
     redirect_output(config.pop("log"))
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    undo(config.pop("without"))
     speaker, halted = Speaker(pipe), dict[int, Halts]()
     worker = SoakWorker(config, spec)
     speaker.say("value", "ready")

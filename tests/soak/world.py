@@ -19,6 +19,7 @@ import msgspec
 import soak.lender
 import soak.worker
 from soak.checker import Read, whose
+from soak.mutants import Part
 from soak.tally import Tally
 from soak.windows import Aim, stopped
 from support.cluster import Command, EngineProcess, eventually
@@ -84,8 +85,8 @@ class Call:
 class World:
     """A context manager; leaves no process and no file behind."""
 
-    def __init__(self, rng: random.Random, tally: Tally, *, workers: int = 4, config: dict[str, Any] | None = None) -> None:
-        """`config`: more settings for workers, see `soak.worker.main`."""
+    def __init__(self, rng: random.Random, tally: Tally, *, workers: int = 4, without: Part = "") -> None:
+        """`without`: what workers undo."""
         self.rng = rng
         self.tally = tally
         self.log: list[str] = []
@@ -94,7 +95,7 @@ class World:
         """Of this round, by name."""
         # Not below the temporary folder of a test: a unix socket's path must stay short.
         self._folder = Path(tempfile.mkdtemp(prefix="vc-soak-"))
-        self._config = config or {}
+        self._without = without
         self._numbers = itertools.count()
         self._names = itertools.count(1)
         self._count = workers
@@ -190,7 +191,7 @@ class World:
             "segment": {"lend": False, "kind": "host", "broker_dir": str(self._folder)},
             "cache": {"chunk_size": CHUNK},
             "log": str(self._log_path(f"worker {number}")),
-            **self._config,
+            "without": self._without,
         }
         self.workers.append(Actor(f"worker {number}", config, soak.worker.main))
         return self.workers[-1]
@@ -365,7 +366,7 @@ class World:
             self._overtaken(actor, number, value)
             return
         if actor in self.workers:
-            self.tally.longest = max(self.tally.longest, time.monotonic() - call.since)
+            self.tally.ended(call.function, time.monotonic() - call.since)
         if kind == "halted":
             call.aim = value
             self.tally.windows[value.window, "reached"] += 1

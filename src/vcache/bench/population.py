@@ -22,13 +22,15 @@ def random_keys(count: int, seed: int = 1) -> list[bytes]:
     return [raw[start : start + 16] for start in range(0, len(raw), 16)]
 
 
-def mount_population(api: ManagerApi, keys: list[bytes], *, first_segment: int = 0) -> int:
+def mount_population(
+    api: ManagerApi, keys: list[bytes], *, first_segment: int = 0, slabs_per_segment: int = _SLABS_PER_SEGMENT
+) -> int:
     """Mount segments of minimal slots whose headers carry `keys`, as lenders do after a manager restart. Blocks.
 
     Segments are named by numbers from `first_segment` on; returns the next free one.
     """
     number = first_segment
-    per_segment = _SLOTS_PER_SLAB * _SLABS_PER_SEGMENT
+    per_segment = _SLOTS_PER_SLAB * slabs_per_segment
     for start in range(0, len(keys), per_segment):
         inventory = list(_inventory(keys, start, min(start + per_segment, len(keys))))
         slab_bytes = slab_bytes_for(ALIGNMENT, _SLOTS_PER_SLAB)

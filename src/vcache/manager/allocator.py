@@ -11,7 +11,7 @@ from ..errors import IntegrityError
 from ..segment.slots import SegmentInfo, SlabGeometry, SlabInfo, SlotLocation, slab_geometry
 from .hosts import HostMemory, tier_of
 from .messages import Placement
-from .records import FREE, USED, Owner, Record, Wipe, state_of
+from .records import FREE, QUARANTINED, UNREAD, USED, Owner, Record, Unread, Wipe, state_of
 
 MAX_SLOTS = 1 << 20
 """A slab that would hold more is not used for that slot size: its tables would cost more than it is worth."""
@@ -34,11 +34,13 @@ class Slab:
         "free",
         "geometry",
         "index",
+        "listed",
         "nbytes",
         "owners",
         "segment",
         "share",
         "stale",
+        "unread",
         "writers",
     )
 
@@ -57,7 +59,11 @@ class Slab:
         """None until first formatted. An empty slab keeps it until it is formatted for another slot size."""
         self.owners: list[Owner | None] = []
         self.free = array("I")
-        """Free slots, the next one last."""
+        """Free slots, the next one last; and some that were free, because what lies in the middle is not looked for."""
+        self.listed = bytearray()
+        """For each slot 1 if it is in `free`, where none is twice."""
+        self.unread = False
+        """Its headers are being read: until that is done, no slot is given to anybody."""
         self.counts = [0, 0, 0, 0]
         """Slots by state (rule I5)."""
         self.stale: dict[int, Traces] = {}
@@ -71,6 +77,11 @@ class Slab:
     @property
     def slots(self) -> int:
         return len(self.owners)
+
+    @property
+    def closed(self) -> bool:
+        """Whether no slot is given to anybody now."""
+        return self.unread or bool(self.writers)
 
     @property
     def busy(self) -> int:
@@ -98,22 +109,26 @@ class Slab:
             return True
         return any(isinstance(owner, Wipe) for owner in self.owners)
 
-    def layout(self, geometry: SlabGeometry, format_generation: int) -> None:
-        """Forget all slots and start with free ones of this geometry."""
+    def layout(self, geometry: SlabGeometry, format_generation: int, *, unread: bool = False) -> None:
+        """Forget all slots and start with free ones of this geometry; `unread`: with none, as after `unread_all`."""
         self.geometry = geometry
         self.share = self.nbytes // geometry.slots if geometry.slots else 0
         self.format_generation = format_generation
-        self.owners = [None] * geometry.slots
-        self.recount()
+        self.unread = unread
+        if unread:
+            self.owners, self.counts = [UNREAD] * geometry.slots, [0, 0, 0, geometry.slots]
+            self.free, self.listed = array("I"), bytearray(geometry.slots)
+        else:
+            self.owners, self.counts = [None] * geometry.slots, [geometry.slots, 0, 0, 0]
+            self.free, self.listed = array("I", range(geometry.slots - 1, -1, -1)), bytearray(b"\1") * geometry.slots
 
-    def recount(self) -> None:
-        """Rebuild the free list and the counts from the owners."""
-        owners = self.owners
-        self.free = array("I", (slot for slot in range(len(owners) - 1, -1, -1) if owners[slot] is None))
-        self.counts = [len(self.free), 0, 0, 0]
-        for owner in owners:
-            if owner is not None:
-                self.counts[state_of(owner)] += 1
+    def unread_all(self) -> None:
+        """Give out nothing until every slot without a holder was released again (see `UNREAD`). O(slots), but fast."""
+        self.unread = True
+        self.owners = [UNREAD if owner is None else owner for owner in self.owners]
+        self.counts[QUARANTINED] += self.counts[FREE]
+        self.counts[FREE] = 0
+        self.free, self.listed = array("I"), bytearray(len(self.owners))
 
     def location(self, slot: int, tokens: int, generation: int) -> SlotLocation:
         assert self.segment is not None
@@ -126,14 +141,25 @@ class Slab:
         counts = [0, 0, 0, 0]
         for slot, owner in enumerate(self.owners):
             counts[state_of(owner)] += 1
-            if owner is not None and not isinstance(owner, Record) and (owner.slab is not self or owner.slot != slot):
+            if isinstance(owner, Unread):
+                if not self.unread:
+                    raise IntegrityError(f"I5: {where}: slot {slot} was never read")
+            elif owner is not None and not isinstance(owner, Record) and (owner.slab is not self or owner.slot != slot):
                 raise IntegrityError(f"I5: {where}: slot {slot} is held by one who believes to hold another slot")
         if counts != self.counts or sum(counts) != (self.geometry.slots if self.geometry else 0):
             raise IntegrityError(f"I5: {where}: states counted {counts}, recorded {self.counts}, capacity {self.slots}")
-        if sorted(self.free) != [slot for slot, owner in enumerate(self.owners) if owner is None]:
+        listed = [slot for slot, flag in enumerate(self.listed) if flag]
+        if sorted(self.free) != listed or any(
+            owner is None and not self.listed[slot] for slot, owner in enumerate(self.owners)
+        ):
             raise IntegrityError(f"I5: {where}: free list and owners differ")
         if self.geometry is not None and (self.counter < self.format_generation or self.counter & 1):
             raise IntegrityError(f"I4: {where}: counter {self.counter} below format generation {self.format_generation} or odd")
+
+
+def slab_id(segment: int, slab: int) -> bytes:
+    """`SlotLocation.slab_id` of what lies there."""
+    return segment.to_bytes(4, "little") + slab.to_bytes(2, "little")
 
 
 class Segment:
@@ -196,6 +222,8 @@ class Allocator:
         self._last_number = first_segment - 1
         self.awaiting: dict[Slab, None] = {}
         """Attached slabs that wait for writers."""
+        self.closed: set[bytes] = set()
+        """Attached slabs that are closed, by `slab_id`."""
 
     @staticmethod
     def slab_key(number: int, index: int) -> int:
@@ -267,6 +295,7 @@ class Allocator:
         # The next mount of this memory says who is in it then.
         slab.writers.clear()
         self.awaiting.pop(slab, None)
+        self.closed.discard(slab_id(segment.number, slab.index))
 
     def await_writer(self, slab: Slab, client: bytes) -> None:
         """Give nobody a slot in this attached slab before `writer_left`."""
@@ -299,24 +328,21 @@ class Allocator:
             segment.memory.busy[segment.tier] += slots * slab.share
 
     def refresh(self, slab: Slab) -> None:
-        """Sort an attached slab among the open and the empty ones, after `layout` or `recount`."""
+        """Sort an attached slab among the open, the empty and the closed ones, after `layout` or when it closed or opened."""
         segment = slab.segment
         assert segment is not None
+        if slab.closed:
+            self.closed.add(slab_id(segment.number, slab.index))
+        elif self.closed:
+            self.closed.discard(slab_id(segment.number, slab.index))
         if slab.geometry is not None:
             self._close(segment, slab, slab.geometry.stride)
-            if slab.counts[FREE] and not slab.writers:
+            if slab.counts[FREE] and not slab.closed:
                 segment.open.setdefault(slab.geometry.stride, OrderedDict())[slab.index] = slab
-        if slab.busy or slab.writers:
+        if slab.busy or slab.closed:
             segment.empty.pop(slab.index, None)
         else:
             segment.empty[slab.index] = slab
-
-    def recount(self, slab: Slab) -> None:
-        """Owners of an attached slab were changed by hand: bring everything else in line. O(slots)."""
-        before = slab.busy
-        slab.recount()
-        self._occupy(slab, slab.busy - before)
-        self.refresh(slab)
 
     @staticmethod
     def _close(segment: Segment, slab: Slab, stride: int) -> None:
@@ -366,11 +392,15 @@ class Allocator:
         self.refresh(slab)
 
     def take(self, slab: Slab) -> int:
-        """A free slot, which the caller must give an owner at once (`hold`)."""
-        return slab.free.pop()
+        """A free slot, which the caller must give an owner at once (`hold`). There must be one."""
+        while True:
+            slot = slab.free.pop()
+            slab.listed[slot] = 0
+            if slab.owners[slot] is None:
+                return slot
 
     def hold(self, slab: Slab, slot: int, owner: Owner) -> None:
-        """Make `owner` the holder of a slot just taken."""
+        """Make `owner` the holder of a free slot."""
         segment, geometry = slab.segment, slab.geometry
         assert segment is not None
         assert geometry is not None
@@ -390,7 +420,9 @@ class Allocator:
         slab.counts[state_of(owner)] -= 1
         slab.counts[FREE] += 1
         slab.owners[slot] = None
-        slab.free.append(slot)
+        if not slab.listed[slot]:
+            slab.listed[slot] = 1
+            slab.free.append(slot)
         segment, geometry = slab.segment, slab.geometry
         if segment is None or geometry is None:
             return
@@ -411,6 +443,9 @@ class Allocator:
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` naming the rule. O(slots)."""
+        closed = {slab_id(slab.segment.number, slab.index) for slab in self.slabs.values() if slab.closed and slab.segment}
+        if closed != self.closed:
+            raise IntegrityError("I5: slabs that give out nothing are counted wrongly")
         if sum(len(segment.slabs) for segment in self.segments.values()) != len(self.slabs):
             raise IntegrityError("I5: slabs of segments and slabs in the table differ")
         sums = {host: ([0, 0], [0, 0]) for host in self.hosts}
@@ -424,11 +459,11 @@ class Allocator:
                 if slab.segment is not segment or self.slabs.get(self.slab_key(segment.number, index)) is not slab:
                     raise IntegrityError(f"{where}: not where it believes to be")
                 nbytes += slab.nbytes
-                if (index in segment.empty) != (slab.busy == 0 and not slab.writers):
+                if (index in segment.empty) != (slab.busy == 0 and not slab.closed):
                     raise IntegrityError(f"{where}: {slab.busy} busy slots, among the empty: {index in segment.empty}")
                 listed = [stride for stride, group in segment.open.items() if index in group]
-                granted = slab.geometry is not None and slab.counts[FREE] and not slab.writers
-                expected = [slab.geometry.stride] if slab.geometry is not None and granted else []
+                grants = slab.geometry is not None and slab.counts[FREE] and not slab.closed
+                expected = [slab.geometry.stride] if slab.geometry is not None and grants else []
                 if listed != expected:
                     raise IntegrityError(f"{where}: open for slot sizes {listed}, expected {expected}")
                 busy += slab.busy * (slab.geometry.stride if slab.geometry else 0)

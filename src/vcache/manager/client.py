@@ -16,7 +16,7 @@ import msgspec
 
 from ..config import ManagerConfig
 from ..errors import DeadlineExceededError, ManagerUnavailableError, ProtocolError, VCacheError
-from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory
+from ..segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlabInventory
 from . import protocol
 from .address import load_token, parse_address
 from .breaker import CircuitBreaker
@@ -43,6 +43,9 @@ _GATE_TIMEOUT = 1.0
 _GATE_PATIENCE = 5.0
 _MISSES = 3
 """Consecutive deadline misses after which the connection counts as dead."""
+_SECONDS_PER_HEADER = 2e-4
+"""What a mount may take for each slot: about twenty times what it takes while nobody else wants anything of the manager."""
+_CLEAR_TIMEOUT = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
 
 
@@ -217,18 +220,20 @@ class ManagerClient:
         )
 
     def clear(self, namespace: bytes = b"") -> int:
-        """Its deadline is `protocol.WIPE_TIMEOUT` longer than that of other calls: lenders are waited for."""
-        return self._ask(
-            protocol.Clear(namespace), protocol.NUMBER_REPLY, timeout=self._config.deadline + protocol.WIPE_TIMEOUT
-        )
+        """Its deadline is a minute where that of other calls is shorter: all chunks are looked at, and lenders are waited for.
+        That the manager lives is told by heartbeats meanwhile."""
+        timeout = max(self._config.deadline, _CLEAR_TIMEOUT) + protocol.WIPE_TIMEOUT
+        return self._ask(protocol.Clear(namespace), protocol.NUMBER_REPLY, timeout=timeout)
 
     def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = (), gate: GateReport | None = None) -> int:
-        """Its deadline is `connect_timeout` where that is longer: the manager reads every header of the inventory.
+        """Its deadline grows with the inventory, because the manager reads every header, beside whatever else it does; that
+        the manager lives is told by heartbeats meanwhile.
 
         Raises `ProtocolError` when one slab's headers alone do not fit into a frame.
         """
         connection = self._live()
-        timeout = max(self._config.deadline, self._config.connect_timeout)
+        headers = sum(len(slab.slot_headers) for slab in inventory) // HEADER_BYTES
+        timeout = max(self._config.deadline, self._config.connect_timeout) + headers * _SECONDS_PER_HEADER
         *parts, last = _inventory_parts(inventory, connection.max_frame // 2)
         for part in parts:
             self._ask(protocol.InventoryPart(info.uuid, part), protocol.NOTHING_REPLY, timeout=timeout, connection=connection)

@@ -12,6 +12,7 @@ from ..segment.slots import ALIGNMENT, HEADER_BYTES, LOCATION_BYTES, SlotLocatio
 from .allocator import Allocator, Slab
 from .chunks import ChunkTable
 from .eviction import make_policy
+from .jobs import SLICE, Jobs
 from .leases import LeaseTable
 from .messages import Push, PutGrant, Role, WipeSlots
 from .reach import unreadable_slabs
@@ -102,16 +103,22 @@ class Session:
 class Core:
     """Shared state. Not thread-safe; no I/O; time is passed in."""
 
-    def __init__(self, config: ManagerConfig, epoch: int, first_segment: int = 1) -> None:
+    def __init__(self, config: ManagerConfig, epoch: int, first_segment: int = 1, slice_size: int = SLICE) -> None:
+        """`slice_size`: slots or keys that a job works on between two pauses."""
         self.config = config
         self.epoch = epoch
         self.sessions: dict[bytes, Session] = {}
         self.chunks = ChunkTable(make_policy(config.eviction))
         self.allocator = Allocator(epoch, first_segment)
+        self.chunks.policy.closed = self.allocator.closed
         self.leases = LeaseTable(config.lease_ttl)
         self.writes = WriteTable()
         self.counters = Counters()
         self.outbox: list[Instruction] = []
+        self.jobs = Jobs()
+        self.slice_size = slice_size
+        self.now = 0.0
+        """The time of the latest call."""
         self.wiping: dict[int, dict[Wipe, None]] = {}
         """Outstanding wipes, by token; in order, because the same events must always have the same effects."""
         self._deferred: dict[int, list[Slab]] = {}
@@ -134,7 +141,7 @@ class Core:
         session = self.sessions.get(client)
         if session is None:
             raise ManagerRefusedError("no session: say hello first")
-        session.seen = now
+        session.seen = self.now = now
         return session
 
     def unreadable(self, session: Session) -> frozenset[bytes]:
@@ -237,19 +244,16 @@ class Core:
     # Wiping
 
     def wipe(self, slots: Iterable[tuple[Slab, int]]) -> list[int]:
-        """Hold these slots (free or not) until their lenders zeroed the headers; tokens to wait for. O(slots of the slabs)."""
+        """Hold these slots (free or not) until their lenders zeroed the headers; tokens to wait for."""
         by_segment: dict[int, list[tuple[Slab, int]]] = {}
         for slab, slot in slots:
             assert slab.segment is not None
             by_segment.setdefault(slab.segment.number, []).append((slab, slot))
         tokens: list[int] = []
-        claimed: dict[int, Slab] = {}
         for places in by_segment.values():
             for start in range(0, len(places), WIPE_BATCH):
                 batch = places[start : start + WIPE_BATCH]
-                tokens.append(self._hold_for_wipe(batch, batch, claimed))
-        for slab in claimed.values():
-            self.allocator.recount(slab)
+                tokens.append(self._hold_for_wipe(batch, batch))
         return tokens
 
     def wipe_slab(self, slab: Slab, headers: list[int]) -> list[int]:
@@ -258,23 +262,22 @@ class Core:
         if not headers:
             return []
         holds = [(slab, slot) for slot in range(slab.slots)]
-        token = self._hold_for_wipe(holds, [(slab, slot) for slot in headers], {})
-        self.allocator.recount(slab)
-        return [token]
+        return [self._hold_for_wipe(holds, [(slab, slot) for slot in headers])]
 
-    def _hold_for_wipe(self, holds: list[tuple[Slab, int]], headers: list[tuple[Slab, int]], claimed: dict[int, Slab]) -> int:
-        """Both in slabs of one segment. Adds slabs whose free slots were taken to `claimed`: they must be recounted."""
+    def _hold_for_wipe(self, holds: list[tuple[Slab, int]], headers: list[tuple[Slab, int]]) -> int:
+        """Both in slabs of one segment."""
         self._last_token = token = self._last_token + 1
         holders = self.wiping[token] = {}
         segment = holds[0][0].segment
         assert segment is not None
         for slab, slot in holds:
             before = state_of(slab.owners[slot])
-            wipe = slab.owners[slot] = Wipe(slab, slot, token)
+            wipe = Wipe(slab, slot, token)
             holders[wipe] = None
             if before == FREE:
-                claimed[id(slab)] = slab
+                self.allocator.hold(slab, slot, wipe)
             else:
+                slab.owners[slot] = wipe
                 self.allocator.change(slab, slot, before)
         for slab, slot in headers:
             slab.stale.pop(slot, None)
@@ -298,8 +301,10 @@ class Core:
         slabs = self._deferred.get(token)
         if slabs is None:
             return token in self.wiping
-        if any(slab.segment is not None and slab.is_doomed() for slab in slabs):
-            return True
+        while slabs:
+            if slabs[-1].segment is not None and slabs[-1].is_doomed():
+                return True
+            slabs.pop()
         del self._deferred[token]
         return False
 

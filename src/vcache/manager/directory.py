@@ -1,13 +1,14 @@
 """The manager's heart: a pure state machine. Events in, replies and instructions out; no sockets, threads or clocks.
 
 Who calls it serialises the calls, passes the time (seconds, any origin, never backwards) and the client id of the session,
-carries out `take_instructions()` after every call, and calls `tick` no later than `next_deadline()`.
+carries out `take_instructions()` after every call, and calls `tick` no later than `next_deadline()`. What
+`begin_...` begins goes on bit by bit, by `work`; without `begin_` all of it is done at once.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from ..keys import DIGEST_BYTES
 from ..segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation
 from .core import Core, Instruction, Session
 from .integrity import check_core
+from .jobs import SLICE, Job
 from .lending import Lending
 from .messages import (
     AcquireReply,
@@ -36,7 +38,7 @@ from .messages import (
     Ticket,
 )
 from .moves import MoveDesk
-from .puts import PutDesk
+from .puts import PutDesk, check_request
 from .reach import readable, readable_prefix
 from .records import FREE, PROCESSING, QUARANTINED, USED, Record
 from .removal import Removal
@@ -64,11 +66,19 @@ class Directory:
     `ManagerRefusedError` without one, `ProtocolError` for arguments that no conforming client sends; nothing has changed
     then. Keys are 16-byte digests."""
 
-    def __init__(self, config: ManagerConfig | None = None, *, epoch: int, now: float = 0.0, first_segment: int = 1) -> None:
+    def __init__(
+        self,
+        config: ManagerConfig | None = None,
+        *,
+        epoch: int,
+        now: float = 0.0,
+        first_segment: int = 1,
+        slice_size: int = SLICE,
+    ) -> None:
         """`epoch`: even, above every generation that an earlier manager gave out (nanoseconds since 1970). `first_segment`:
-        number of the first segment (`random_first_segment`)."""
+        number of the first segment (`random_first_segment`). `slice_size`: slots or keys that `work` goes through in a call."""
         config = config if config is not None else ManagerConfig()
-        self._core = core = Core(config, epoch + (epoch & 1), first_segment)
+        self._core = core = Core(config, epoch + (epoch & 1), first_segment, slice_size)
         self._moves = MoveDesk(core)
         self._spills = SpillDesk(core)
         self._puts = PutDesk(core, self._moves)
@@ -131,6 +141,7 @@ class Directory:
     def tick(self, now: float) -> None:
         """Everything that is due: sessions, leases, tickets, quarantines."""
         core = self._core
+        core.now = now
         core.tick_clock(now)
         # The same sum as in `next_deadline`: rounding must not leave it due for ever.
         timeout = core.config.session_timeout
@@ -157,6 +168,16 @@ class Directory:
         """What to send, in order; empties the outbox."""
         instructions, self._core.outbox = self._core.outbox, []
         return instructions
+
+    @property
+    def has_work(self) -> bool:
+        """Whether jobs are under way: call `work` soon, and again and again, with everybody else's calls in between."""
+        return bool(self._core.jobs)
+
+    def work(self, now: float) -> None:
+        """Do one slice of one of the jobs under way, below a millisecond or so."""
+        self._core.now = now
+        self._core.jobs.step()
 
     # Reading
 
@@ -201,15 +222,25 @@ class Directory:
 
     def tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> list[int]:
         """See `ManagerApi.tiers`."""
-        unreadable = self._core.unreadable(self._core.session(client, now))
-        segments = self._core.allocator.segments
-        levels: list[int] = []
-        for key in keys:
-            record = self._find(key)
-            if record is None or (unreadable and not readable(record, unreadable)):
-                levels.append(-1)
-            else:
-                levels.append(max(int(segments[place.segment].info.kind == "host") for place in record.places()))
+        return self.begin_tiers(client, keys, now).finish()
+
+    def begin_tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> Job[list[int]]:
+        """`tiers` as a job for `work`."""
+        return self._core.jobs.begin(self._tiers(self._core.session(client, now), keys))
+
+    def _tiers(self, session: Session, keys: Sequence[bytes]) -> Generator[None, None, list[int]]:
+        core, levels = self._core, list[int]()
+        segments = core.allocator.segments
+        for start in range(0, len(keys), core.slice_size):
+            unreadable = core.unreadable(session)
+            for key in keys[start : start + core.slice_size]:
+                record = self._find(key)
+                if record is None or (unreadable and not readable(record, unreadable)):
+                    levels.append(-1)
+                else:
+                    levels.append(max(int(segments[place.segment].info.kind == "host") for place in record.places()))
+            if start + core.slice_size < len(keys):
+                yield
         return levels
 
     def _prefix(self, session: Session, keys: Sequence[bytes]) -> list[Record]:
@@ -261,12 +292,20 @@ class Directory:
     def put_start(self, client: bytes, request: PutRequest, now: float) -> list[PutGrant]:
         """See `ManagerApi.put_start`. `exists` also when the writer cannot read the copy that exists, on another host: one
         copy of a chunk is all that the pool keeps. May instruct to ask the writer for room."""
+        return self.begin_put_start(client, request, now).finish()
+
+    def begin_put_start(self, client: bytes, request: PutRequest, now: float) -> Job[list[PutGrant]]:
+        """`put_start` as a job for `work`."""
+        session = self._core.session(client, now)
+        check_request(request)
+        return self._core.jobs.begin(self._put_start(session, request))
+
+    def _put_start(self, session: Session, request: PutRequest) -> Generator[None, None, list[PutGrant]]:
         core = self._core
-        session = core.session(client, now)
-        grants = self._puts.start(client, request, now)
+        grants = yield from self._puts.start(session.client, request)
         memory = core.allocator.hosts.get(session.host) if session.host and session.role == "engine" else None
-        if memory is not None and memory.wants_room(core.config.high_watermark, now):
-            core.push(client, RoomWanted())
+        if memory is not None and memory.wants_room(core.config.high_watermark, core.now):
+            core.push(session.client, RoomWanted())
         return grants
 
     def put_end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
@@ -298,13 +337,21 @@ class Directory:
 
     def remove(self, client: bytes, keys: Sequence[bytes], now: float) -> RemovalReply:
         """See `ManagerApi.remove`; gone at once here, and for good when the tokens are no longer outstanding."""
+        return RemovalReply(*self.begin_remove(client, keys, now).finish())
+
+    def begin_remove(self, client: bytes, keys: Sequence[bytes], now: float) -> Job[tuple[int, list[int]]]:
+        """`remove` as a job for `work`: the parts of a `RemovalReply`."""
         self._core.session(client, now)
-        return RemovalReply(*self._removal.remove(keys))
+        return self._core.jobs.begin(self._removal.remove(keys))
 
     def clear(self, client: bytes, namespace: bytes, now: float) -> RemovalReply:
         """See `ManagerApi.clear`. Writes under way are not affected. O(chunks)."""
+        return RemovalReply(*self.begin_clear(client, namespace, now).finish())
+
+    def begin_clear(self, client: bytes, namespace: bytes, now: float) -> Job[tuple[int, list[int]]]:
+        """`clear` as a job for `work`: the parts of a `RemovalReply`. What is stored meanwhile may stay."""
         self._core.session(client, now)
-        return RemovalReply(*self._removal.clear(namespace))
+        return self._core.jobs.begin(self._removal.clear(namespace))
 
     def outstanding(self, tokens: Iterable[int]) -> bool:
         """Whether a lender still has to zero headers for any of these tokens. False once its session is gone."""
@@ -321,6 +368,13 @@ class Directory:
         self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport | None = None
     ) -> int:
         """See `ManagerApi.mount`. O(slots)."""
+        return self.begin_mount(client, info, inventory, now, gate).finish()
+
+    def begin_mount(
+        self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport | None = None
+    ) -> Job[int]:
+        """`mount` as a job for `work`: it is mounted at once, and its chunks come bit by bit. Its result raises
+        `ManagerRefusedError` when the segment is mounted again or goes before the end."""
         self._core.session(client, now)
         return self._lending.mount(client, info, inventory, now, gate or GateReport())
 

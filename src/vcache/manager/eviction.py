@@ -7,13 +7,20 @@ queue: oldest to newest, linked through the records themselves, so that a touch 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import islice
 from typing import Literal
 
 from ..errors import IntegrityError
+from ..segment.slots import LOCATION_BYTES
+from .reach import SLAB_PREFIX_BYTES
 from .records import Record
 
+_OURS = "\0"
+_SORTED, _WARM, _CURSOR = "\0sorted", "\0warm", "\0cursor"
+"""Markers. Between the first two lie the chunks from inventories in the order of their eviction; on the older side of both
+those that were not sorted yet."""
 MAX_STEPS = 1 << 16
 """Records looked at for one victim at most; beyond it there is none this time, and the next search goes on from there."""
 
@@ -106,7 +113,8 @@ class EvictionPolicy(ABC):
     def __init__(self) -> None:
         self.queues: dict[int, Queue] = {}
         """By slot size in bytes."""
-        self.closed: frozenset[bytes] = frozenset()
+        self._sorts = 0
+        self.closed: AbstractSet[bytes] = frozenset()
         """Slabs (`SlotLocation.slab_id`) in which room is of no use now."""
 
     def add(self, record: Record, slot_bytes: int) -> None:
@@ -116,20 +124,50 @@ class EvictionPolicy(ABC):
             queue = self.queues[slot_bytes] = Queue()
         queue.insert(record, queue.end)
 
-    def add_cold(self, records: Sequence[Record], slot_bytes: int) -> None:
-        """Records found in an inventory, whose use is unknown: older than all others, higher chunk indices first. `records`
-        is sorted by falling index; earlier cold ones (`used` 0) are merged in."""
+    def add_cold(self, record: Record, slot_bytes: int) -> None:
+        """A record was found in an inventory, and its use is unknown: older than all others. `sort_cold` finds its place among
+        its like."""
         queue = self.queues.get(slot_bytes)
         if queue is None:
             queue = self.queues[slot_bytes] = Queue()
-        for name in list(queue.markers):
+        if _SORTED not in queue.markers:
+            queue.marker(_WARM)
+            queue.marker(_SORTED)
+        queue.insert(record, queue.markers[_SORTED])
+
+    def sort_cold(self, records: Iterable[Record], slot_bytes: int, slice_size: int) -> Iterator[None]:
+        """Sort records into those that came cold before: higher chunk indices are older. `records`: added by `add_cold`, by
+        falling index; those that were used or went meanwhile are left alone. Pauses after
+        each `slice_size` steps."""
+        queue = self.queues.get(slot_bytes)
+        if queue is None or _SORTED not in queue.markers:
+            return
+        self._sorts += 1
+        name, steps = f"{_CURSOR}{self._sorts}", slice_size
+        queue.put_marker(queue.marker(name), queue.markers[_SORTED])
+        try:
+            for record in records:
+                cursor, warm = queue.marker(name), queue.marker(_WARM)
+                place = cursor.newer
+                while place is not None and place is not warm and place is not queue.end and _goes_before(place, record):
+                    place, steps = place.newer, steps - 1
+                    if steps <= 0 and place is not None:
+                        queue.put_marker(cursor, place)
+                        yield
+                        place, steps = cursor.newer, slice_size
+                assert place is not None
+                queue.put_marker(cursor, place)
+                if record.queue is queue and not record.used:
+                    queue.remove(record)
+                    queue.insert(record, cursor)
+                steps -= 1
+                if steps <= 0:
+                    yield
+                    steps = slice_size
+        finally:
             queue.drop_marker(name)
-        place = queue.end.newer
-        for record in records:
-            while place is not None and place is not queue.end and not place.used and place.index >= record.index:
-                place = place.newer
-            assert place is not None
-            queue.insert(record, place)
+            for other in [other for other in queue.markers if not other.startswith(_OURS)]:
+                queue.drop_marker(other)  # Of sweeps, which have not seen what came in behind them.
 
     def discard(self, record: Record) -> None:
         if record.queue is not None:
@@ -177,6 +215,11 @@ class EvictionPolicy(ABC):
                 )
 
 
+def _goes_before(other: Record, record: Record) -> bool:
+    """Whether `other`, a marker or a chunk from an inventory, stays on the older side of this one."""
+    return not other.key or other.index >= record.index
+
+
 def tail_of(record: Record) -> tuple[Record, int]:
     """The end of the chain below `record` as far as links lead, and the number of steps. The result still has children
     when the way down is unknown."""
@@ -187,12 +230,13 @@ def tail_of(record: Record) -> tuple[Record, int]:
     return record, steps
 
 
-def evictable(record: Record, allowed: frozenset[int] | None, closed: frozenset[bytes]) -> bool:
+def evictable(record: Record, allowed: frozenset[int] | None, closed: AbstractSet[bytes]) -> bool:
     """Whether it may go now: visible, not leased, nothing below it, in a segment that counts, and not in slabs of which no slot
     is given to anybody now (`EvictionPolicy.closed`)."""
     if record.pins or record.children or not record.packed:
         return False
-    if closed and all(place.slab_id in closed for place in record.places()):
+    packed = record.packed
+    if closed and all(packed[at : at + SLAB_PREFIX_BYTES] in closed for at in range(0, len(packed), LOCATION_BYTES)):
         return False
     return allowed is None or any(place.segment in allowed for place in record.places())
 

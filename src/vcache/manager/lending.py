@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 from ..errors import ManagerRefusedError, ProtocolError
 from ..keys import DIGEST_BYTES
-from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory, SlotLocation
+from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory
 from .allocator import Segment, Slab
 from .core import Core
-from .inventory import SlabFindings, judge_inventory
+from .inventory import SlabHeaders, check_inventory
+from .jobs import Job
 from .messages import GateReport, GateWriter, ResizeRequested, SegmentGone, SegmentMounted, WriterLost
 from .puts import PutDesk
-from .records import PROCESSING, QUARANTINED, USED, Record, Wipe, Write
+from .records import PROCESSING, QUARANTINED, UNREAD, USED, Record, Wipe, Write
 from .recovery import Recovery
 from .removal import Removal
 
@@ -44,12 +45,17 @@ class Lending:
         self._removal = removal
         self._recovery = Recovery(core, puts, removal)
         self._away: dict[bytes, _Away] = {}
+        self._reading: dict[bytes, Job[int]] = {}
+        """Latest mount of each segment, by uuid."""
 
-    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport) -> int:
-        """See `ManagerApi.mount`. Raises `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
+    def mount(
+        self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport
+    ) -> Job[int]:
+        """See `ManagerApi.mount`. The slots are free for use slab by slab, as their headers have been read. Raises
+        `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
         core = self._core
         _check_info(client, info)
-        findings = judge_inventory(info, inventory)
+        headers = check_inventory(info, inventory)
         segment = core.allocator.by_uuid.get(info.uuid)
         if segment is not None:
             self._owned(client, info.uuid)
@@ -60,27 +66,29 @@ class Lending:
             known = self._away.pop(info.uuid, None)
             away = known if known is not None else _Away(client, {}, 0, now)
             segment = core.allocator.add_segment(info)
-        slabs: list[tuple[SlabInfo, Slab | None, SlabFindings]] = []
+        segment.fence = gate.fence
+        core.allocator.raise_floor(gate.floor)
         for slab_info in info.slabs:
             held = away.slabs.get(slab_info.index)
             if held is not None and held.nbytes == slab_info.nbytes and held.busy:
                 del away.slabs[slab_info.index]
             else:
                 held = None
-            slabs.append((slab_info, held, findings.get(slab_info.index) or SlabFindings()))
+            self._recovery.attach(segment, slab_info, held, headers.get(slab_info.index))
         for slab in away.slabs.values():
             self._void(slab)
-        segment.fence = gate.fence
-        core.allocator.raise_floor(gate.floor)
-        self._recovery.adopt(segment, slabs, away.event, now)
         for writer in gate.writers:
             # What a client with a session writes is known: it had nothing in flight when it said hello.
             if writer.client not in core.sessions and writer.slab in segment.slabs:
                 core.allocator.await_writer(segment.slabs[writer.slab], writer.client)
-        self._close_awaited()
         self._announce(segment)
+        job = self._reading[info.uuid] = core.jobs.begin(self._read(segment, headers, away.event))
+        return job
+
+    def _read(self, segment: Segment, headers: dict[int, SlabHeaders], since: int) -> Generator[None, None, int]:
+        number = yield from self._recovery.read(segment, headers, since)
         self._ask_for_writers(segment)
-        return segment.number
+        return number
 
     def writers_left(self, client: bytes, uuid: bytes, writers: Iterable[GateWriter]) -> None:
         """See `ManagerApi.writers_left`."""
@@ -89,21 +97,11 @@ class Lending:
             slab = segment.slabs.get(writer.slab)
             if slab is not None:
                 self._core.allocator.writer_left(slab, writer.client)
-        self._close_awaited()
 
     def writer_idle(self, client: bytes) -> None:
         """The client says that it has no writes in flight (hello or goodbye)."""
         for slab in self._core.allocator.awaited(client):
             self._core.allocator.writer_left(slab, client)
-        self._close_awaited()
-
-    def _close_awaited(self) -> None:
-        """Nothing is evicted from slabs that wait for writers: nobody would get the slots."""
-        self._core.chunks.policy.closed = frozenset(
-            SlotLocation(slab.segment.number, slab.index, 0, 0, 0, 0).slab_id
-            for slab in self._core.allocator.awaiting
-            if slab.segment is not None
-        )
 
     def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
         """See `ManagerApi.unmount`."""
@@ -211,11 +209,10 @@ class Lending:
 
     def _ask_for_writers(self, segment: Segment) -> None:
         writers = {
-            owner.writer
-            for slab in segment.slabs.values()
-            if slab.counts[QUARANTINED]
-            for owner in slab.owners
-            if isinstance(owner, Write) and owner.state == QUARANTINED and owner.writer not in self._core.sessions
+            writer
+            for writer, writes in self._core.writes.by_writer.items()
+            if writer not in self._core.sessions
+            and any(write.state == QUARANTINED and write.slab.segment is segment for write in writes.values())
         }
         for writer in sorted(writers):
             self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=writer))
@@ -229,7 +226,10 @@ class Lending:
 
     def _vacate(self, segment: Segment, now: float) -> _Away:
         """Take all slabs out of the segment. Its chunks are misses; unfinished writes stay where they are."""
-        away = _Away(segment.info.owner, {}, self._removal.event, now)
+        reading = self._reading.pop(segment.info.uuid, None)
+        if reading is not None:
+            reading.cancel(ManagerRefusedError("mount: taken back, or repeated, before all headers were read"))
+        away = _Away(segment.info.owner, {}, self._removal.done, now)
         for slab in list(segment.slabs.values()):
             if not self._empty(slab):
                 away.event = 0
@@ -241,10 +241,12 @@ class Lending:
     def _empty(self, slab: Slab) -> bool:
         """Drop all that a slab holds, except unfinished writes, which lapse. False if removed chunks may be in its memory."""
         core = self._core
-        clean = None not in slab.stale.values() and None not in slab.buried.values()
+        clean = not slab.unread and None not in slab.stale.values() and None not in slab.buried.values()
         slab.stale, slab.buried = {}, {}
-        for owner in list(slab.owners):
-            if isinstance(owner, Record):
+        for slot, owner in enumerate(slab.owners):
+            if owner is UNREAD:
+                core.allocator.release(slab, slot)
+            elif isinstance(owner, Record):
                 if owner.packed:
                     core.counters.evictions += 1
                     core.forget(owner)
@@ -256,6 +258,7 @@ class Lending:
             elif isinstance(owner, Wipe):
                 clean = False
                 core.end_wipe(owner)
+        slab.unread = False
         return clean
 
     def _void(self, slab: Slab) -> None:

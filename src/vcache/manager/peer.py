@@ -7,6 +7,7 @@ import hmac
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +26,8 @@ _HELLO_FRAME = 8192
 _FLUSH = 2**18
 """Bytes of replies gathered before they are written, and checked against back-pressure."""
 _HIGH_WATER = 2**20
+_TURN_SECONDS = 0.0005
+"""How long the requests of one peer that lie ready are answered before it is the others' turn."""
 _LINGER = 1.0
 """Seconds that the last words to a peer may take."""
 _DECODERS: Mapping[int, Callable[[bytes | bytearray], Any]] = {
@@ -51,6 +54,8 @@ class Peer(asyncio.Protocol):
         self._draining = False
         self._closing = False
         self._timer: asyncio.TimerHandle | None = None
+        self._turn: asyncio.Handle | None = None
+        """Set while frames wait for this peer's next turn; nothing is read from it then."""
         self.client = b""
         """Client id after hello; empty before, and again once the session is over."""
         self.name = ""
@@ -76,13 +81,16 @@ class Peer(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if not self._closing:
             self._buffer.feed(data)
-            self._drain()
+            if self._turn is None:
+                self._drain()
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        if self._turn is not None:
+            self._turn.cancel()
         self._closing = True
         self._transport = None
         self._service.peer_gone(self)
@@ -97,8 +105,8 @@ class Peer(asyncio.Protocol):
         self._paused = False
         if self._transport is not None and not self._closing:
             self._disarm()
-            self._transport.resume_reading()
-            self._drain()
+            if self._turn is None:
+                self._next_turn()
 
     # -- for the service ---------------------------------------------------------------------------------------------
 
@@ -107,6 +115,9 @@ class Peer(asyncio.Protocol):
 
     def reply(self, request: int, payload: bytes) -> None:
         self.send(self._reply(request, payload))
+
+    def refuse(self, request: int, error: VCacheError) -> None:
+        self.send(protocol.frame(request, protocol.ERROR, protocol.encode_error(error)))
 
     def send(self, data: bytes) -> None:
         """Write, unless too much waits already: then the peer is too slow and is disconnected."""
@@ -143,12 +154,13 @@ class Peer(asyncio.Protocol):
     # -- frames ------------------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
-        """Answer every complete frame, as long as the peer takes the answers."""
+        """Answer complete frames for as long as this turn is, and as the peer takes the answers."""
         if self._draining:
             return
         self._draining = True
         out: list[bytes] = []
         size = 0
+        end = time.perf_counter() + _TURN_SECONDS
         try:
             if not self._paused:
                 for request, code, payload in self._buffer.frames():
@@ -161,6 +173,9 @@ class Peer(asyncio.Protocol):
                         out, size = [], 0
                     if self._paused or self._closing:
                         break
+                    if time.perf_counter() >= end:
+                        self._await_turn()
+                        break
         except ProtocolError as error:
             self._write(out)
             out = []
@@ -169,6 +184,18 @@ class Peer(asyncio.Protocol):
             self._draining = False
         self._write(out)
         self._service.settle()
+
+    def _await_turn(self) -> None:
+        if self._transport is not None:
+            self._transport.pause_reading()
+        self._turn = asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        """Go on where the last turn, or the peer's own slowness, made us stop."""
+        self._turn = None
+        if self._transport is not None and not self._closing:
+            self._transport.resume_reading()
+            self._drain()
 
     def _write(self, out: list[bytes]) -> None:
         if out and self._transport is not None and not self._closing:
@@ -202,8 +229,7 @@ class Peer(asyncio.Protocol):
             refusal: VCacheError = error
         except Exception:
             logger.exception("a request of %s failed inside the manager", self)
-            service.count("internal_errors")
-            refusal = ManagerRefusedError("the manager failed at this request; its log has the details")
+            refusal = service.failure()
         return b"" if code == protocol.RELEASE else protocol.frame(request, protocol.ERROR, protocol.encode_error(refusal))
 
     def _reply(self, request: int, payload: bytes) -> bytes:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
-from ..errors import ProtocolError
+from ..errors import ManagerRefusedError, ProtocolError
 from ..keys import DIGEST_BYTES
 from ..segment.slots import ALIGNMENT
 from .allocator import MAX_SLOTS, Segment, Slab, geometry_of
@@ -49,6 +49,13 @@ class _Placer:
         self._order = self._candidates()
         self._exhausted = not self._order
         self._budget = RECLAIM_BUDGET
+
+    def again(self) -> _Placer:
+        """A placer for the rest of the request after a pause: segments may have come and gone, but the effort is bounded for
+        all of it together."""
+        placer = _Placer(self._core, self._request)
+        placer._exhausted, placer._budget = self._exhausted or placer._exhausted, self._budget
+        return placer
 
     def _candidates(self) -> list[Segment]:
         return self._core.allocator.candidates(self._request.placement, self._request.device, self._avoid)
@@ -122,7 +129,7 @@ class _Placer:
         return (
             slab.segment is not None
             and slab.segment.number not in self._avoid
-            and not slab.writers
+            and not slab.closed
             and slab.counts[PROCESSING] == slab.counts[QUARANTINED] == 0
             and slab.counts[USED] > 0
             and 0 < geometry_of(slab.nbytes, self.stride).slots <= MAX_SLOTS
@@ -159,11 +166,12 @@ class PutDesk:
 
     # Verbs
 
-    def start(self, client: bytes, request: PutRequest, now: float) -> list[PutGrant]:
-        """See `ManagerApi.put_start`."""
-        check_request(request)
-        placer = _Placer(self._core, request)
-        chunks = self._core.chunks
+    def start(self, client: bytes, request: PutRequest) -> Generator[None, None, list[PutGrant]]:
+        """See `ManagerApi.put_start`. Pauses after each slice of keys. Raises `ManagerRefusedError` when the session ends in a
+        pause; what was granted is then dealt with as what every lost session leaves."""
+        core, session = self._core, self._core.sessions[client]
+        placer = _Placer(core, request)
+        chunks = core.chunks
         space = chunks.space(request.namespace)
         previous: Record | None = None
         anchor: Record | None = None
@@ -171,7 +179,16 @@ class PutDesk:
             anchor = previous = chunks.ghost(request.parent, request.first_index - 1, space)
         grants: list[PutGrant] = []
         for offset, key in enumerate(request.keys):
-            grant = self._grant(client, request, offset, previous, placer, now)
+            if offset and offset % core.slice_size == 0:
+                if anchor is not None:
+                    chunks.settle(anchor)
+                    anchor = None
+                yield
+                if core.sessions.get(client) is not session:
+                    raise ManagerRefusedError("put_start: the session is over")
+                placer = placer.again()
+                previous = chunks.any(request.keys[offset - 1])
+            grant = self._grant(client, request, offset, previous, placer, core.now)
             grants.append(grant)
             previous = chunks.any(key)
         if anchor is not None:

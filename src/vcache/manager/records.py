@@ -1,7 +1,7 @@
 """What the directory keeps: one `Record` per chunk, and who holds a slot that carries no visible chunk.
 
 A slot's owner is `None` (free), a `Record` (used), a `Write` (used while other shards are missing, processing or
-quarantined) or a `Wipe` (quarantined until its header is zeroed).
+quarantined), a `Wipe` (quarantined until its header is zeroed) or `UNREAD`.
 """
 
 from __future__ import annotations
@@ -152,7 +152,14 @@ class Wipe:
         self.token = token
 
 
-Owner = Record | Write | Wipe
+class Unread:
+    """Holds the slots of a mounted slab whose headers have not been read yet."""
+
+    __slots__ = ()
+
+
+UNREAD = Unread()
+Owner = Record | Write | Wipe | Unread
 
 
 class Pending:

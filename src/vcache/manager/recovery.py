@@ -1,80 +1,124 @@
-"""Rebuilding the directory from a mounted slab's headers."""
+"""Rebuilding the directory from the headers of mounted slabs, slice by slice."""
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
+from itertools import chain
+
 from ..segment.slots import SlabInfo, SlotHeader, SlotLocation
-from .allocator import Segment, Slab, Traces
-from .chunks import deepest_first
+from .allocator import Segment, Slab
 from .core import Core
-from .inventory import SlabFindings
+from .inventory import SlabHeaders, Verdict
 from .puts import PutDesk
-from .records import PROCESSING, QUARANTINED, USED, Record, Write
+from .records import PROCESSING, QUARANTINED, UNREAD, USED, Owner, Record, Write
 from .removal import Removal
+
+DEEPEST = 1 << 16
+"""Chunks at least so deep in their prompts are equally deep when it comes to the order of eviction."""
 
 
 class Recovery:
-    """Takes what `inventory.py` found into the directory."""
+    """Takes what `inventory.py` finds into the directory. Between two slices all is as it will be, but for slots that were not
+    read yet: nothing is given out in their slab, and a look-up does not find what is there."""
 
     def __init__(self, core: Core, puts: PutDesk, removal: Removal) -> None:
         self._core = core
         self._puts = puts
         self._removal = removal
 
-    def adopt(self, segment: Segment, slabs: list[tuple[SlabInfo, Slab | None, SlabFindings]], since: int, now: float) -> None:
-        """Attach slabs. The second item is what we remember of a slab in which somebody may still write. Chunks that were
-        removed after removal number `since` are not believed but zeroed."""
-        core = self._core
-        published: list[Record] = []
-        wipes: list[tuple[Slab, int]] = []
-        for info, held, found in slabs:
-            slab = self._attach(segment, info, held, found)
-            if slab.format_generation != found.format_generation:
-                for slot, header in found.chunks:
-                    slab.buried[slot] = self._traces(header, since)
-                continue
-            for slot, header in found.chunks:
-                owner = slab.owners[slot]
-                if owner is None and self._removal.was_removed(header, since):
-                    wipes.append((slab, slot))
-                    continue
-                if owner is None:
-                    record = self._believe(slab, slot, header, now)
-                    if record is not None:
-                        published.append(record)
-                if slab.owners[slot] is owner:
-                    slab.stale[slot] = self._traces(header, since)
-            wipes += [(slab, slot) for slot in found.broken if slab.owners[slot] is None]
-            core.counters.inventory_ignored += found.ignored
-        for slab in segment.slabs.values():
-            core.allocator.recount(slab)
-        core.wipe(wipes)
-        self._enqueue([record for record in published if record.packed])
-
-    def _traces(self, header: SlotHeader, since: int) -> Traces:
-        return None if self._removal.was_removed(header, since) else ((header.key, header.namespace),)
-
-    def _attach(self, segment: Segment, info: SlabInfo, held: Slab | None, found: SlabFindings) -> Slab:
-        """The slab with the holders of unfinished writes in place."""
-        core = self._core
+    def attach(self, segment: Segment, info: SlabInfo, held: Slab | None, headers: SlabHeaders | None) -> None:
+        """Attach a slab, closed while there are `headers` to be read. `held`: what we remember of it, because somebody may
+        still write there; its format stands even if the memory shows an older one: that writer may be about to write it."""
+        floor = self._core.allocator.floor
         if held is not None:
-            # Its format stands even if the memory shows an older one: the writer that we wait for may be about to write it.
             slab = held
             slab.address = info.address
+            if headers is not None:
+                slab.unread_all()
         else:
             slab = Slab(info.index, info.nbytes, 0, info.address)
-            if found.geometry is not None:
-                slab.layout(found.geometry, found.format_generation)
-        counter = max(core.allocator.floor, found.top, slab.counter)
-        slab.counter = counter + (counter & 1)
+            if headers is not None:
+                slab.layout(headers.geometry, headers.format_generation, unread=True)
+        _raise_counter(slab, max(floor, headers.format_generation if headers is not None else 0))
         slab.stale, slab.buried = {}, {}
-        if slab.format_generation == found.format_generation:
-            for slot, header in found.writing:
+        self._core.allocator.attach(segment, slab)
+
+    def read(self, segment: Segment, inventory: dict[int, SlabHeaders], since: int) -> Generator[None, None, int]:
+        """Take in what the headers of attached slabs say, and open the slabs; the segment's number. Chunks that were removed
+        after removal number `since` are not believed but zeroed. Pauses after each slice of slots."""
+        step, reader = self._core.slice_size, _Reader(self._core, self._puts, self._removal, since)
+        for index, headers in inventory.items():
+            slab = segment.slabs.get(index)
+            count = max(headers.geometry.slots, slab.slots) if slab is not None else 0
+            # From the last on, so that the first free slot is given out first.
+            for end in range(count, 0, -step):
+                if slab is None or slab.segment is not segment:
+                    break  # It was given back meanwhile.
+                reader.read(slab, headers, range(end - 1, max(0, end - step) - 1, -1))
+                if end <= step:
+                    slab.unread = False
+                    self._core.allocator.refresh(slab)
+                yield
+        yield from reader.sort()
+        return segment.number
+
+
+def _raise_counter(slab: Slab, generation: int) -> None:
+    """Generations given out in the slab from now on lie above this one (rule I4)."""
+    if generation > slab.counter:
+        slab.counter = generation + (generation & 1)
+
+
+class _Reader:
+    """Judges the slots of one inventory."""
+
+    def __init__(self, core: Core, puts: PutDesk, removal: Removal, since: int) -> None:
+        self._core = core
+        self._puts = puts
+        self._removal = removal
+        self._since = since
+        self._cold: dict[int, dict[int, list[Record]]] = {}
+        """Chunks that became visible, by slot size and chunk index."""
+
+    def read(self, slab: Slab, headers: SlabHeaders, slots: range) -> None:
+        """Each of these slots has a holder afterwards, or is free. `headers` may have more slots than the slab, or fewer, when
+        they are of another format."""
+        core = self._core
+        wipes: list[tuple[Slab, int]] = []
+        same = slab.format_generation == headers.format_generation
+        for slot in slots:
+            verdict, header = headers.judge(slot) if slot < headers.geometry.slots else (Verdict.EMPTY, None)
+            unread = slot < slab.slots and slab.owners[slot] is UNREAD
+            if header is not None:
+                _raise_counter(slab, header.generation)
+            if verdict is Verdict.CHUNK and header is not None:
+                doomed = self._removal.was_removed(header, self._since)
+                if not same:
+                    slab.buried[slot] = None if doomed else ((header.key, header.namespace),)
+                elif unread and doomed:
+                    wipes.append((slab, slot))
+                    continue
+                elif not (unread and self._believe(slab, slot, header)):
+                    slab.stale[slot] = None if doomed else ((header.key, header.namespace),)
+            elif same and unread and verdict is Verdict.BROKEN:
+                wipes.append((slab, slot))
+                unread = False
+            elif (
+                same and unread and verdict is Verdict.WRITING and header is not None and header.namespace not in core.sessions
+            ):
                 # A client that has said hello has no unfinished writes but those that we know.
-                if slab.owners[slot] is None and header.namespace not in core.sessions:
-                    self._suspect(slab, slot, header)
-        slab.recount()
-        core.allocator.attach(segment, slab)
-        return slab
+                self._suspect(slab, slot, header)
+            if same and verdict in (Verdict.STRANGE, Verdict.BROKEN):
+                core.counters.inventory_ignored += 1
+            if unread and slab.owners[slot] is UNREAD:
+                core.allocator.release(slab, slot)
+        core.wipe(wipes)
+
+    def sort(self) -> Iterator[None]:
+        """What became visible goes before all that was used, a prompt's tail before its head."""
+        for slot_bytes, by_index in self._cold.items():
+            records = chain.from_iterable(by_index[index] for index in sorted(by_index, reverse=True))
+            yield from self._core.chunks.policy.sort_cold(records, slot_bytes, self._core.slice_size)
 
     def _suspect(self, slab: Slab, slot: int, header: SlotHeader) -> None:
         """Wait for the client that signed this unfinished write."""
@@ -85,38 +129,53 @@ class Recovery:
         self._core.writes.add(write)
         self._core.counters.quarantines += 1
 
-    def _believe(self, slab: Slab, slot: int, header: SlotHeader, now: float) -> Record | None:
-        """Take a complete shard in, unless there is a better copy. The record if its chunk became visible. Leaves the slab's
-        counts to `recount`."""
+    def _believe(self, slab: Slab, slot: int, header: SlotHeader) -> bool:
+        """Take a complete shard in, unless there is a better copy."""
         core, chunks = self._core, self._core.chunks
         packed = slab.location(slot, header.tokens, header.generation).pack()
         record = chunks.visible.get(header.key)
         if record is not None:
-            if self._replace(record, header, packed):
-                slab.owners[slot] = record
-            return None
+            if not self._replace(record, header, packed):
+                return False
+            self._hold(slab, slot, record)
+            return True
         space = chunks.space(header.namespace)
         pending = chunks.pending.get(header.key)
         if pending is None and header.num_shards == 1:
-            slab.owners[slot] = record = chunks.recover(header.key, header.chunk_index, space, packed)
+            record = chunks.recover(header.key, header.chunk_index, space, packed)
+            self._hold(slab, slot, record)
             core.counters.recovered += 1
-            return record
+            self._add_cold(record)
+            return True
         if pending is None:
             pending = chunks.begin(header.key, header.chunk_index, space, header.num_shards)
         part = pending.parts.get(header.shard)
         if pending.num_shards != header.num_shards or (
             part is not None and (part.state == PROCESSING or part.generation >= header.generation)
         ):
-            return None
+            return False
         write = Write(slab, slot, header.key, header.shard, header.generation, space=space, packed=packed)
         write.state = USED
-        slab.owners[slot] = pending.parts[header.shard] = write
-        core.writes.time(write, now + core.config.ticket_ttl)
+        self._hold(slab, slot, write)
+        pending.parts[header.shard] = write
+        core.writes.time(write, core.now + core.config.ticket_ttl)
         core.counters.recovered += 1
         if part is not None:
             core.writes.remove(part)
             self._supersede(part.slab, part.slot, part.key, space.name)
-        return self._puts.complete(header.key)
+        record = self._puts.complete(header.key)
+        if record is not None:
+            self._add_cold(record)
+        return True
+
+    def _hold(self, slab: Slab, slot: int, owner: Owner) -> None:
+        slab.owners[slot] = owner
+        self._core.allocator.change(slab, slot, QUARANTINED)
+
+    def _add_cold(self, record: Record) -> None:
+        slot_bytes = next(record.places()).slot_bytes
+        self._cold.setdefault(slot_bytes, {}).setdefault(min(record.index, DEEPEST), []).append(record)
+        self._core.chunks.policy.add_cold(record, slot_bytes)
 
     def _replace(self, record: Record, header: SlotHeader, packed: bytes) -> bool:
         """Whether a second copy of a visible shard takes the place of the first: the higher generation wins, but nothing moves
@@ -133,10 +192,3 @@ class Recovery:
     def _supersede(self, slab: Slab, slot: int, key: bytes, namespace: bytes) -> None:
         slab.trace(slot, key, namespace)
         self._core.free(slab, slot)
-
-    def _enqueue(self, records: list[Record]) -> None:
-        by_size: dict[int, list[Record]] = {}
-        for record in deepest_first(records):
-            by_size.setdefault(int.from_bytes(record.packed[12:16], "little") * 256, []).append(record)
-        for slot_bytes, group in by_size.items():
-            self._core.chunks.policy.add_cold(group, slot_bytes)

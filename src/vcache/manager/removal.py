@@ -1,12 +1,14 @@
 """`remove` and `clear`: chunks that must not come back, neither after a manager restart nor with a lender that was away.
 
-A slot header outlives its chunk's eviction, so what was removed is zeroed in the lender's memory, evicted copies included.
+A slot header outlives its chunk's eviction, so what was removed is zeroed in the lender's memory, evicted copies included. Both
+are done slice by slice (`jobs.py`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 
 from ..segment.slots import SlotHeader
 from .allocator import Slab, Traces
@@ -24,23 +26,62 @@ class Removal:
         self._core = core
         self._forgotten: OrderedDict[bytes, int] = OrderedDict()
         """Key or namespace (empty: all) -> number of its last removal."""
+        self._under_way: dict[int, int] = {}
+        """Removals that were begun and are not at their end -> number of the last one before."""
+        self._serial = 0
         self.event = 0
         """Number of the last removal."""
 
-    def remove(self, keys: Iterable[bytes]) -> tuple[int, list[int]]:
-        """Forget unleased chunks: their number, and the tokens of the wipes to wait for. O(slabs)."""
-        visible = self._core.chunks.visible
-        names = {key: None for key in keys if key not in visible or not visible[key].pins}
-        for key in names:
-            self._note(key)
-        return self._erase([visible[key] for key in names if key in visible], set(names), b"")
+    @property
+    def done(self) -> int:
+        """Number of the last removal that has reached all mounted memory: those after it may be under way."""
+        return min(self._under_way.values(), default=self.event)
 
-    def clear(self, namespace: bytes) -> tuple[int, list[int]]:
-        """Forget all chunks (of one namespace), leased ones too: their number, and the tokens of the wipes to wait for."""
-        self._note(namespace)
-        every = self._core.chunks.visible.values()
-        victims = [record for record in every if not namespace or (record.space is not None and record.space.name == namespace)]
-        return self._erase(victims, None, namespace)
+    def remove(self, keys: Sequence[bytes]) -> Generator[None, None, tuple[int, list[int]]]:
+        """Forget unleased chunks, after the last pause: their number, and the tokens of the wipes to wait for."""
+        step = self._core.slice_size
+        with self._begun():
+            visible = self._core.chunks.visible
+            names: set[bytes] = set()
+            tokens: list[int] = []
+            removed = 0
+            for start in range(0, len(keys), step):
+                victims = []
+                for key in keys[start : start + step]:
+                    record = visible.get(key)
+                    if key not in names and (record is None or not record.pins):
+                        names.add(key)
+                        self._note(key)
+                        if record is not None:
+                            victims.append(record)
+                removed += len(victims)
+                tokens += self._hide(victims)
+                yield
+            tokens += yield from self._erase(names, b"")
+            return removed, tokens
+
+    def clear(self, namespace: bytes) -> Generator[None, None, tuple[int, list[int]]]:
+        """Forget all chunks (of one namespace) that are there now, leased ones too, after the last pause: their number, and
+        the tokens of the wipes to wait for."""
+        step = self._core.slice_size
+        with self._begun():
+            self._note(namespace)
+            every = list(self._core.chunks.visible.values())
+            every.reverse()
+            tokens: list[int] = []
+            removed = 0
+            while every:
+                victims = [
+                    record
+                    for record in every[-step:]
+                    if record.packed and (not namespace or name_of(record.space) == namespace)
+                ]
+                del every[-step:]  # So that their memory is not given back all at once either.
+                removed += len(victims)
+                tokens += self._hide(victims)
+                yield
+            tokens += yield from self._erase(None, namespace)
+            return removed, tokens
 
     def was_removed(self, header: SlotHeader, since: int) -> bool:
         """Whether this chunk was removed after removal number `since`."""
@@ -54,44 +95,74 @@ class Removal:
         if len(self._forgotten) > MAX_FORGOTTEN:
             self._forgotten.popitem(last=False)
 
-    def _erase(self, victims: list[Record], keys: set[bytes] | None, namespace: bytes) -> tuple[int, list[int]]:
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        self._serial = serial = self._serial + 1
+        self._under_way[serial] = self.event
+        try:
+            yield
+        finally:
+            del self._under_way[serial]
+
+    def _hide(self, victims: list[Record]) -> list[int]:
         core = self._core
         slots: list[tuple[Slab, int]] = []
-        tokens: list[int] = []
-        deferred: list[Slab] = []
         for record in victims:
             slots += [(core.allocator.slab_at(place), place.slot) for place in record.places()]
             core.hide(record)
-        for slab in core.allocator.slabs.values():
-            stale, buried = _matches(slab.stale, keys, namespace), _matches(slab.buried, keys, namespace)
-            if buried and not slab.busy:
-                tokens += core.wipe_slab(slab, sorted({*stale, *buried}))
-                continue
-            for slot in buried:
-                slab.buried[slot] = None
-            for slot in stale:
-                if slab.owners[slot] is None:
-                    slots.append((slab, slot))
-                else:
-                    slab.stale[slot] = None
-            if None in slab.stale.values() or None in slab.buried.values():
-                deferred.append(slab)
+        core.counters.removed += len(victims)
+        return core.wipe(slots)
+
+    def _erase(self, keys: set[bytes] | None, namespace: bytes) -> Generator[None, None, list[int]]:
+        """What is left in memory of chunks that the directory does not have, or has no longer; the tokens."""
+        core = self._core
+        tokens: list[int] = []
+        deferred: list[Slab] = []
         for write in core.writes.moves:
             # The copy may be complete before its mover hears that the chunk is gone.
             if write.key in keys if keys is not None else not namespace or name_of(write.space) in (namespace, b""):
                 write.slab.stale[write.slot] = None
                 if write.slab.segment is not None:
                     deferred.append(write.slab)
-        core.counters.removed += len(victims)
-        return len(victims), tokens + core.wipe(slots) + core.defer_wipe(deferred)
+        slabs = [slab for slab in core.allocator.slabs.values() if slab.stale or slab.buried]
+        steps = 0
+        for slab in slabs:
+            doomed = False
+            for traces in (slab.stale, slab.buried):
+                for slot in list(traces):
+                    if _matches(traces.get(slot, ()), keys, namespace):
+                        traces[slot] = None
+                        doomed = True
+                    steps += 1
+                    if steps % core.slice_size == 0:
+                        yield
+            if doomed and slab.segment is not None:
+                tokens += yield from self._wipe_doomed(slab)
+                if slab.segment is not None and slab.is_doomed():
+                    deferred.append(slab)
+        return tokens + core.defer_wipe(deferred)
 
-
-def _matches(traces: dict[int, Traces], keys: set[bytes] | None, namespace: bytes) -> list[int]:
-    """Slots whose header may say one of these keys, or this namespace. What is not known is taken for a match."""
-    found = []
-    for slot, entries in traces.items():
-        for key, space in entries or ():
-            if key in keys if keys is not None else not namespace or space in (namespace, b""):
-                found.append(slot)
+    def _wipe_doomed(self, slab: Slab) -> Generator[None, None, list[int]]:
+        """Zero what can be zeroed now of the headers in an attached slab that must go; the tokens."""
+        core = self._core
+        buried = [slot for slot, traces in slab.buried.items() if traces is None]
+        stale = [slot for slot, traces in slab.stale.items() if traces is None]
+        if buried and not slab.busy:
+            return core.wipe_slab(slab, sorted({*stale, *buried}))
+        tokens: list[int] = []
+        for start in range(0, len(stale), core.slice_size):
+            if slab.segment is None:
                 break
-    return found
+            slots = stale[start : start + core.slice_size]
+            tokens += core.wipe(
+                (slab, slot)
+                for slot in slots
+                if slot < slab.slots and slab.owners[slot] is None and slab.stale.get(slot, ()) is None
+            )
+            yield
+        return tokens
+
+
+def _matches(traces: Traces, keys: set[bytes] | None, namespace: bytes) -> bool:
+    """Whether a header may say one of these keys, or this namespace. What is not known is taken for a match."""
+    return any(key in keys if keys is not None else not namespace or space in (namespace, b"") for key, space in traces or ())

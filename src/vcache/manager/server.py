@@ -143,7 +143,7 @@ async def _serve(config: VCacheConfig, ready: Callable[[str], None] | None, idle
 
 def _spare_the_collector() -> None:
     """The directory holds millions of objects and no cycles: looking through all of them again and again would only cost tail
-    latency. Young objects, where the cycles of connections and exceptions are, are still collected."""
+    latency. Young objects, where the cycles of connections and exceptions are, are still collected, few at a time."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 1_000_000)
+    gc.set_threshold(10_000, 2, 1_000_000)

@@ -7,14 +7,16 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
 from ..config import ManagerConfig
-from ..errors import ManagerRefusedError
+from ..errors import ManagerRefusedError, VCacheError
 from ..segment.slots import SlabInventory
 from . import protocol
 from .directory import Directory
+from .jobs import Job
 from .messages import StatsReply
 from .peer import Peer
 
@@ -22,9 +24,17 @@ logger = logging.getLogger("vcache.manager")
 
 _INVENTORY_BYTES = 2**28
 """Bytes of inventory parts that one connection may have pending."""
-
-
 _SHORTEST_TICK = 0.01
+_WORK_SECONDS = 0.001
+"""How long the directory's jobs go on before whoever else waits is served."""
+
+
+class _Promise(NamedTuple):
+    """A request that is answered when a job is done."""
+
+    peer: Peer
+    request: int
+    job: Job[Any]
 
 
 class _Held:
@@ -58,6 +68,8 @@ class Service:
         self._last_seen = clock()
         self._parts: dict[Peer, list[protocol.InventoryPart]] = {}
         self._held: set[_Held] = set()
+        self._promises: list[_Promise] = []
+        self._working: asyncio.Handle | None = None
         self._counters: Counter[str] = Counter()
         self._timer: asyncio.TimerHandle | None = None
         # No call creates a deadline nearer than this, so a timer that is never set further ahead need not be moved by calls.
@@ -111,26 +123,37 @@ class Service:
 
     def call(self, peer: Peer, number: int, request: protocol.Request) -> bytes | None:
         """Payload of the answer, or None when it comes later. Raises what the directory raises."""
-        if isinstance(request, protocol.Remove | protocol.Clear):
-            return self._removal(peer, number, request)
-        return protocol.encode_reply(self._perform(peer, request))
+        directory, now = self._directory, self._clock()
+        job: Job[Any]
+        match request:
+            case protocol.Mount(info, inventory, gate):
+                job = directory.begin_mount(peer.client, info, [*self._take_parts(peer, info.uuid), *inventory], now, gate)
+            case protocol.PutStart(put):
+                job = directory.begin_put_start(peer.client, put, now)
+            case protocol.Tiers(keys):
+                job = directory.begin_tiers(peer.client, keys, now)
+            case protocol.Remove(keys):
+                job = directory.begin_remove(peer.client, keys, now)
+            case protocol.Clear(namespace):
+                job = directory.begin_clear(peer.client, namespace, now)
+            case _:
+                return protocol.encode_reply(self._perform(peer, request))
+        promise = _Promise(peer, number, job)
+        if job.done:
+            return self._result(promise)
+        self._promises.append(promise)
+        return None
 
     def _perform(self, peer: Peer, request: protocol.Request) -> object:
         """The verb's result; None for those that have none."""
         directory, client, now = self._directory, peer.client, self._clock()
         match request:
-            case protocol.PutStart(put):
-                return directory.put_start(client, put, now)
             case protocol.PutEnd(tickets):
                 return directory.put_end(client, tickets, now)
             case protocol.Demote(nbytes, avoid):
                 return directory.demote(client, nbytes, avoid, now)
             case protocol.PlanSpill(nbytes, avoid):
                 return directory.spill(client, nbytes, avoid, now)
-            case protocol.Tiers(keys):
-                return directory.tiers(client, keys, now)
-            case protocol.Mount(info, inventory, gate):
-                return directory.mount(client, info, [*self._take_parts(peer, info.uuid), *inventory], now, gate)
             case protocol.DropSlabs(uuid, nbytes):
                 return directory.drop_slabs(client, uuid, nbytes, now)
             case protocol.Segments():
@@ -171,19 +194,50 @@ class Service:
             case _:
                 raise ManagerRefusedError(f"no such verb: {type(request).__name__}")
 
-    def _removal(self, peer: Peer, number: int, request: protocol.Remove | protocol.Clear) -> bytes | None:
-        now = self._clock()
-        if isinstance(request, protocol.Remove):
-            removed, tokens = self._directory.remove(peer.client, request.keys, now)
-        else:
-            removed, tokens = self._directory.clear(peer.client, request.namespace, now)
+    # -- answers that come later -------------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        """Go on with the directory's jobs for a moment; then it is the others' turn."""
+        self._working = None
+        end = time.perf_counter() + _WORK_SECONDS
+        self._directory.work(self._clock())
+        while self._directory.has_work and time.perf_counter() < end:
+            self._directory.work(self._clock())
+        self.settle()
+
+    def _answer_done(self) -> None:
+        done = [promise for promise in self._promises if promise.job.done]
+        self._promises = [promise for promise in self._promises if not promise.job.done]
+        for promise in done:
+            try:
+                answer = self._result(promise)
+            except VCacheError as error:
+                promise.peer.refuse(promise.request, error)
+            except Exception:
+                logger.exception("a request of %s failed inside the manager", promise.peer)
+                promise.peer.refuse(promise.request, self.failure())
+            else:
+                if answer is not None:
+                    promise.peer.reply(promise.request, answer)
+
+    def _result(self, promise: _Promise) -> bytes | None:
+        """The answer that a job came to, or None if it must wait for lenders. Raises what the job raised."""
+        result = promise.job.result()
+        if not isinstance(result, tuple):
+            return protocol.encode_reply(result)
+        removed, tokens = result
         answer = protocol.encode_reply(removed)
         if not self._directory.outstanding(tokens):
             return answer
-        held = _Held(peer, number, answer, tokens)
+        held = _Held(promise.peer, promise.request, answer, tokens)
         held.timer = asyncio.get_running_loop().call_later(protocol.WIPE_TIMEOUT, self._answer, held)
         self._held.add(held)
         return None
+
+    def failure(self) -> VCacheError:
+        """What a client is told at whose request the manager failed; counts it."""
+        self.count("internal_errors")
+        return ManagerRefusedError("the manager failed at this request; its log has the details")
 
     def _answer_held(self) -> None:
         for held in [held for held in self._held if not self._directory.outstanding(held.tokens)]:
@@ -194,6 +248,8 @@ class Service:
         if held.timer is not None:
             held.timer.cancel()
         held.peer.reply(held.request, held.answer)
+
+    # -- inventories and statistics ----------------------------------------------------------------------------------
 
     def _inventory_part(self, peer: Peer, part: protocol.InventoryPart) -> None:
         parts = self._parts.setdefault(peer, [])
@@ -225,10 +281,14 @@ class Service:
                     peer.push(push)
             elif target in self._sessions:
                 self._sessions[target].push(push)
+        if self._promises:
+            self._answer_done()
         if self._held:
             self._answer_held()
         if self._timer is None:
             self._arm()
+        if self._working is None and self._directory.has_work:
+            self._working = asyncio.get_running_loop().call_soon(self._work)
 
     def close(self) -> None:
         """Close every connection and stop the clock."""
@@ -237,8 +297,9 @@ class Service:
         for held in self._held:
             if held.timer is not None:
                 held.timer.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
+        for handle in (self._timer, self._working):
+            if handle is not None:
+                handle.cancel()
 
     async def closed(self) -> None:
         """Return when every connection is gone."""

@@ -1,0 +1,94 @@
+"""One client's large requests and bursts do not keep the others waiting."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from manager_helpers import RawClient, serving, wait_until
+
+from vcache.bench.population import mount_population, random_keys
+from vcache.manager import protocol, service
+from vcache.manager.messages import GateReport
+from vcache.manager.peer import Peer
+from vcache.segment.slots import SegmentInfo, SlabHeader, SlabInfo, SlabInventory, slab_bytes_for
+
+
+def test_others_are_answered_while_a_large_inventory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The manager read all headers of a mount before it answered anybody else: with very many, calls of others, and even the
+    lender's heartbeats, were not answered in time."""
+    monkeypatch.setattr(service, "_WORK_SECONDS", 0.0)  # One slice for each turn of the loop.
+    count = 20_000
+    digests = random_keys(count)
+    with serving(f"unix://{tmp_path}/m.sock") as server:
+        lender, other = server.client(role="lender"), server.client()
+        mounting = threading.Thread(target=lambda: mount_population(lender, digests, slabs_per_segment=20))
+        mounting.start()
+        seen = set()
+        while mounting.is_alive():
+            seen.add(other.lookup(digests))
+        mounting.join()
+        assert other.lookup(digests) == count
+        assert len(seen) > 1
+        assert server.counter("recovered") == count
+        for client in (lender, other):
+            client.close()
+
+
+def test_a_mount_that_is_repeated_or_taken_back_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request gets its answer, also one whose work was not finished."""
+    monkeypatch.setattr(service, "_WORK_SECONDS", 0.0)
+    with serving(f"unix://{tmp_path}/m.sock") as server:
+        raw = RawClient(server.address)
+        raw.hello(client=b"r" * 16)
+        slots = 5000
+        nbytes = slab_bytes_for(256, slots)
+        info = SegmentInfo(
+            uuid=b"u" * 16, kind="host", host="h", device="host", broker="", owner=b"r" * 16, slabs=(SlabInfo(0, nbytes),)
+        )
+        headers = SlabInventory(0, SlabHeader(2, 256, slots).pack(), bytes(64) * slots)
+        mount = protocol.frame(5, protocol.CALL, protocol.encode_request(protocol.Mount(info, [headers], GateReport())))
+        again = protocol.frame(6, protocol.CALL, protocol.encode_request(protocol.Mount(info, [headers], GateReport())))
+        raw.send(mount + again)
+        answers = {}
+        while {5, 6} - set(answers):
+            frame = raw.receive()
+            assert frame is not None
+            answers[frame.request] = frame
+        assert answers[5].code == protocol.ERROR
+        assert "before all headers were read" in str(protocol.decode_error(answers[5].payload))
+        assert answers[6].code == protocol.OK
+        raw.close()
+
+
+def test_a_burst_of_one_client_is_answered_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that one client had sent at once was answered before anybody else was: 20,000 small requests kept the others waiting
+    for a second, and newcomers outside."""
+    order: list[str] = []
+    call = service.Service.call
+
+    def record(self: service.Service, peer: Peer, number: int, request: protocol.Request) -> bytes | None:
+        order.append(peer.name)
+        return call(self, peer, number, request)
+
+    monkeypatch.setattr(service.Service, "call", record)
+    with serving(f"unix://{tmp_path}/m.sock") as server:
+        other, raw = server.client(name="other", heartbeat_interval=5.0), RawClient(server.address)
+        raw.hello()
+        count = 10_000
+        request = protocol.encode_request(protocol.Stats())
+        raw.send(b"".join(protocol.frame(number, protocol.CALL, request) for number in range(1, count + 1)))
+        wait_until(lambda: len(order) > 10, what="the burst has begun")
+        newcomer = server.client(name="newcomer", heartbeat_interval=5.0)
+        newcomer.segments()
+        other.segments()
+        assert order.count("raw") < count, "the others waited for the end of the burst"
+        for number in range(1, count + 1):
+            frame = raw.receive()
+            assert frame is not None
+            assert (frame.request, frame.code) == (number, protocol.OK)
+        assert order.count("raw") == count
+        for client in (other, newcomer):
+            client.close()
+        raw.close()
