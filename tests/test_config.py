@@ -128,6 +128,13 @@ def test_an_empty_file_changes_nothing(tmp_path: Path, text: str) -> None:
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
+def test_off_needs_no_quotes_in_a_file(tmp_path: Path) -> None:
+    """YAML takes it for False, so a file with `remote: off` was refused: "Expected `str`, got `bool`"."""
+    config = from_text(tmp_path, "cache: {remote: off, checksum: off, demote: off}\nsegment: {remote: tcp}")
+    assert (config.cache.remote, config.cache.checksum, config.cache.demote) == ("off", "off", False)
+    assert config.segment.remote == "tcp"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

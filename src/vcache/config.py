@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -132,6 +132,8 @@ class CacheConfig(_Section, frozen=True, kw_only=True):
     """Whether this engine moves cold chunks from VRAM to host memory in the background when the manager asks for room."""
     remote: Literal["off", "tcp", "rdma"] = "off"
     """How chunks in memory of other hosts are read, by Mooncake's transfer engine; needs `segment.remote` there."""
+    checksum: Literal["off", "sample", "always"] = "off"
+    """Whether stores write a checksum behind each chunk in VRAM and DRAM, and which loads verify it: one in 64, or all."""
 
     def __post_init__(self) -> None:
         self._require(1, 65535, "chunk_size")
@@ -221,7 +223,12 @@ class VCacheConfig(_Section, frozen=True, kw_only=True):
                             f"{where}: unknown key '{section}.{key}'; known: {', '.join(known.__struct_fields__)}"
                         )
                     origin[f"{section}.{key}"] = where
-                merged.setdefault(section, {}).update(values)
+                hints = get_type_hints(known)
+                # YAML reads an unquoted `off` as False.
+                plain = {
+                    key: "off" if value is False and "off" in get_args(hints[key]) else value for key, value in values.items()
+                }
+                merged.setdefault(section, {}).update(plain)
         try:
             return msgspec.convert(merged, cls, strict=False, dec_hook=_decode)
         except msgspec.ValidationError as error:

@@ -18,6 +18,7 @@ from .keys import CacheKey, TokenDatabase, skipped_tokens, token_array
 from .lower_tier import LowerTier
 from .manager.messages import ManagerApi
 from .metrics import EngineMetrics
+from .paged.checksum import slot_bytes_for
 from .pool import HEAD_CHUNKS, MANAGER_ERRORS, ChunkPool, PoolTransfer, Presence
 from .prompt import Prompt, RecentPrompts
 from .resources import Resources, open_resources
@@ -74,7 +75,7 @@ class VCacheEngine:
         self.metrics = EngineMetrics(floor_gbps=self.config.transfer.floor_gbps)
         self._tokens = TokenDatabase(spec.namespace(size), size, partial=settings.save_partial_chunk)
         self._recent = RecentPrompts(size)
-        slot_bytes = spec.payload_bytes(size)
+        slot_bytes = slot_bytes_for(spec.payload_bytes(size), settings.checksum)
         self._resources: Resources = open_resources(self.config, slot_bytes, name or f"engine-{os.getpid()}", device)
         self.pool = ChunkPool(
             self._resources.manager,
@@ -84,6 +85,7 @@ class VCacheEngine:
             self.metrics,
             placement=settings.placement,
             remote=self._resources.remote,
+            checksum=settings.checksum,
         )
         self.manager.set_write_gate(self.pool.wait_writes)
         self._lower: LowerTier | None = self._resources.open_lower_tier(self.config, self.pool, self.metrics)

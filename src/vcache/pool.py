@@ -7,6 +7,7 @@ own (vLLM's block hashes) use it directly. A failure of the manager, a lender or
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,11 +18,12 @@ from .devices import device_name
 from .errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError
 from .manager.messages import ManagerApi, Placement, PutGrant, PutRequest, Ticket
 from .metrics import EngineMetrics
+from .paged.checksum import TRAILER_BYTES, ChecksumMode, contradicts, slot_bytes_for, trailer_offset
 from .paged.mover import Mover, SlotTransfer, Transfer
 from .remote_pool import RemotePool, RemoteRead, RemoteTransfer
 from .segment.gate import Passage
-from .segment.mapping import MappedSlab, SegmentMap
-from .segment.slots import ALIGNMENT, SlabHeader, SlotHeader, SlotLocation, Tier, align_up
+from .segment.mapping import MappedSlab, PinnedSlot, SegmentMap
+from .segment.slots import ALIGNMENT, HEADER_BYTES, SlabHeader, SlotHeader, SlotLocation, Tier, align_up, formatted_since
 from .spec import KVCacheSpec
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ T = TypeVar("T")
 MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
 HEAD_CHUNKS = 32
 """Chunks of a long load that are launched first: with 32 MiB each, half a millisecond of work for a GPU."""
+
+SAMPLED = 1 / 64
+"""Part of the loads that `checksum: sample` verifies."""
 
 MAX_BROKEN = 4096
 """Chunks remembered as broken."""
@@ -118,6 +123,9 @@ class JoinedTransfer(Transfer):
             raise failure
         return True
 
+    def damaged(self) -> list[int]:
+        return [places[index] for part, places in self._parts for index in part.damaged()]
+
     def verified(self) -> list[bool]:
         if len(self._parts) == self._mapped:
             return [flag for part, _ in self._parts for flag in part.verified()]
@@ -195,15 +203,20 @@ class ChunkPool:
         placement: Placement = "local",
         namespace: bytes | None = None,
         remote: RemotePool | None = None,
+        checksum: ChecksumMode = "off",
     ) -> None:
-        """`remote`: reads slots on other hosts; without it they cannot be reached.
+        """`remote`: reads slots on other hosts; without it they cannot be reached. `checksum`: `CacheConfig.checksum`.
         `namespace` replaces `spec.namespace(chunk_size)` where the shards of a chunk differ in size (pipeline stages)."""
         self.manager = manager
         self.segments = segments
         self.spec = spec
         self.namespace = namespace or spec.namespace(chunk_size)
-        self.slot_bytes = spec.payload_bytes(chunk_size)
-        self._stride = align_up(self.slot_bytes, ALIGNMENT)
+        payload_bytes = spec.payload_bytes(chunk_size)
+        self.slot_bytes = slot_bytes_for(payload_bytes, checksum)
+        self._sealed = align_up(slot_bytes_for(payload_bytes, "always"), ALIGNMENT)
+        """Length of slots that carry a checksum, whoever wrote them."""
+        self._strides = (align_up(payload_bytes, ALIGNMENT), self._sealed)
+        self._verifies = {"off": 0.0, "sample": SAMPLED, "always": 1.0}[checksum]
         self._token_bytes = spec.token_bytes
         self.metrics = metrics
         self.placement = placement
@@ -280,8 +293,11 @@ class ChunkPool:
                 self.release(lease.id)
             flags = [verified[place] for place in route.mapped_places if place < len(verified)]
             stale = [transfer.header.key for transfer, ok in zip(route.mapped, flags, strict=False) if not ok]
-            if stale:
-                self.metrics.count("stale_reads", len(stale))
+            damaged = [lease.locations[place].segment for place in joined.damaged()]
+            if damaged:
+                self._distrust(damaged)
+            if len(stale) > len(damaged):
+                self.metrics.count("stale_reads", len(stale) - len(damaged))
             if broken := [*stale, *(remote.stale if remote is not None else ())]:
                 self.mark_broken(broken)
             elif self._broken:
@@ -294,7 +310,7 @@ class ChunkPool:
     def read(self, location: SlotLocation, chunk: Chunk, out: memoryview) -> int:
         """Copy header and payload of a leased slot into host memory `out`; bytes written, 0 when unreachable or stale.
         Blocks. This is how background writers feed the storage tier."""
-        slot = self.segments.pin(location) if location.slot_bytes == self._stride else None
+        slot = self.segments.pin(location) if location.slot_bytes in self._strides else None
         if slot is None:
             return 0
         try:
@@ -306,7 +322,14 @@ class ChunkPool:
                 return 0
             out[:size] = packed
             self.segments.read_into(slot.slab, slot.payload_offset, out[size:total])
-            return total if self.segments.read(slot.slab, slot.header_offset, size) == packed else 0
+            at = self._trailer(slot, location) if self._verifies == 1 else 0
+            trailer = self.segments.read(slot.slab, at, TRAILER_BYTES) if at else b""
+            if self.segments.read(slot.slab, slot.header_offset, size) != packed:
+                return 0
+            if at and contradicts(trailer, out[size:total], location.generation):
+                self._distrust([location.segment])
+                return 0
+            return total
         finally:
             self.segments.unpin(slot)
 
@@ -333,11 +356,14 @@ class ChunkPool:
 
         def settle(verified: list[bool]) -> PutReport:
             try:
-                # Out of the gates before the tickets end: whoever gets these slots next must not wait for us.
-                passage.leave()
-                for transfer in transfers:
-                    self.segments.unpin(transfer.slot)
                 flags = [*verified, *[False] * (len(transfers) - len(verified))]
+                try:
+                    self._mend_slab_headers([transfer for transfer, ok in zip(transfers, flags, strict=True) if not ok])
+                finally:
+                    # Out of the gates before the tickets end: whoever gets these slots next must not wait for us.
+                    passage.leave()
+                    for transfer in transfers:
+                        self.segments.unpin(transfer.slot)
                 stored = self._publish(written, transfers, flags)
                 # Not the time until somebody asks, nor that of the forward pass which the copy waits for.
                 seconds = started.seconds if started is not None else 0.0
@@ -428,18 +454,33 @@ class ChunkPool:
         nbytes = self._token_bytes * tokens
         return SlotHeader(self.spec.rank, self.spec.world_size, generation, digest, self.namespace, nbytes, tokens, position)
 
+    def _trailer(self, slot: PinnedSlot, location: SlotLocation) -> int:
+        """Offset of the trailer in the slot's slab; 0 when it has none, or this engine ignores it."""
+        if not self._verifies or location.slot_bytes != self._sealed:
+            return 0
+        return trailer_offset(slot.payload_offset, location.slot_bytes)
+
+    def _distrust(self, damaged: Sequence[int]) -> None:
+        """The segments of these numbers delivered chunks with wrong checksums, one each."""
+        self.metrics.count("checksum_failures", len(damaged))
+        for number in sorted(set(damaged)):
+            self.segments.distrust(number, f"{damaged.count(number)} of its chunks had a wrong checksum")
+
     def _route(self, locations: Sequence[SlotLocation], chunks: Sequence[Chunk], first: int, route: _Route) -> bool:
         """Add slots to `route`, up to the first one that this process cannot reach: pinned ones, and those that only a transfer
         engine reaches. `first`: place of the first. Whether all are reached."""
         count, done = min(len(locations), len(chunks)), 0
+        strides, verifies = self._strides, self._verifies
         while done < count:
             pinned = self.segments.pin_prefix(locations[done:count])
             route.slabs.extend(pinned.slabs)
             for slot in pinned.slots:
                 location, chunk = locations[done], chunks[done]
-                if location.tokens != chunk.tokens or location.slot_bytes != self._stride:
+                if location.tokens != chunk.tokens or location.slot_bytes not in strides:
                     break
-                route.mapped.append(SlotTransfer(slot, self.header(chunk, location.generation), chunk.start, chunk.skip))
+                header = self.header(chunk, location.generation)
+                trailer = self._trailer(slot, location) if verifies and random.random() < verifies else 0
+                route.mapped.append(SlotTransfer(slot, header, chunk.start, chunk.skip, b"", trailer))
                 route.mapped_places.append(first + done)
                 done += 1
             if done == count:
@@ -447,7 +488,7 @@ class ChunkPool:
             location, chunk = locations[done], chunks[done]
             elsewhere = self.segments.remote(location) if self._remote is not None else None
             # Where a payload lies depends on the slots' size; that of this namespace's chunks is known.
-            if elsewhere is None or location.tokens != chunk.tokens or location.slot_bytes != self._stride:
+            if elsewhere is None or location.tokens != chunk.tokens or location.slot_bytes not in self._strides:
                 self.metrics.count("unreachable")
                 return False
             route.remote.append(RemoteRead(elsewhere, self.header(chunk, location.generation), chunk.start, chunk.skip))
@@ -509,10 +550,25 @@ class ChunkPool:
                 unplaced.append(chunk)
                 continue
             slab = SlabHeader(grant.format_generation, location.slot_bytes, grant.slots).pack()
-            transfers.append(SlotTransfer(slot, self.header(chunk, location.generation), chunk.start, 0, slab))
+            header, trailer = self.header(chunk, location.generation), self._trailer(slot, location) if self._verifies else 0
+            transfers.append(SlotTransfer(slot, header, chunk.start, 0, slab, trailer))
             written.append(chunk)
         self._revoke(refused)
         return unplaced
+
+    def _mend_slab_headers(self, refused: Sequence[SlotTransfer]) -> None:
+        """Rewrite slab headers that kept writes away by a later format than the tickets'. Inside the gate there is none: a slab
+        is not formatted anew while one of its tickets is out, and tickets of earlier mounts do not get in. So the header is
+        damaged, and would keep every writer away for good."""
+        try:
+            for slab, header in {transfer.slot.slab: transfer.slab_header for transfer in refused}.items():
+                if formatted_since(self.segments.read(slab, 0, HEADER_BYTES), header):
+                    self.segments.write(slab, 0, header)
+                    self.metrics.count("slab_headers_mended")
+                    logger.warning("slab %d on %s: its header was damaged, and is mended", slab.index, slab.device)
+        except TRANSFER_ERRORS as error:
+            self.metrics.count("transfer_errors")
+            logger.warning("slab headers cannot be looked at: %s", error)
 
     def _abandon(self, transfers: list[SlotTransfer]) -> None:
         for transfer in transfers:

@@ -119,3 +119,26 @@ def test_marks_are_bounded(engine: VCacheEngine) -> None:
     names = [index.to_bytes(16, "big") for index in range(MAX_BROKEN + 10)]
     engine.pool.mark_broken(names)
     assert engine.pool.broken(names) == names[10:]
+
+
+@pytest.mark.parametrize("bit", [0, 40])
+def test_a_slab_header_of_a_later_format_is_mended(engine: VCacheEngine, bit: int) -> None:
+    """One flipped bit in the generation of a slab's format kept every writer away for good, while the manager went on to give
+    out its slots first: nothing was stored any more."""
+    store(engine)
+    lender = engine._resources.lender
+    assert lender is not None
+    for info in engine.manager.segments()[0].slabs:
+        slab = lender.slab(info.index)
+        assert slab is not None
+        assert slab.buffer is not None
+        if any(slab.buffer[:64]):
+            whole = int.from_bytes(slab.buffer[8:16], "little")
+            slab.buffer[8:16] = (whole + (1 << bit)).to_bytes(8, "little")
+    paged = Paged.zeros(spec_for(LAYOUT), LAYOUT, 8, 8)
+    other = [token + 1000 for token in TOKENS]
+    for _ in range(2):
+        engine.store(other, kvcaches=paged.tensors, slot_mapping=torch.tensor(TOKENS))
+    assert engine.lookup(other) == len(other)
+    assert counter(engine, "slab_headers_mended") >= 1
+    assert retrieve(engine) == len(TOKENS), "what was there before is still right"

@@ -20,6 +20,7 @@ from protocol_suite import SUITE, Bench
 
 from vcache.errors import ArgumentError, DeviceUnavailableError
 from vcache.paged import kernels
+from vcache.paged.checksum import trailer
 from vcache.paged.cpu_mover import CpuMover
 from vcache.paged.gpu_mover import GpuMover
 from vcache.paged.gpu_staging import TablePool
@@ -65,6 +66,29 @@ def test_every_word_width(dtype: str, mover: GpuMover) -> None:
     for head_size, (layout, row_format) in product((1, 2, 4, 8), ((ORDERS[0], "planes"), (ORDERS[7], "fused"))):
         spec = make_spec(dtype, 1, 3, head_size, row_format)
         round_trip(Case(spec, layout, layout, 4, 4, (9,), 1, 0, 0, "random", 3), mover)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_size", "tokens"),
+    [("uint8", 1, 3, 1), ("uint8", 1, 3, 7), ("bfloat16", 4, 64, 15), ("bfloat16", 4, 64, 16), ("float32", 2, 61, 13)],
+)
+def test_checksums_equal_numpys(dtype: str, heads: int, head_size: int, tokens: int, mover: GpuMover) -> None:
+    """Payloads that end within a word or a block, or with one."""
+    spec = make_spec(dtype, 2, heads, head_size)
+    source = PagedCache.bind(make_tensors(spec, *ORDERS[0], 8, 4), spec)
+    for programs in (1, 3):
+        slots = Slots.make(spec, tokens, 4)
+        tickets = [slots.transfer(slot, tokens, 0) for slot in (0, 2)]
+        tickets = [
+            ticket._replace(trailer=slots.pinned(slot + 1).payload_offset) for slot, ticket in zip((0, 2), tickets, strict=True)
+        ]
+        kind = GpuMover(torch.device("cpu"), grid=programs)
+        assert kind.store(source, torch.arange(32), tickets, WRITER).verified() == [True] * 2
+        for slot, ticket in zip((0, 2), tickets, strict=True):
+            expected = trailer(memoryview(slots.payload_at(slot, tokens)), ticket.header.generation)
+            assert slots.read(ticket.trailer, len(expected)) == expected
+        for reader in (mover, CpuMover()):
+            assert reader.load(source, torch.arange(32), tickets).verified() == [True] * 2
 
 
 @pytest.mark.parametrize("shift", [1, 2, 4, 8])

@@ -9,6 +9,7 @@ import torch
 from paged_world import ORDERS, WRITER, Model, Slots, make_spec, make_tensors
 
 from vcache.errors import ArgumentError
+from vcache.paged.checksum import TRAILER_BYTES, trailer
 from vcache.paged.layout import PagedCache
 from vcache.segment.slots import SlabHeader
 
@@ -33,6 +34,17 @@ class Bench:
         done = self.mover.load(self.cache, self.mapping, transfers)
         assert done.wait(30)
         return list(done.verified())
+
+    def sealed(self, slot: int, tokens: int, start: int) -> Any:
+        """A ticket with a trailer behind its payload, where the next slot begins."""
+        ticket = self.slots.transfer(slot, tokens, start)
+        return ticket._replace(trailer=self.slots.pinned(slot + 1).payload_offset)
+
+    def damaged(self, *transfers: Any) -> list[int]:
+        done = self.mover.load(self.cache, self.mapping, transfers)
+        assert done.wait(30)
+        assert not any(done.verified()[place] for place in done.damaged())
+        return list(done.damaged())
 
     def untouched(self, action: Any) -> bool:
         model = Model(self.spec, ORDERS[0][0], self.tensors)
@@ -141,6 +153,66 @@ def nothing_to_do_is_done(bench: Bench) -> None:
     assert bench.store() == []
 
 
+def a_sealed_slot_is_verified(bench: Bench) -> None:
+    whole, part = bench.sealed(0, 8, 0), bench.sealed(2, 5, 8)
+    assert bench.store(whole, part) == [True, True]
+    for ticket, slot, tokens in ((whole, 0, 8), (part, 2, 5)):
+        expected = trailer(memoryview(bench.slots.payload_at(slot, tokens)), ticket.header.generation)
+        assert bench.slots.read(ticket.trailer, TRAILER_BYTES) == expected
+    assert bench.load(whole, part, part._replace(skip=2, trailer=0)) == [True] * 3
+    assert bench.damaged(whole, part) == []
+    before = bench.slots.read(part.trailer, TRAILER_BYTES)
+    assert bench.store(bench.slots.transfer(2, 8, 16)) == [True]
+    assert bench.slots.read(part.trailer, TRAILER_BYTES) == before, "who knows of no trailer leaves it alone"
+
+
+def a_changed_bit_is_damage(bench: Bench) -> None:
+    ticket, other = bench.sealed(0, 7, 0), bench.sealed(2, 8, 8)
+    assert bench.store(ticket, other) == [True, True]
+    start, nbytes = ticket.slot.payload_offset, ticket.header.payload_bytes
+    for place in (start, start + 100, start + nbytes - 1, ticket.trailer, ticket.trailer + 7):
+        (byte,) = bench.slots.read(place, 1)
+        bench.slots.write(place, bytes([byte ^ 0x80]))
+        assert bench.damaged(other, ticket) == [1]
+        assert bench.load(other, ticket._replace(skip=3)) == [True, False], "also where only a part is wanted"
+        assert bench.load(ticket._replace(trailer=0)) == [True], "nobody asked"
+        bench.slots.write(place, bytes([byte]))
+        assert bench.damaged(other, ticket) == []
+
+
+def two_sign_bits_are_damage(bench: Bench) -> None:
+    """Sums of words, each times an odd number, do not see it: the highest bits cancel each other out."""
+    ticket = bench.sealed(0, 8, 0)
+    assert bench.store(ticket) == [True]
+    for place in (7, 71, 503):
+        (byte,) = bench.slots.read(ticket.slot.payload_offset + place, 1)
+        bench.slots.write(ticket.slot.payload_offset + place, bytes([byte ^ 0x80]))
+        assert bench.damaged(ticket) == [0]
+
+
+def a_trailer_of_another_generation_does_not_count(bench: Bench) -> None:
+    first = bench.sealed(0, 8, 0)
+    assert bench.store(first) == [True]
+    second = bench.slots.transfer(0, 8, 16)
+    assert bench.store(second) == [True]
+    assert bench.load(second._replace(trailer=first.trailer)) == [True]
+
+
+def a_stale_slot_is_no_damage(bench: Bench) -> None:
+    old = bench.sealed(0, 8, 0)
+    assert bench.store(old) == [True]
+    assert bench.store(bench.slots.transfer(0, 8, 16)) == [True]
+    assert bench.damaged(old) == []
+    assert bench.load(old) == [False]
+
+
+def a_trailer_within_the_payload_is_refused(bench: Bench) -> None:
+    ticket = bench.slots.transfer(0, 8, 0)
+    for place in (ticket.slot.payload_offset + 8, bench.slots.slab.nbytes - 8):
+        with pytest.raises(ArgumentError, match="trailer"):
+            bench.mover.load(bench.cache, bench.mapping, [ticket._replace(trailer=place)])
+
+
 SUITE = [
     stale_generation_is_not_verified_and_not_loaded,
     any_other_header_is_not_verified,
@@ -151,4 +223,10 @@ SUITE = [
     one_bad_slot_among_good_ones,
     wrong_arguments,
     nothing_to_do_is_done,
+    a_sealed_slot_is_verified,
+    a_changed_bit_is_damage,
+    two_sign_bits_are_damage,
+    a_trailer_of_another_generation_does_not_count,
+    a_stale_slot_is_no_damage,
+    a_trailer_within_the_payload_is_refused,
 ]

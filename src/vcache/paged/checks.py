@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError, SegmentError
 from ..segment.mapping import MappedSlab
+from .checksum import TRAILER_BYTES
 from .layout import PagedCache
 from .mover import SlotTransfer
 
@@ -24,7 +25,7 @@ def check_transfers(
     this mover cannot reach. Costs half a microsecond per transfer."""
     covered, token_bytes = len(slot_mapping), cache.spec.token_bytes
     reached: MappedSlab | None = None
-    for position, ((slab, _, payload_offset), header, start, skip, _) in enumerate(transfers):
+    for position, ((slab, _, payload_offset), header, start, skip, _, trailer) in enumerate(transfers):
         tokens, payload_bytes = header.tokens, header.payload_bytes
         if not 0 <= skip < tokens or start < 0 or start + tokens - skip > covered:
             raise ArgumentError(
@@ -37,6 +38,8 @@ def check_transfers(
             )
         if payload_offset + payload_bytes > slab.nbytes:
             raise ArgumentError(f"transfer {position}: payload reaches beyond the end of its slab ({slab.nbytes} bytes)")
+        if trailer and not payload_offset + payload_bytes <= trailer <= slab.nbytes - TRAILER_BYTES:
+            raise ArgumentError(f"transfer {position}: trailer at {trailer} lies in the payload or beyond the end of its slab")
         if slab is not reached and not reaches(slab):
             raise SegmentError(f"transfer {position}: {slab.kind} slab on {slab.device} is out of reach of {cache.device}")
         reached = slab

@@ -21,8 +21,9 @@ from ..segment.host import Fence
 from ..segment.mapping import MappedSlab
 from ..segment.slots import HEADER_BYTES, SlotHeader, formatted_since
 from .checks import check_transfers
+from .checksum import TRAILER_BYTES, contradicts, trailer
 from .layout import PagedCache, Region
-from .mover import Mover, SlotTransfer, Transfer
+from .mover import Mover, Outcome, SlotTransfer, Transfer
 from .plan import Blocks, Part, Rows, Run, Slots, plan
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class CpuMover(Mover):
         done = self._each(transfers, lambda transfer: self._load_one(cache, slots, transfer))
         return FinishedTransfer(done, time.perf_counter() - began)
 
-    def _each(self, transfers: Sequence[SlotTransfer], move: Callable[[SlotTransfer], bool]) -> list[bool]:
+    def _each(self, transfers: Sequence[SlotTransfer], move: Callable[[SlotTransfer], Outcome]) -> list[Outcome]:
         """NumPy copies long runs without the interpreter's lock, so threads share the memory bandwidth of several cores."""
         nbytes = sum(transfer.header.payload_bytes for transfer in transfers)
         if self._executor is None or len(transfers) < 2 or nbytes < PARALLEL_BYTES:
@@ -80,33 +81,41 @@ class CpuMover(Mover):
         wait(moving)  # also when one breaks: whoever hears of that takes all as ended
         return [each.result() for each in moving]
 
-    def _store_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer, writer: bytes) -> bool:
+    def _store_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer, writer: bytes) -> Outcome:
         memory, offset = _buffer(transfer.slot.slab), transfer.slot.header_offset
         header = transfer.header
         odd = header.writing(writer)
         if transfer.slab_header and not _format(memory, transfer.slab_header):
-            return False
+            return Outcome.FAILED
         found = SlotHeader.unpack(memory[offset : offset + HEADER_BYTES])
         if found is not None and found.generation > odd.generation:
-            return False
+            return Outcome.FAILED
         self._write_header(memory, offset, odd.announce_parts())
         self._move(cache, slots[transfer.start : transfer.start + header.tokens], transfer, to_slot=True)
+        if transfer.trailer:
+            sealed = trailer(_payload(memory, transfer), header.generation)
+            memory[transfer.trailer : transfer.trailer + TRAILER_BYTES] = sealed
         self._fence()
         if memory[offset : offset + HEADER_BYTES] != odd.pack():
-            return False
+            return Outcome.FAILED
         self._write_header(memory, offset, header.publish_parts())
-        return True
+        return Outcome.VERIFIED
 
-    def _load_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer) -> bool:
+    def _load_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer) -> Outcome:
         memory, offset = _buffer(transfer.slot.slab), transfer.slot.header_offset
         expected = transfer.header.pack()
         if memory[offset : offset + HEADER_BYTES] != expected:
-            return False
+            return Outcome.FAILED
         self._fence()
         count = transfer.header.tokens - transfer.skip
         self._move(cache, slots[transfer.start : transfer.start + count], transfer, to_slot=False)
+        damaged = False
+        if at := transfer.trailer:
+            damaged = contradicts(memory[at : at + TRAILER_BYTES], _payload(memory, transfer), transfer.header.generation)
         self._fence()
-        return memory[offset : offset + HEADER_BYTES] == expected
+        if memory[offset : offset + HEADER_BYTES] != expected:
+            return Outcome.FAILED
+        return Outcome.DAMAGED if damaged else Outcome.VERIFIED
 
     def _write_header(self, memory: memoryview, offset: int, parts: Iterable[tuple[int, bytes]]) -> None:
         """Write a slot header part by part; each is seen before the next, and all before anything that follows."""
@@ -126,10 +135,8 @@ class CpuMover(Mover):
         if views is None:
             views = self._views[cache] = [_view(region, cache) for region in cache.regions]
         parts = plan(slots, cache.block_size, all(view.seamless for view in views))
-        tokens, nbytes = transfer.header.tokens, cache.spec.payload_bytes(transfer.header.tokens)
-        start = transfer.slot.payload_offset
-        payload = np.frombuffer(_buffer(transfer.slot.slab)[start : start + nbytes], np.uint8)
-        payload = payload.reshape(len(views), tokens, -1)[:, transfer.skip :]
+        payload = np.frombuffer(_payload(_buffer(transfer.slot.slab), transfer), np.uint8)
+        payload = payload.reshape(len(views), transfer.header.tokens, -1)[:, transfer.skip :]
         for view, rows in zip(views, payload, strict=True):
             body = rows.view(view.rows.dtype).reshape(len(rows), *view.row)
             for part in parts:
@@ -139,8 +146,8 @@ class CpuMover(Mover):
 class FinishedTransfer(Transfer):
     """A transfer that was over before it was handed out."""
 
-    def __init__(self, verified: list[bool], seconds: float) -> None:
-        self._verified = verified
+    def __init__(self, outcomes: list[Outcome], seconds: float) -> None:
+        self._outcomes = outcomes
         self._seconds = seconds
 
     @property
@@ -154,13 +161,21 @@ class FinishedTransfer(Transfer):
         return True
 
     def verified(self) -> list[bool]:
-        return list(self._verified)
+        return [outcome is Outcome.VERIFIED for outcome in self._outcomes]
+
+    def damaged(self) -> list[int]:
+        return [place for place, outcome in enumerate(self._outcomes) if outcome is Outcome.DAMAGED]
 
 
 def _buffer(slab: MappedSlab) -> memoryview:
     if slab.buffer is None:
         raise SegmentError(f"slab on {slab.device}: not mapped in host memory, the CPU mover cannot reach it")
     return slab.buffer
+
+
+def _payload(memory: memoryview, transfer: SlotTransfer) -> memoryview:
+    start = transfer.slot.payload_offset
+    return memory[start : start + transfer.header.payload_bytes]
 
 
 def _format(memory: memoryview, slab_header: bytes) -> bool:

@@ -21,12 +21,12 @@ import triton
 from ..errors import ArgumentError, DeviceUnavailableError
 from ..segment.mapping import MappedSlab, PinnedSlot
 from ..segment.slots import HEADER_BYTES, SlotHeader, align_up
-from . import kernels
+from . import checksum_kernels, kernels
 from .checks import check_transfers
 from .gpu_staging import Table, TablePool
-from .launch import CacheLaunches
+from .launch import CacheLaunches, Launch
 from .layout import PagedCache
-from .mover import Mover, SlotTransfer, Transfer
+from .mover import Mover, Outcome, SlotTransfer, Transfer
 from .tiling import alignment, tiling
 
 LOCAL_PROGRAMS_PER_SM = 3
@@ -111,6 +111,8 @@ class GpuMover(Mover):
         }
         self._setup = _Lane(device, priority=0, blocking=False)
         self._lock = threading.Lock()
+        self._add_up = Launch(checksum_kernels.add_up, {}, warps=4)
+        self._compare = {store: Launch(checksum_kernels.compare, {"STORE": store}, warps=1) for store in (True, False)}
         self._shapes: WeakKeyDictionary[PagedCache, dict[int, CacheLaunches]] = WeakKeyDictionary()
 
     def reaches(self, slab: MappedSlab) -> bool:
@@ -162,17 +164,22 @@ class GpuMover(Mover):
         lane, count = self._lanes[store], len(transfers)
         lane.follow()
         begin = lane.mark() if store else None
-        table = lane.tables.take(count, kernels.PARAMS.value + kernels.CHUNK.value * count + len(slot_mapping))
+        table = lane.tables.take(count, kernels.PARAMS.value + (kernels.CHUNK.value + 2) * count + 1 + len(slot_mapping))
         extent = table.fill(transfers)
         shape = self._shape(cache, extent.addresses)
         tiles = shape.tiling.tiles(extent.tokens)
         table.finish(extent, slot_mapping, tiles=tiles, num_slots=cache.num_slots, writer=writer, stream=lane.handle)
-        programs = min(self._programs(extent.devices, store), tiles * len(cache.regions) * count)
+        most = self._programs(extent.devices, store)
+        programs = min(most, tiles * len(cache.regions) * count)
         narrow = slot_mapping.dtype == torch.int32 and slot_mapping.device.type != "cpu"
         launches = shape.launches(store, narrow)
         with nullcontext() if launches.warm else lane.current():
             launches.announce(count, lane.handle, table.device)
             launches.move(programs, lane.handle, table.device, shape.regions)
+            if extent.trailers:
+                with lane.current():
+                    self._add_up(min(most, extent.blocks * count), lane.handle, table.device)
+                    self._compare[store](count, lane.handle, table.device)
             launches.publish(count, lane.handle, table.device)
         table.event = lane.mark()
         transfer = GpuTransfer(table, table.event, count, cache.num_slots, begin)
@@ -271,7 +278,10 @@ class GpuTransfer(Transfer):
         """As `Transfer.verified`. Raises `ArgumentError` before `done`."""
         if not self.done():
             raise ArgumentError("transfer: verified() asked before it is done")
-        return [bool(good) for good, _ in self._results]
+        return [outcome == Outcome.VERIFIED for outcome, _ in self._results]
+
+    def damaged(self) -> list[int]:
+        return [place for place, (outcome, _) in enumerate(self._results) if outcome == Outcome.DAMAGED]
 
     def wait_stream(self, stream: torch.cuda.Stream) -> None:
         """Let everything queued on `stream` from now on come after this transfer. Does not block the host."""

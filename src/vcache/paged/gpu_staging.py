@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ..errors import DeviceUnavailableError
+from .checksum import BLOCK
 from .kernels import CHUNK, PARAMS
 from .mover import SlotTransfer
 
@@ -30,6 +31,10 @@ class Extent(NamedTuple):
     """All payload addresses, or-ed: tells by how many bytes they are aligned."""
     devices: set[str]
     """Where the slabs lie."""
+    trailers: list[int]
+    """Addresses of the slots' trailers, 0 for none; empty when there is not a single one."""
+    blocks: int
+    """Of the longest payload's checksum."""
 
 
 class Settles(Protocol):
@@ -62,8 +67,10 @@ class Table:
     def fill(self, transfers: Sequence[SlotTransfer]) -> Extent:
         """Write the chunks into the host table."""
         offset, step, memory, pack = PARAMS.value * _WORD, CHUNK.value * _WORD, self._bytes, _CHUNK.pack_into
-        longest, addresses, devices = 0, 0, set()
-        for (slab, header_offset, payload_offset), header, start, skip, slab_header in transfers:
+        longest, addresses, devices, longest_bytes = 0, 0, set(), 0
+        trailers: list[int] = []
+        for place, (slot, header, start, skip, slab_header, trailer) in enumerate(transfers):
+            slab, header_offset, payload_offset = slot
             base, tokens = slab.device_address, header.tokens
             payload = base + payload_offset
             slab_address = base if slab_header else 0
@@ -86,7 +93,11 @@ class Table:
             devices.add(slab.device)
             if tokens - skip > longest:
                 longest = tokens - skip
-        return Extent(len(transfers), longest, addresses, devices)
+            if trailer:
+                trailers += [0] * (place - len(trailers)) + [base + trailer]
+                longest_bytes = max(longest_bytes, header.payload_bytes)
+        trailers += [0] * (len(transfers) - len(trailers)) if trailers else []
+        return Extent(len(transfers), longest, addresses, devices, trailers, -(-longest_bytes // (8 * BLOCK)))
 
     def finish(
         self, extent: Extent, slot_mapping: torch.Tensor, *, tiles: int, num_slots: int, writer: bytes, stream: int
@@ -99,13 +110,19 @@ class Table:
             address = self._device_address + used * _WORD
             self.host[used : used + len(slot_mapping)].copy_(slot_mapping)
             used += len(slot_mapping)
-        _PARAMS.pack_into(self._bytes, 0, extent.chunks, tiles, address, num_slots, self._results_address, 0, writer)
+        trailers = 0
+        if extent.trailers:
+            trailers = self._device_address + used * _WORD
+            words = [extent.blocks, *(word for at in extent.trailers for word in (at, 0))]
+            self.host[used : used + len(words)] = torch.tensor(words)
+            used += len(words)
+        _PARAMS.pack_into(self._bytes, 0, extent.chunks, tiles, address, num_slots, self._results_address, trailers, writer)
         if self._upload is not None:
             self._upload(self._device_address, self._host_address, used * _WORD, stream)
 
     def read(self, chunks: int) -> list[tuple[int, int]]:
-        """Per chunk: verified, number of slots out of range. Only after the event."""
-        return [(verified, outside) for verified, outside in self._results[:chunks].tolist()]
+        """Per chunk: an `Outcome`, number of slots out of range. Only after the event."""
+        return [(outcome, outside) for outcome, outside in self._results[:chunks].tolist()]
 
 
 class TablePool:

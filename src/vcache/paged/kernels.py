@@ -27,7 +27,9 @@ PARAM_MAPPING = tl.constexpr(2)
 PARAM_SLOTS = tl.constexpr(3)
 """Slots of the paged cache."""
 PARAM_RESULTS = tl.constexpr(4)
-"""Address of two 32-bit results per chunk: verified, and tokens with a slot out of range."""
+"""Address of two 32-bit results per chunk: an `Outcome`, and tokens with a slot out of range."""
+PARAM_TRAILERS = tl.constexpr(5)
+"""Address of what `checksum_kernels` need; 0 when they are not launched."""
 PARAM_WRITER = tl.constexpr(6)
 """Two words: the writer's client id."""
 
@@ -163,7 +165,8 @@ def publish(table, STORE: tl.constexpr, SYSTEM: tl.constexpr):
     else:
         good = good & (tl.sum((seen != wanted).to(tl.int32)) == 0)
     results = tl.load(table + PARAM_RESULTS).to(tl.pointer_type(tl.int32)) + 2 * chunk
-    tl.store(results, good.to(tl.int32))
+    live = tl.load(row + CHUNK_LIVE)  # more than 1: what `compare` found
+    tl.store(results, tl.where(good, live, 0).to(tl.int32))
     tl.store(results + 1, errors.to(tl.int32))
 
 

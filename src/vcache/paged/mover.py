@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..segment.mapping import MappedSlab, PinnedSlot
@@ -13,6 +14,15 @@ if TYPE_CHECKING:
     import torch
 
     from .layout import PagedCache
+
+
+class Outcome(IntEnum):
+    """What became of one slot."""
+
+    FAILED = 0
+    VERIFIED = 1
+    DAMAGED = 2
+    """Loads only: the header stood, and the checksum says that the payload is not what was stored."""
 
 
 class SlotTransfer(NamedTuple):
@@ -28,6 +38,8 @@ class SlotTransfer(NamedTuple):
     """Loads only: leading tokens of the chunk that stay untouched."""
     slab_header: bytes = b""
     """Stores only: written first when the slab carries another one."""
+    trailer: int = 0
+    """Offset in the slab of the slot's trailer (`checksum.py`), which is written, or verified; 0: it is not."""
 
 
 class Transfer(ABC):
@@ -50,6 +62,10 @@ class Transfer(ABC):
     def verified(self) -> list[bool]:
         """Per `SlotTransfer`, once done. Load: header equal before and after, so the bytes are the chunk's. Store: our odd
         header stood until the payload had landed, so the even one was written."""
+
+    def damaged(self) -> list[int]:
+        """Positions of loads that are not verified because the checksum was wrong, once done."""
+        return []
 
 
 class Mover(ABC):

@@ -63,12 +63,16 @@ class _Local(NamedTuple):
 class _Segment:
     """What a number stands for. Replaced, never changed, but for `stalled_until`."""
 
-    __slots__ = ("addresses", "info", "link", "local", "problem", "slabs", "stalled_until")
+    __slots__ = ("addresses", "distrusted", "info", "link", "local", "problem", "slabs", "stalled_until")
 
-    def __init__(self, info: SegmentInfo, local: _Local | None, link: Link | None, problem: str, elsewhere: bool) -> None:
+    def __init__(
+        self, info: SegmentInfo, local: _Local | None, link: Link | None, problem: str, elsewhere: bool, distrusted: str
+    ) -> None:
         self.info = info
         self.addresses = {slab.index: slab.address for slab in info.slabs if slab.address} if elsewhere else {}
         """Of slabs on another host that a transfer engine can read; never of this host's, which are mapped."""
+        self.distrusted = distrusted
+        """Why nothing is read or written there any more; empty for a segment in use."""
         self.local = local
         self.link = link
         self.problem = problem
@@ -76,6 +80,8 @@ class _Segment:
         self.stalled_until = 0.0
 
     def find(self, index: int) -> MappedSlab | None:
+        if self.distrusted:
+            return None
         if self.local is not None:
             return self.local.find(index)
         return self.link.mapped.get(index) if self.link is not None else None
@@ -112,6 +118,7 @@ class SegmentMap:
         """Highest segment number announced in this epoch, or waited for in vain."""
         self._links: dict[bytes, Link] = {}
         self._locals: dict[bytes, _Local] = {}
+        self._distrusted: dict[bytes, str] = {}
         self._backing_lock = threading.Lock()
         self._backings: dict[tuple[SegmentKind, str], SlabBacking] = {}
         self._geometries: dict[tuple[int, int], SlabGeometry] = {}
@@ -146,7 +153,7 @@ class SegmentMap:
                 else:
                     link = self._link(info)
             elsewhere = local is None and info.host != self._host and bool(info.endpoint)
-            self._segments[info.number] = _Segment(info, local, link, problem, elsewhere)
+            self._segments[info.number] = _Segment(info, local, link, problem, elsewhere, self._distrusted.get(info.uuid, ""))
             self._newest = max(self._newest, info.number)
             self._announced.notify_all()
             if link is not None:
@@ -265,6 +272,21 @@ class SegmentMap:
         whose mapping failed lately. Tries failed ones again after `retry_after`. Waits at most `timeout` for lenders that
         have just been announced."""
         return sorted(self.problems())
+
+    def distrust(self, number: int, problem: str) -> None:
+        """Use this segment no more, for as long as this process lives, under whatever number it comes back. Slots that are
+        pinned stay so. Unknown numbers are ignored. Does not block."""
+        with self._lock:
+            segment = self._segments.get(number)
+            if segment is None or segment.distrusted:
+                return
+            segment.distrusted = self._distrusted[segment.info.uuid] = problem
+        logger.error(
+            "segment %d on %s is used no more by this process: %s; restart its lender, and look at that memory",
+            number,
+            segment.info.device,
+            problem,
+        )
 
     def problems(self) -> dict[int, str]:
         """`unreachable`, with the reasons."""
@@ -396,8 +418,8 @@ class SegmentMap:
 
     def _problem(self, segment: _Segment, deadline: float) -> str:
         link = segment.link
-        if link is None:
-            return segment.problem
+        if link is None or segment.distrusted:
+            return segment.distrusted or segment.problem
         now = time.monotonic()
         if link.state == "idle" and link.problem and now >= link.retry_at:
             link.settled.clear()

@@ -252,12 +252,14 @@ class WorkerSide:
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _open(self, kv_caches: Mapping[str, torch.Tensor]) -> ShardStore:
+        from ...paged.checksum import slot_bytes_for
         from ...paged.layout import PagedCache
         from ...paged.select import mover_for
 
         spec = worker_spec(self._vllm_config, self._group, len(kv_caches), self._rank.shard)
         cache = PagedCache.bind(kv_caches, spec)
-        slot_bytes = spec.payload_bytes(self._chunk_tokens)
+        checksum = self._settings.config.cache.checksum
+        slot_bytes = slot_bytes_for(spec.payload_bytes(self._chunk_tokens), checksum)
         segment = lendable(self._settings, slot_bytes, cache.device)
         config = msgspec.structs.replace(self._settings.config, segment=segment)
         mover = mover_for(cache, config.transfer)
@@ -275,6 +277,7 @@ class WorkerSide:
                 placement=config.cache.placement,
                 namespace=self._namespace,
                 remote=resources.remote,
+                checksum=checksum,
             )
             resources.manager.set_write_gate(pool.wait_writes)
             lower = resources.open_lower_tier(config, pool, metrics)

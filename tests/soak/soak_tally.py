@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from soak.checker import Read
+from soak_checker import Read
 
 COLUMNS = ("reached", "writer killed", "manager killed", "lender killed")
 
@@ -27,8 +27,8 @@ class Tally:
     hangs: int = 0
     deaths: int = 0
     """Processes that ended although nobody killed them."""
-    longest: float = 0.0
-    """Seconds of the longest call, without the time that it was halted."""
+    longest: dict[str, float] = field(default_factory=dict)
+    """Seconds of the longest call of each function, without the time that it was halted."""
 
     @property
     def failures(self) -> int:
@@ -37,6 +37,9 @@ class Tally:
     @property
     def failed(self) -> bool:
         return self.failures > 0
+
+    def ended(self, function: str, seconds: float) -> None:
+        self.longest[function] = max(self.longest.get(function, 0.0), seconds)
 
     def read(self, read: Read) -> None:
         self.asked += read.asked
@@ -48,7 +51,8 @@ class Tally:
         """Several lines."""
         lines = [
             f"{sum(self.rounds.values())} rounds in {seconds:.0f} s: {_list(self.rounds)}",
-            f"{sum(self.calls.values())} calls: {_list(self.calls)}; the longest took {self.longest:.1f} s, halts left out",
+            f"{sum(self.calls.values())} calls: {_list(self.calls)}",
+            f"longest, halts left out: {', '.join(f'{name} {longest:.1f} s' for name, longest in self.longest.items())}",
             f"{self.asked} tokens asked for, {self.compared} delivered and compared",
             "",
             "  ".join(("window".ljust(12), *COLUMNS)),

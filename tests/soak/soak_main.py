@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from soak.duels import DUELS
-from soak.schedule import schedule
-from soak.tally import Tally
-from soak.world import World
+from soak_duels import DUELS
+from soak_schedule import schedule
+from soak_tally import Tally
+from soak_world import World
 
 ROUNDS = {**DUELS, "random": schedule}
-WEIGHTS = {"payloads": 4, "torn-headers": 3, "announcements": 3, "random": 3, "mounts": 2, "closings": 2}
+WEIGHTS = {"payloads": 3, "torn-headers": 3, "stale-tickets": 3, "announcements": 2, "random": 2, "mounts": 2, "closings": 2}
 """Others: 1."""
 PROGRESS = 30.0
 """Seconds between two lines."""
@@ -36,6 +36,15 @@ def options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=None, help="of all choices; default: a new one, which is printed")
     parser.add_argument("--only", choices=sorted(ROUNDS), default="", help="rounds of one kind")
     parser.add_argument("--first", action="store_true", help="end at the first failure")
+    parser.add_argument(
+        "--without-gate",
+        dest="without",
+        nargs="?",
+        const="gate",
+        default="",
+        choices=("gate", "fence", "count"),
+        help="workers undo the write gate, or one half of it: the soak must fail",
+    )
     parser.add_argument("--verbose", action="store_true", help="print what happens in every round, not only in failed ones")
     return parser.parse_args(arguments)
 
@@ -62,19 +71,27 @@ def soak(tally: Tally, seed: int, until: float, chosen: argparse.Namespace) -> N
     order = random.Random(seed)
     names = [chosen.only] if chosen.only else list(ROUNDS)
     weights = [WEIGHTS.get(name, 1) for name in names]
-    with World(random.Random(seed), tally) as world:
+    with World(random.Random(seed), tally, without=chosen.without) as world:
         number = 0
         while time.monotonic() < until and not (chosen.first and tally.failed):
             number += 1
             name = order.choices(names, weights)[0]
             world.begin_round(random.Random(f"{seed}/{number}"))
-            failures = tally.failures
+            failures, began = tally.failures, time.monotonic()
             ROUNDS[name](world)
             world.end_round()
             tally.rounds[name] += 1
             if tally.failures > failures or chosen.verbose:
                 what = "FAILED" if tally.failures > failures else "clean"
-                print("\n".join([f"round {number} ({name}): {what}", *(f"    {line}" for line in world.log)]), flush=True)
+                print(
+                    "\n".join(
+                        [
+                            f"round {number} ({name}): {what}, {time.monotonic() - began:.1f} s",
+                            *(f"    {line}" for line in world.log),
+                        ]
+                    ),
+                    flush=True,
+                )
             if time.monotonic() > told + PROGRESS:
                 told = time.monotonic()
                 print(f"{number} rounds, {tally.compared} tokens compared, {tally.wrong} wrong", flush=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-from soak.windows import HEADER_STORES, Aim
-from soak.world import CHUNK, Call, World
+from soak_windows import HEADER_STORES, Aim
+from soak_world import CHUNK, Call, World
 
 Event = Callable[[World, Call], None]
 
@@ -18,16 +18,7 @@ def payloads(world: World) -> None:
     count = min(rng.choice([2, 2, 3, 4]), world.capacity)
     early = rng.randrange(count - 1)
     late = rng.randint(early + 1, count - 1)
-    first = [_aim(rng, "payload", early), _aim(rng, "payload", late)]
-    second = [_aim(rng, rng.choice(["begun", "granted"]))]
-    _prepare(world, fresh=rng.random() < 0.7)
-    one, two = rng.sample(world.free(), 2)
-    a = _store(world, one, "A", count, first)
-    restart(world, a)
-    b = _store(world, two, "B", rng.choice([world.capacity, rng.randint(1, world.capacity)]), second)
-    for call in (a, b, a):
-        _go_on(world, call)
-    _finish(world, [a, b])
+    _overtake(world, count, [_aim(rng, "payload", early), _aim(rng, "payload", late)])
 
 
 def announcements(world: World) -> None:
@@ -36,6 +27,14 @@ def announcements(world: World) -> None:
     count = rng.randint(1, min(3, world.capacity))
     first = [_aim(rng, rng.choice(["granted", "begun"])), *_points(rng, count, rng.randint(0, 2))]
     _duel(world, count, first, restart)
+
+
+def stale_tickets(world: World) -> None:
+    """As `announcements`, and the first writer comes to a payload while the other one has a ticket and has written nothing."""
+    rng = world.rng
+    count = rng.randint(1, min(3, world.capacity))
+    first = [_aim(rng, rng.choice(["granted", "begun"])), _aim(rng, "payload", rng.randrange(count))]
+    _overtake(world, count, first)
 
 
 def torn_headers(world: World) -> None:
@@ -110,12 +109,14 @@ def restart(world: World, call: Call) -> None:
 
 
 def close(world: World, call: Call) -> None:
-    """Another thread of the same process closes the engine."""
+    """Another thread of the same process closes the engine; what follows may happen meanwhile."""
     if call.over:
         return
     world.say(f"{call.actor.name}: close")
-    world.finish(world.begin(call.actor, "close"))
     call.actor.closed = True
+    closing = world.begin(call.actor, "close")
+    if world.rng.random() < 0.5:
+        world.finish(closing)
 
 
 def halted_mount(world: World, call: Call) -> None:
@@ -166,6 +167,20 @@ def _duel(world: World, count: int, first: Sequence[Aim], event: Event, *, fresh
     _finish(world, [a, b])
 
 
+def _overtake(world: World, count: int, first: Sequence[Aim]) -> None:
+    """Store A, halted; the manager restarts; store B, halted with its tickets; A comes to its next halt; B and then A go on."""
+    rng = world.rng
+    _prepare(world, fresh=rng.random() < 0.7)
+    one, two = rng.sample(world.free(), 2)
+    a = _store(world, one, "A", count, first)
+    restart(world, a)
+    size = rng.choice([world.capacity, rng.randint(1, world.capacity)])
+    b = _store(world, two, "B", size, [_aim(rng, rng.choice(["begun", "granted"]))])
+    for call in (a, b, a):
+        _go_on(world, call)
+    _finish(world, [a, b])
+
+
 def _prepare(world: World, *, fresh: bool) -> None:
     """An empty pool, or one full of older prompts."""
     worker = world.rng.choice(world.free())
@@ -205,6 +220,7 @@ def _finish(world: World, calls: list[Call]) -> None:
             restart(world, call)
         else:
             _go_on(world, call)
+    world.finish_all()
     world.replenish()
     world.wait_ready()
     world.check()
@@ -230,6 +246,7 @@ def _points(rng: Random, chunks: int, most: int) -> list[Aim]:
 DUELS: dict[str, Callable[[World], None]] = {
     "payloads": payloads,
     "announcements": announcements,
+    "stale-tickets": stale_tickets,
     "torn-headers": torn_headers,
     "landings": landings,
     "closings": closings,

@@ -16,11 +16,12 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-import soak.lender
-import soak.worker
-from soak.checker import Read, whose
-from soak.tally import Tally
-from soak.windows import Aim, stopped
+import soak_lender
+import soak_worker
+from soak_checker import Read, whose
+from soak_mutants import Part
+from soak_tally import Tally
+from soak_windows import Aim, stopped
 from support.cluster import Command, EngineProcess, eventually
 from support.paged import spec_for
 
@@ -84,8 +85,8 @@ class Call:
 class World:
     """A context manager; leaves no process and no file behind."""
 
-    def __init__(self, rng: random.Random, tally: Tally, *, workers: int = 4, config: dict[str, Any] | None = None) -> None:
-        """`config`: more settings for workers, see `soak.worker.main`."""
+    def __init__(self, rng: random.Random, tally: Tally, *, workers: int = 4, without: Part = "") -> None:
+        """`without`: what workers undo."""
         self.rng = rng
         self.tally = tally
         self.log: list[str] = []
@@ -94,7 +95,7 @@ class World:
         """Of this round, by name."""
         # Not below the temporary folder of a test: a unix socket's path must stay short.
         self._folder = Path(tempfile.mkdtemp(prefix="vc-soak-"))
-        self._config = config or {}
+        self._without = without
         self._numbers = itertools.count()
         self._names = itertools.count(1)
         self._count = workers
@@ -178,7 +179,7 @@ class World:
             "env": self._env,
             "log": str(self._log_path(f"lender {number}")),
         }
-        lender = Actor(f"lender {number}", config, soak.lender.main)
+        lender = Actor(f"lender {number}", config, soak_lender.main)
         lender.chunks = chunks
         self.lenders.append(lender)
         return lender
@@ -190,9 +191,9 @@ class World:
             "segment": {"lend": False, "kind": "host", "broker_dir": str(self._folder)},
             "cache": {"chunk_size": CHUNK},
             "log": str(self._log_path(f"worker {number}")),
-            **self._config,
+            "without": self._without,
         }
-        self.workers.append(Actor(f"worker {number}", config, soak.worker.main))
+        self.workers.append(Actor(f"worker {number}", config, soak_worker.main))
         return self.workers[-1]
 
     def kill(self, actor: Actor) -> None:
@@ -241,6 +242,9 @@ class World:
         self.finish_all()
         self.replenish()
         self.wait_ready()
+        tokens = self.prompts[self.prompt("all", CHUNK * self.capacity)]
+        self.finish(self.begin(self.rng.choice(self.free()), "refill", tokens, self.rng.getrandbits(32)))
+        self.check(["all"])
 
     def freeze(self, actor: Actor) -> None:
         actor.signal(signal.SIGSTOP)
@@ -365,7 +369,7 @@ class World:
             self._overtaken(actor, number, value)
             return
         if actor in self.workers:
-            self.tally.longest = max(self.tally.longest, time.monotonic() - call.since)
+            self.tally.ended(call.function, time.monotonic() - call.since)
         if kind == "halted":
             call.aim = value
             self.tally.windows[value.window, "reached"] += 1
