@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from directory_cases import ME, header, lone, slab_of
 
 from vcache.manager.directory import Directory
@@ -83,3 +84,37 @@ def test_two_ranks_that_store_together_lose_nothing_to_each_other():
     for shard in (0, 1):
         assert put_half(directory, 0, 12, shard=shard) == ["granted"] * 12
     assert directory.lookup(ME, [(10**6 + number).to_bytes(16) for number in range(12)], 0.0) == 12
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_shard_that_was_found_gives_way_to_a_put_that_contradicts_it(shard):
+    """A header whose number of shards was damaged came back as a part of a chunk that could never be complete, and kept the
+    real one from being stored for as long as a ticket lives."""
+    directory, info = lone()
+    directory.mount(ME, info, [slab_of(header(num_shards=7, shard=shard))], 0.0)
+    assert directory.stats(0.0).gauges["chunks_pending"] == 1
+    request = PutRequest(keys=[b"k" * 16], namespace=b"n" * 16, parent=b"", first_index=0, tokens=[4], slot_bytes=256)
+    (grant,) = directory.put_start(ME, request, 0.0)
+    assert grant.status == "granted"
+    directory.check_integrity()
+    assert directory.put_end(ME, [Ticket(b"k" * 16, 0, grant.location.generation)], 0.0) == [True]
+    assert directory.lookup(ME, [b"k" * 16], 0.0) == 1
+    directory.check_integrity()
+
+
+def test_a_shard_that_somebody_wrote_does_not_give_way():
+    directory, info = lone()
+    directory.open_session(RANK, "rank", "engine", 0.0)
+    directory.mount(ME, info, [], 0.0)
+    assert put_half(directory, 0, 1) == ["granted"]
+    request = PutRequest(
+        keys=[(10**6).to_bytes(16)],
+        namespace=b"n" * 16,
+        parent=b"",
+        first_index=0,
+        tokens=[4],
+        slot_bytes=256,
+        shard=1,
+        num_shards=3,
+    )
+    assert [grant.status for grant in directory.put_start(ME, request, 0.0)] == ["busy"]

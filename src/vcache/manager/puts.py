@@ -239,6 +239,11 @@ class PutDesk:
             counters.puts_exist += 1
             return PutGrant("exists")
         pending = chunks.pending.get(key)
+        if pending is not None and pending.num_shards != request.num_shards and pending.is_found():
+            for found in list(pending.parts.values()):
+                counters.incomplete += 1
+                self.release(found)
+            pending = None
         if pending is not None:
             part = pending.parts.get(request.shard)
             if part is not None and part.state == USED:

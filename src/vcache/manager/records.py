@@ -173,6 +173,10 @@ class Pending:
         self.parts: dict[int, Write] = {}
         """By shard: processing or used, never quarantined."""
 
+    def is_found(self) -> bool:
+        """Whether all that there is comes from inventories. A damaged header may be among it: it gives way to a writer."""
+        return not any(part.writer for part in self.parts.values())
+
     def complete(self) -> bool:
         return len(self.parts) == self.num_shards and all(part.state == USED for part in self.parts.values())
 
