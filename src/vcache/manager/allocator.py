@@ -278,6 +278,17 @@ class Allocator:
         self.refresh(slab)
         self._occupy(slab, slab.busy)
 
+    def blank(self, slab: Slab) -> None:
+        """All holders of an attached slab are gone: it has no slots until it is formatted."""
+        segment = slab.segment
+        assert segment is not None
+        self._occupy(slab, -slab.busy)
+        if slab.geometry is not None:
+            self._close(segment, slab, slab.geometry.stride)
+        slab.geometry, slab.owners, slab.counts = None, [], [0, 0, 0, 0]
+        slab.free, slab.listed = array("I"), bytearray()
+        self.refresh(slab)
+
     def detach(self, slab: Slab) -> None:
         """Later slabs in the same memory will start above its generations."""
         segment = slab.segment

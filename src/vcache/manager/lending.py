@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterable, Sequence
 
 from ..errors import ManagerRefusedError, ProtocolError
 from ..keys import DIGEST_BYTES
-from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory
+from ..segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventory
 from .allocator import Segment, Slab
 from .core import Core
 from .inventory import SlabHeaders, check_inventory
@@ -241,8 +241,13 @@ class Lending:
         core = self._core
         clean = not slab.unread and None not in slab.stale.values() and None not in slab.buried.values()
         slab.stale, slab.buried = {}, {}
+        # Where nobody writes the slots need not be freed one by one, which is most of the work.
+        quiet = not slab.counts[PROCESSING] and not slab.counts[QUARANTINED]
         for slot, owner in enumerate(slab.owners):
-            if owner is UNREAD:
+            if quiet and isinstance(owner, Record) and len(owner.packed) == LOCATION_BYTES:
+                core.counters.evictions += 1
+                core.hide(owner)
+            elif owner is UNREAD:
                 core.allocator.release(slab, slot)
             elif isinstance(owner, Record):
                 if owner.packed:
@@ -257,6 +262,8 @@ class Lending:
                 clean = False
                 core.end_wipe(owner)
         slab.unread = False
+        if quiet:
+            core.allocator.blank(slab)
         return clean
 
     def _void(self, slab: Slab) -> None:
