@@ -138,7 +138,7 @@ def main(chunks: int) -> None:
             manager.wait()
         mounted.clear()
         with running(command, address, env=clean_environment()):
-            witness.watch("recovery of what was cleared, without memory to zero it in", mounted.is_set)
+            witness.watch("second recovery", mounted.is_set)
             lender.kill()
             lender.join()
             end = time.perf_counter() + 3
