@@ -4,12 +4,13 @@ ARGS ?=
 # OpenMP threads sleep where they would spin: on a busy machine spinning makes torch on CPU many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-vllm lint format clean
+.PHONY: help demo test test-vllm soak lint format clean
 
 help:
 	@echo "make demo    two vLLM servers share one document's KV; ARGS='--engine torch': without vLLM (--tokens 2000, ...)"
 	@echo "make test    all tests                                                          (ARGS='tests/manager -x')"
 	@echo "make test-vllm  the vLLM connector on real engines, on the CPU, in .venv-vllm"
+	@echo "make soak    kills, stops and restarts aimed at the middle of writes (ARGS='--minutes 10 --seed 1')"
 	@echo "make lint    ruff, formatting, mypy"
 	@echo "make format  apply ruff's fixes and formatting"
 	@echo "make clean   remove the virtual environments and caches"
@@ -25,6 +26,10 @@ test-vllm:
 test:
 	@$(PYTHON) scripts/setup.py test
 	.venv/bin/python -m pytest $(ARGS)
+
+soak:
+	@$(PYTHON) scripts/setup.py test
+	.venv/bin/python scripts/soak.py $(ARGS)
 
 lint:
 	@$(PYTHON) scripts/setup.py lint

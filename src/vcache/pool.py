@@ -470,16 +470,16 @@ class ChunkPool:
         """Add slots to `route`, up to the first one that this process cannot reach: pinned ones, and those that only a transfer
         engine reaches. `first`: place of the first. Whether all are reached."""
         count, done = min(len(locations), len(chunks)), 0
+        strides, verifies = self._strides, self._verifies
         while done < count:
             pinned = self.segments.pin_prefix(locations[done:count])
             route.slabs.extend(pinned.slabs)
             for slot in pinned.slots:
                 location, chunk = locations[done], chunks[done]
-                if location.tokens != chunk.tokens or location.slot_bytes not in self._strides:
+                if location.tokens != chunk.tokens or location.slot_bytes not in strides:
                     break
-                header, trailer = self.header(chunk, location.generation), self._trailer(slot, location)
-                if trailer and self._verifies < 1 and random.random() >= self._verifies:
-                    trailer = 0
+                header = self.header(chunk, location.generation)
+                trailer = self._trailer(slot, location) if verifies and random.random() < verifies else 0
                 route.mapped.append(SlotTransfer(slot, header, chunk.start, chunk.skip, b"", trailer))
                 route.mapped_places.append(first + done)
                 done += 1
@@ -550,7 +550,7 @@ class ChunkPool:
                 unplaced.append(chunk)
                 continue
             slab = SlabHeader(grant.format_generation, location.slot_bytes, grant.slots).pack()
-            header, trailer = self.header(chunk, location.generation), self._trailer(slot, location)
+            header, trailer = self.header(chunk, location.generation), self._trailer(slot, location) if self._verifies else 0
             transfers.append(SlotTransfer(slot, header, chunk.start, 0, slab, trailer))
             written.append(chunk)
         self._revoke(refused)

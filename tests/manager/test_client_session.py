@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,12 @@ from manager_helpers import (
 
 from vcache.config import VCacheConfig
 from vcache.errors import ArgumentError, DeadlineExceededError, ManagerUnavailableError, ProtocolError
+from vcache.manager import protocol
 from vcache.manager.client import ManagerClient
 from vcache.manager.connect import connect
 from vcache.manager.connection import Connection
 from vcache.manager.embedded import EmbeddedManager
-from vcache.manager.messages import AcquireReply, SegmentGone, SegmentMounted, SessionInfo
+from vcache.manager.messages import AcquireReply, SegmentGone, SegmentMounted, SessionInfo, Ticket
 from vcache.segment.hostinfo import host_id
 
 SLACK = 0.4
@@ -483,3 +484,30 @@ def test_child_does_not_keep_the_session_of_a_dead_parent(tmp_path: Path) -> Non
             os.kill(child, signal.SIGKILL)
             os.close(ready)
             os.close(signal_ready)
+
+
+@pytest.mark.parametrize("verb", ["put_end", "put_revoke"])
+def test_the_end_of_a_write_that_could_not_be_sent_is_settled_by_the_next_hello(tmp_path: Path, verb: str) -> None:
+    """The manager never heard that the write was over, and kept its slot out of use for as long as the session lasted."""
+    stuck = threading.Event()
+    with serving(f"unix://{tmp_path}/m.sock", heartbeat_interval=30.0, session_timeout=60.0) as server:
+        client = server.client(deadline=0.2, heartbeat_interval=30.0)
+        client.mount(segment_of(client))
+        (grant,) = client.put_start(put_request([key(1)]))
+        assert grant.location is not None
+        assert server.gauge("slots_processing") == 1
+        connection = client._connection
+        assert connection is not None
+        server._loop.call_soon_threadsafe(stuck.wait)
+        try:
+            with suppress(ManagerUnavailableError):
+                while True:
+                    connection.send(protocol.RELEASE, protocol.encode_lease(9), 0.2)
+            assert not connection.closed
+            with pytest.raises(ManagerUnavailableError, match="does not take requests"):
+                getattr(client, verb)([Ticket(key(1), 0, grant.location.generation)])
+        finally:
+            stuck.set()
+        wait_until(lambda: client._connection not in (None, connection), what="connected again")
+        assert server.gauge("slots_processing") == server.gauge("slots_quarantined") == 0
+        client.close()

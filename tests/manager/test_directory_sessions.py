@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from directory_world import CONFIG, VARIANTS, World, digest
+from directory_world import CONFIG, MAX_CHUNKS, VARIANTS, World, digest
 
 from vcache.errors import IntegrityError, ProtocolError
+from vcache.manager import lending
 from vcache.manager.messages import SegmentGone, SegmentMounted, WriterLost
 
 ONE, TWO, BIG = VARIANTS
@@ -315,3 +316,30 @@ def test_mounting_announces_to_everybody(world):
     lender = world.clients[2]
     world.directory.mount(lender.id, world.info(lender), world.inventory(lender), world.now)
     assert [(target, type(push)) for target, push in world.directory.take_instructions()] == [(None, SegmentMounted)]
+
+
+def test_no_clock_frees_a_slot_whose_lender_and_writer_are_both_away(world):
+    """After an hour without its lender the slot of a stopped writer, with a ticket and nothing written yet, counted as free,
+    and was given to another when the lender came back: then both wrote there."""
+    writer, lender = world.clients[0], world.clients[2]
+    world.put(writer, ONE, 0, 0, 1)
+    world.disconnect(lender)
+    world.disconnect(writer)
+    world.advance(100_000.0)
+    world.connect(lender)
+    assert gauges(world)["slots_quarantined"] == 1
+    fill(world, writer=1, count=7)
+    assert world.put(world.clients[1], ONE, 0, 0, 1)[0].status == "granted"
+    assert len({(flight.slab, flight.slot) for flight in [*writer.flights, *world.clients[1].flights]}) == 2
+
+
+def test_segments_whose_lender_vanished_are_remembered_in_bounded_number(monkeypatch):
+    monkeypatch.setattr(lending, "MAX_AWAY", 2)
+    world = World("lru", engines=1, lenders=5, slabs=1)
+    writer = world.clients[0]
+    world.put(writer, ONE, 0, 0, MAX_CHUNKS)
+    world.put(writer, ONE, 2, 0, MAX_CHUNKS)
+    for lender in world.clients[1:]:
+        world.disconnect(lender)
+        world.directory.check_integrity()
+    assert len(list(world.directory._lending.away_slabs())) == 2

@@ -22,7 +22,7 @@ def test_others_are_answered_while_a_large_inventory_is_read(tmp_path: Path, mon
     count = 20_000
     digests = random_keys(count)
     with serving(f"unix://{tmp_path}/m.sock") as server:
-        lender, other = server.client(role="lender"), server.client()
+        lender, other = server.client(role="lender", deadline=20.0), server.client(deadline=20.0)
         mounting = threading.Thread(target=lambda: mount_population(lender, digests, slabs_per_segment=20))
         mounting.start()
         seen = set()

@@ -49,6 +49,8 @@ class FakeManager:
         self.fail_next: list[Exception] = []
         self.listeners: list[Listener] = []
         self.session: SessionInfo | None = None
+        self.gates: list[Any] = []
+        self.left: list[Any] = []
         self.mounts: list[tuple[SegmentInfo, list[SlabInventory]]] = []
         self.slabs: dict[int, int] = {}
         self.gone: list[tuple[bytes, bytes]] = []
@@ -88,8 +90,13 @@ class FakeManager:
     def mount(self, info: SegmentInfo, inventory: Any = (), gate: Any = None) -> int:
         self._call("mount")
         self.mounts.append((info, list(inventory)))
+        self.gates.append(gate)
         self.slabs = {slab.index: slab.nbytes for slab in info.slabs}
         return 1
+
+    def writers_left(self, uuid: bytes, writers: Any) -> None:
+        self._call("writers_left")
+        self.left.extend(writers)
 
     def unmount(self, uuid: bytes) -> None:
         self._call("unmount")

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from segment_support import CLIENT, FakeManager, MiB, eventually, segment_config
@@ -189,6 +190,66 @@ def test_wipe_zeroes_exactly_the_headers_named(manager: FakeManager, make: MakeL
     )
     eventually(lambda: manager.wiped_tokens == [5])
     assert lender.backing.read(slab, 0, 1024) == b"\xaa" * 128 + bytes(64) + b"\xaa" * (1024 - 192)
+
+
+def test_a_wipe_that_could_not_be_reported_is_reported_again(
+    manager: FakeManager, make: MakeLender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The list of wipes was emptied before the calls: one deadline missed, and the others were never zeroed nor reported."""
+    monkeypatch.setattr("vcache.segment.lender._RETRY", 0.05)
+    manager.start()
+    lender = make()
+    assert lender.wait_mounted(5)
+    lender.backing.write(memory(lender, 0), 0, b"\xaa" * 1024)
+    manager.fail_next = [DeadlineExceededError("slow")]
+    for token in (1, 2, 3):
+        manager.push(WipeSlots(token=token, segment=lender.uuid, slots=[(0, 64 * token)]))
+    eventually(lambda: set(manager.wiped_tokens) == {1, 2, 3})
+    assert lender.backing.read(memory(lender, 0), 64, 192) == bytes(192)
+
+
+def test_an_error_of_the_memory_does_not_end_the_lenders_thread(
+    manager: FakeManager, make: MakeLender, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One failed read of a header, and the segment was never mounted again, in no later session either."""
+    monkeypatch.setattr("vcache.segment.lender._RETRY", 0.05)
+    manager.start()
+    lender = make()
+    assert lender.wait_mounted(5)
+    read = lender.backing.read
+    failures = [SegmentError("the device is away"), ValueError("of another kind")]
+
+    def failing(*arguments: Any) -> bytes:
+        if failures:
+            raise failures.pop(0)
+        return read(*arguments)
+
+    monkeypatch.setattr(lender.backing, "read", failing)
+    manager.stop()
+    manager.start()
+    assert lender.wait_mounted(5)
+    assert not failures
+
+
+def test_who_is_amid_a_write_is_said_at_the_mount_and_when_it_is_over(manager: FakeManager, make: MakeLender) -> None:
+    manager.start()
+    lender = make()
+    assert lender.wait_mounted(5)
+    slab = memory(lender, 0)
+    first = manager.gates[-1]
+    assert slab.gate is not None
+    assert slab.gate.enter(0, first.fence)
+    manager.stop()
+    manager.start()
+    assert lender.wait_mounted(5)
+    second = manager.gates[-1]
+    assert first.fence != second.fence
+    assert [(writer.client, writer.slab) for writer in second.writers] == [(manager.client_id, 0)]
+    assert not slab.gate.enter(0, first.fence), "a ticket of the mount before"
+    assert second.floor >= first.floor > 0, "epochs that it has heard of"
+    assert manager.left == []
+    slab.gate.leave(0)
+    eventually(lambda: [writer.slab for writer in manager.left] == [0])
 
 
 # -- importers that end -------------------------------------------------------------------------------------------------

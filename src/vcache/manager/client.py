@@ -20,7 +20,7 @@ from ..segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlabInventory
 from . import protocol
 from .address import load_token, parse_address
 from .breaker import CircuitBreaker
-from .connection import Connection, Late
+from .connection import Connection, Late, NotSentError
 from .dispatch import Audience, Dispatcher
 from .messages import (
     AcquireReply,
@@ -185,10 +185,12 @@ class ManagerClient:
         )
 
     def put_end(self, tickets: Sequence[Ticket]) -> list[bool]:
-        return self._ask(protocol.PutEnd(list(tickets)), protocol.FLAGS_REPLY)
+        """When it cannot even be sent, the connection is given up: the next hello settles what became of the slots."""
+        return self._end(protocol.PutEnd(list(tickets)), protocol.FLAGS_REPLY)
 
     def put_revoke(self, tickets: Sequence[Ticket]) -> None:
-        self._ask(protocol.PutRevoke(list(tickets)), protocol.NOTHING_REPLY)
+        """When it cannot even be sent, the connection is given up: the next hello settles what became of the slots."""
+        self._end(protocol.PutRevoke(list(tickets)), protocol.NOTHING_REPLY)
 
     def demote(self, nbytes: int, avoid: Sequence[int] = ()) -> MovePlan:
         connection = self._live()
@@ -280,6 +282,15 @@ class ManagerClient:
     ) -> T:
         payload = self._call(protocol.CALL, protocol.encode_request(request), timeout=timeout, late=late, connection=connection)
         return protocol.decode_value(reply, payload)
+
+    def _end(self, request: protocol.Request, reply: msgspec.msgpack.Decoder[T]) -> T:
+        """Ask what ends writes. Without hearing of it the manager would keep their slots for as long as the session lasts."""
+        connection = self._live()
+        try:
+            return self._ask(request, reply, connection=connection)
+        except NotSentError:
+            connection.shut("the end of a write could not be told")
+            raise
 
     def _call(
         self, verb: int, payload: bytes, *, timeout: float = 0.0, late: Late | None = None, connection: Connection | None = None

@@ -23,6 +23,11 @@ logger = logging.getLogger("vcache.manager")
 _READ_BYTES = 2**16
 _UCRED = struct.Struct("3i")
 
+
+class NotSentError(DeadlineExceededError):
+    """The deadline passed before the request was sent: the manager will never hear of it."""
+
+
 Late = Callable[[bytes | bytearray], None]
 """Undoes what a reply grants that came after its caller had given up."""
 
@@ -228,7 +233,7 @@ class Connection:
                 f"request of {len(payload)} bytes is larger than manager.max_frame ({self.max_frame}); raise it"
             )
         if not self._send_lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise DeadlineExceededError(f"manager {self._address}: does not take requests")
+            raise NotSentError(f"manager {self._address}: does not take requests")
         try:
             with self._lock:
                 if self._reason:
@@ -264,7 +269,7 @@ class Connection:
             self.shut("it does not take requests")
         with self._lock:
             self._pending.pop(request, None)
-        raise DeadlineExceededError(f"manager {self._address}: does not take requests")
+        raise NotSentError(f"manager {self._address}: does not take requests")
 
     def _settle(self, request: int, code: int, payload: bytes | bytearray) -> None:
         with self._lock:

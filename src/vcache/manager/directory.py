@@ -127,7 +127,7 @@ class Directory:
         if goodbye:
             self._puts.writer_idle(client)
             self._lending.writer_idle(client)
-        self._lending.lender_gone(client, now, goodbye=goodbye)
+        self._lending.lender_gone(client, goodbye=goodbye)
         if not goodbye:
             self._lending.writer_lost(client)
 
@@ -153,7 +153,6 @@ class Directory:
             core.counters.lease_expiries += 1
             core.unpinned(core.leases.drop(lease.number, lease.client))
         self._puts.expire(now)
-        self._lending.expire(now)
         core.count_outstanding()  # forgets what nobody asks about any more
 
     def next_deadline(self) -> float | None:
@@ -376,7 +375,7 @@ class Directory:
         """`mount` as a job for `work`: it is mounted at once, and its chunks come bit by bit. Its result raises
         `ManagerRefusedError` when the segment is mounted again or goes before the end."""
         self._core.session(client, now)
-        return self._lending.mount(client, info, inventory, now, gate or GateReport())
+        return self._lending.mount(client, info, inventory, gate or GateReport())
 
     def writers_left(self, client: bytes, uuid: bytes, writers: Sequence[GateWriter], now: float) -> None:
         """See `ManagerApi.writers_left`."""
@@ -386,7 +385,7 @@ class Directory:
     def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
         """See `ManagerApi.unmount`."""
         self._core.session(client, now)
-        self._lending.unmount(client, uuid, now)
+        self._lending.unmount(client, uuid)
 
     def add_slabs(self, client: bytes, uuid: bytes, slabs: Sequence[SlabInfo], now: float) -> None:
         """See `ManagerApi.add_slabs`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Generator, Iterable, Sequence
 
 from ..errors import ManagerRefusedError, ProtocolError
@@ -17,23 +18,24 @@ from .records import PROCESSING, QUARANTINED, UNREAD, USED, Record, Wipe, Write
 from .recovery import Recovery
 from .removal import Removal
 
-AWAY_SECONDS = 3600.0
-"""How long unfinished writes in a segment are remembered whose lender vanished."""
+MAX_AWAY = 1024
+"""Segments remembered whose lender vanished. No clock decides (decision 0003), but beyond this number the oldest is forgotten.
+Should it be mounted after all, its unfinished writes are found as after a restart of the manager: in its gate, and by their odd
+headers."""
 MAX_NAME = 256
 
 
 class _Away:
     """What is remembered of a segment that was taken down while its memory may live on."""
 
-    __slots__ = ("event", "owner", "since", "slabs")
+    __slots__ = ("event", "owner", "slabs")
 
-    def __init__(self, owner: bytes, slabs: dict[int, Slab], event: int, since: float) -> None:
+    def __init__(self, owner: bytes, slabs: dict[int, Slab], event: int) -> None:
         self.owner = owner
         self.slabs = slabs
         """Slabs with slots that somebody may still write, detached."""
         self.event = event
         """Removals after this one have not reached its memory."""
-        self.since = since
 
 
 class Lending:
@@ -44,13 +46,12 @@ class Lending:
         self._puts = puts
         self._removal = removal
         self._recovery = Recovery(core, puts, removal)
-        self._away: dict[bytes, _Away] = {}
+        self._away: OrderedDict[bytes, _Away] = OrderedDict()
+        """By uuid, in the order of their going."""
         self._reading: dict[bytes, Job[int]] = {}
         """Latest mount of each segment, by uuid."""
 
-    def mount(
-        self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport
-    ) -> Job[int]:
+    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], gate: GateReport) -> Job[int]:
         """See `ManagerApi.mount`. The slots are free for use slab by slab, as their headers have been read. Raises
         `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
         core = self._core
@@ -59,12 +60,12 @@ class Lending:
         segment = core.allocator.by_uuid.get(info.uuid)
         if segment is not None:
             self._owned(client, info.uuid)
-            away = self._vacate(segment, now)
+            away = self._vacate(segment)
             core.allocator.redefine(segment, info)
             segment.dropped.clear()
         else:
             known = self._away.pop(info.uuid, None)
-            away = known if known is not None else _Away(client, {}, 0, now)
+            away = known if known is not None else _Away(client, {}, 0)
             segment = core.allocator.add_segment(info)
         segment.fence = gate.fence
         core.allocator.raise_floor(gate.floor)
@@ -103,18 +104,18 @@ class Lending:
         for slab in self._core.allocator.awaited(client):
             self._core.allocator.writer_left(slab, client)
 
-    def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
+    def unmount(self, client: bytes, uuid: bytes) -> None:
         """See `ManagerApi.unmount`."""
         if uuid in self._core.allocator.by_uuid:
-            self._remove(self._owned(client, uuid), now)
+            self._remove(self._owned(client, uuid))
         if uuid in self._away and self._away[uuid].owner == client:
             self._drop_away(uuid)
 
-    def lender_gone(self, client: bytes, now: float, *, goodbye: bool) -> None:
+    def lender_gone(self, client: bytes, *, goodbye: bool) -> None:
         """A lender's session ended. Without goodbye its memory may live on, and it may come back with it."""
         for segment in list(self._core.allocator.segments.values()):
             if segment.info.owner == client:
-                self._remove(segment, now)
+                self._remove(segment)
                 if goodbye:
                     self._drop_away(segment.info.uuid)
 
@@ -184,11 +185,6 @@ class Lending:
             if segment.info.owner != client:
                 self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=client))
 
-    def expire(self, now: float) -> None:
-        """Forget lenders that have been away for very long."""
-        for uuid in [uuid for uuid, away in self._away.items() if away.since + AWAY_SECONDS <= now]:
-            self._drop_away(uuid)
-
     def away_slabs(self) -> Iterable[Slab]:
         """Detached slabs in which somebody may still write."""
         return (slab for away in self._away.values() for slab in away.slabs.values())
@@ -217,19 +213,21 @@ class Lending:
         for writer in sorted(writers):
             self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=writer))
 
-    def _remove(self, segment: Segment, now: float) -> None:
-        self._away[segment.info.uuid] = self._vacate(segment, now)
+    def _remove(self, segment: Segment) -> None:
+        self._away[segment.info.uuid] = self._vacate(segment)
+        if len(self._away) > MAX_AWAY:
+            self._drop_away(next(iter(self._away)))
         self._core.allocator.remove_segment(segment)
         if segment.info.host not in self._core.allocator.hosts:
             self._core.chunks.policy.forget_sweeps(segment.info.host)
         self._core.push(None, SegmentGone(number=segment.number, uuid=segment.info.uuid))
 
-    def _vacate(self, segment: Segment, now: float) -> _Away:
+    def _vacate(self, segment: Segment) -> _Away:
         """Take all slabs out of the segment. Its chunks are misses; unfinished writes stay where they are."""
         reading = self._reading.pop(segment.info.uuid, None)
         if reading is not None:
             reading.cancel(ManagerRefusedError("mount: taken back, or repeated, before all headers were read"))
-        away = _Away(segment.info.owner, {}, self._removal.done, now)
+        away = _Away(segment.info.owner, {}, self._removal.done)
         for slab in list(segment.slabs.values()):
             if not self._empty(slab):
                 away.event = 0

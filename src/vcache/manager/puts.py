@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 from ..errors import ManagerRefusedError, ProtocolError
 from ..keys import DIGEST_BYTES
@@ -16,6 +16,11 @@ from .records import PROCESSING, QUARANTINED, USED, Record, Write
 
 EVICTION_ATTEMPTS = 64
 """Chunks evicted for one slot at most (a chunk may free slots of other sizes only)."""
+STRAGGLER_SECONDS = 2.0
+"""How long a shard may wait for the others of its chunk before it goes first when room is needed."""
+PARTIAL_SHARE = 0.25
+"""Part of the memory that one client may hold, at the cost of what others can read, for chunks of which the other shards are
+not complete."""
 RECLAIM_BUDGET = 1 << 16
 """Slots looked at in search of a slab to empty, for one request."""
 
@@ -41,9 +46,12 @@ def check_request(request: PutRequest) -> None:
 class _Placer:
     """Finds slots for one request."""
 
-    def __init__(self, core: Core, request: PutRequest) -> None:
+    def __init__(self, core: Core, client: bytes, request: PutRequest, release: Callable[[Write], None]) -> None:
+        """`release`: gives up a shard that waits for others."""
         self._core = core
+        self._client = client
         self._request = request
+        self._release = release
         self._avoid = frozenset(request.avoid)
         self.stride = stride_of(request.slot_bytes)
         self._order = self._candidates()
@@ -53,22 +61,46 @@ class _Placer:
     def again(self) -> _Placer:
         """A placer for the rest of the request after a pause: segments may have come and gone, but the effort is bounded for
         all of it together."""
-        placer = _Placer(self._core, self._request)
+        placer = _Placer(self._core, self._client, self._request, self._release)
         placer._exhausted, placer._budget = self._exhausted or placer._exhausted, self._budget
         return placer
 
     def _candidates(self) -> list[Segment]:
         return self._core.allocator.candidates(self._request.placement, self._request.device, self._avoid)
 
-    def place(self) -> Slab | None:
-        """A slab with a free slot, after evicting if need be; None when there is no room (then for the whole request)."""
+    def place(self, key: bytes) -> Slab | None:
+        """A slab with a free slot for a shard of `key`, after making room if need be; None when there is none (then for the
+        whole request)."""
         if self._exhausted:
             return None
         if self._request.placement == "spread":
             self._order = self._candidates()
-        slab = self._core.allocator.find_free(self._order, self.stride) or self._evict()
+        slab = self._core.allocator.find_free(self._order, self.stride) or self._make_room(key)
         self._exhausted = slab is None
         return slab
+
+    def _make_room(self, key: bytes) -> Slab | None:
+        """Shards whose chunk nobody can read yet go before chunks that somebody can: those that have waited for the others
+        for long, and those of a client that holds too many of them."""
+        core = self._core
+        stale = core.now + core.config.ticket_ttl - STRAGGLER_SECONDS
+        for _ in range(EVICTION_ATTEMPTS):
+            greedy = self._holds_much()
+            write = core.writes.own_partial(self._client, key) if greedy else core.writes.oldest_partial(stale, key)
+            if write is None:
+                return None if greedy else self._evict()
+            core.counters.incomplete += 1
+            self._release(write)
+            found = core.allocator.find_free(self._order, self.stride)
+            if found is not None:
+                return found
+        return None
+
+    def _holds_much(self) -> bool:
+        if self._request.num_shards == 1:
+            return False
+        room = sum(segment.nbytes for segment in self._order)
+        return self._core.writes.held(self._client) * self.stride >= PARTIAL_SHARE * room
 
     def _evict(self) -> Slab | None:
         core, policy = self._core, self._core.chunks.policy
@@ -170,7 +202,7 @@ class PutDesk:
         """See `ManagerApi.put_start`. Pauses after each slice of keys. Raises `ManagerRefusedError` when the session ends in a
         pause; what was granted is then dealt with as what every lost session leaves."""
         core, session = self._core, self._core.sessions[client]
-        placer = _Placer(core, request)
+        placer = _Placer(core, client, request, self.release)
         chunks = core.chunks
         space = chunks.space(request.namespace)
         previous: Record | None = None
@@ -220,7 +252,7 @@ class PutDesk:
             if previous is not None:
                 # Before room is made: what we append to must not go to make it.
                 chunks.link(pending.record, previous)
-        slab = placer.place()
+        slab = placer.place(key)
         if slab is None:
             if not pending.parts:
                 chunks.abandon(pending)
@@ -281,12 +313,11 @@ class PutDesk:
     def _finish(self, write: Write, now: float) -> Record | None:
         """The bytes landed. The record if its chunk is now complete."""
         core, slab = self._core, write.slab
-        core.writes.forget_ticket(write)
         write.state = USED
         core.allocator.change(slab, write.slot, PROCESSING)
         slab.confirm(write.slot)
         core.counters.stored += 1
-        core.writes.time(write, now + core.config.ticket_ttl)
+        core.writes.await_others(write, now + core.config.ticket_ttl)
         return self.complete(write.key)
 
     # What recovery needs too

@@ -158,7 +158,7 @@ class _Reader:
         write.state = USED
         self._hold(slab, slot, write)
         pending.parts[header.shard] = write
-        core.writes.time(write, core.now + core.config.ticket_ttl)
+        core.writes.await_others(write, core.now + core.config.ticket_ttl)
         core.counters.recovered += 1
         if part is not None:
             core.writes.remove(part)

@@ -20,6 +20,8 @@ class WriteTable:
         # Ordered: the first of a plain dict is found by walking over all that went before it.
         self._timed: OrderedDict[Write, None] = OrderedDict()
         """In order of deadline, because all tickets live equally long."""
+        self.partial: dict[bytes, OrderedDict[Write, None]] = {}
+        """By writer: its complete shards of chunks of which others are not complete, the oldest first."""
         self._resting: list[tuple[float, int, Write]] = []
         self._serial = 0
 
@@ -42,6 +44,9 @@ class WriteTable:
         self.moves.pop(write, None)
         write.deadline = 0.0
         self.forget_ticket(write)
+        partial = self.partial.get(write.writer)
+        if partial is not None and partial.pop(write, self) is None and not partial:
+            del self.partial[write.writer]
 
     def forget_ticket(self, write: Write) -> None:
         """The writer has nothing more to say about it."""
@@ -56,6 +61,27 @@ class WriteTable:
         self._timed.pop(write, None)
         write.deadline = deadline
         self._timed[write] = None
+
+    def await_others(self, write: Write, deadline: float) -> None:
+        """The shard is complete, its chunk is not: the others must be by then."""
+        self.forget_ticket(write)
+        self.time(write, deadline)
+        self.partial.setdefault(write.writer, OrderedDict())[write] = None
+
+    def own_partial(self, writer: bytes, spared: bytes) -> Write | None:
+        """The client's shard that has waited longest for the others of its chunk, which is not `spared`."""
+        return next((write for write in self.partial.get(writer, ()) if write.key != spared), None)
+
+    def oldest_partial(self, before: float, spared: bytes) -> Write | None:
+        """The same of all clients, if its deadline is before that time. Not what was found in an inventory: the others may
+        still be found."""
+        oldest = [self.own_partial(writer, spared) for writer in self.partial if writer]
+        due = (write for write in oldest if write is not None and write.deadline < before)
+        return min(due, key=lambda write: write.deadline, default=None)
+
+    def held(self, writer: bytes) -> int:
+        """Slots that hold no visible chunk, because this client writes or has written there."""
+        return len(self.by_writer.get(writer, ())) + len(self.partial.get(writer, ()))
 
     def untime(self, write: Write) -> None:
         """No deadline any more: quarantined until somebody vouches for its writer."""
@@ -103,6 +129,9 @@ class WriteTable:
                     raise IntegrityError(f"I5: write of {write.key.hex()} by {writer.hex()} does not hold its slot")
                 if (write in self._timed) != (write.state == PROCESSING):
                     raise IntegrityError(f"I5: write of {write.key.hex()}: deadline and state differ")
+        partial = {write for writes in self.partial.values() for write in writes}
+        if partial != {write for write in self._timed if write.state == USED} or not all(self.partial.values()):
+            raise IntegrityError("I5: shards that wait for others are counted wrongly")
         before = 0.0
         for write in self._timed:
             if write.slab.owners[write.slot] is not write or write.state == QUARANTINED or write.deadline < before:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from soak.checker import Read
+from soak_checker import Read
 
 COLUMNS = ("reached", "writer killed", "manager killed", "lender killed")
 

@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from soak.duels import DUELS
-from soak.schedule import schedule
-from soak.tally import Tally
-from soak.world import World
+from soak_duels import DUELS
+from soak_schedule import schedule
+from soak_tally import Tally
+from soak_world import World
 
 ROUNDS = {**DUELS, "random": schedule}
 WEIGHTS = {"payloads": 3, "torn-headers": 3, "stale-tickets": 3, "announcements": 2, "random": 2, "mounts": 2, "closings": 2}

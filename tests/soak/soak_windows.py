@@ -99,7 +99,7 @@ class WatchedMemory:
 
     def __getitem__(self, part: slice) -> memoryview:
         place = self._payloads.get(part.start)
-        if place is not None:
+        if place is not None and place not in self._copied:
             self._begin(place, part)
         place = self._headers.get(part.start)
         if self._loads and place in self._copied:
@@ -112,7 +112,7 @@ class WatchedMemory:
         if place is not None:
             self._stores[place] += 1
             self._halts.reach("header", place, self._stores[place])
-        else:
+        elif not part.start:
             self._halts.reach("slab header")
 
     def _begin(self, place: int, part: slice) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from soak.checker import Read
-from soak.windows import HEADER_STORES, Aim, Window
-from soak.world import CHUNK, Call, World
+from soak_checker import Read
+from soak_windows import HEADER_STORES, Aim, Window
+from soak_world import CHUNK, Call, World
 
 STEPS = 80
 PROMPTS = 10

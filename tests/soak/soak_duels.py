@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from random import Random
 
-from soak.windows import HEADER_STORES, Aim
-from soak.world import CHUNK, Call, World
+from soak_windows import HEADER_STORES, Aim
+from soak_world import CHUNK, Call, World
 
 Event = Callable[[World, Call], None]
 
@@ -109,12 +109,14 @@ def restart(world: World, call: Call) -> None:
 
 
 def close(world: World, call: Call) -> None:
-    """Another thread of the same process closes the engine."""
+    """Another thread of the same process closes the engine; what follows may happen meanwhile."""
     if call.over:
         return
     world.say(f"{call.actor.name}: close")
-    world.finish(world.begin(call.actor, "close"))
     call.actor.closed = True
+    closing = world.begin(call.actor, "close")
+    if world.rng.random() < 0.5:
+        world.finish(closing)
 
 
 def halted_mount(world: World, call: Call) -> None:
@@ -218,6 +220,7 @@ def _finish(world: World, calls: list[Call]) -> None:
             restart(world, call)
         else:
             _go_on(world, call)
+    world.finish_all()
     world.replenish()
     world.wait_ready()
     world.check()

@@ -12,16 +12,19 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from soak.checker import Read, compare, poisoned
-from soak.mutants import undo
-from soak.windows import Aim, Halts, WatchedMover, Window, exit_now, redirect_output
+from soak_checker import Read, compare, poisoned
+from soak_mutants import undo
+from soak_windows import Aim, Halts, WatchedMover, Window, exit_now, redirect_output
 from support.cluster import eventually
 from support.paged import Paged, content
 
+import vcache.engine
 from vcache import KVCacheSpec, VCacheConfig, VCacheEngine
 from vcache.errors import VCacheError
 from vcache.pool import ChunkPool
 
+CLOSE_TIMEOUT = 0.5
+"""Seconds that `close` waits for a store that is halted."""
 LAYOUT, BLOCKS, BLOCK_SIZE = "2BNHD", 24, 8
 
 
@@ -65,8 +68,15 @@ class SoakWorker:
         mask = self.engine.retrieve(tokens, kvcaches=self._bind(paged), slot_mapping=torch.tensor(slots))
         return compare(paged, tokens, slots, mask.tolist())
 
-    def lookup(self, tokens: list[int], seed: int) -> int:
-        return self.engine.lookup(tokens)
+    def refill(self, tokens: list[int], seed: int) -> None:
+        """Store a prompt that takes the whole pool, until all of it is there: no slot is lost for good. Raises `AssertionError`
+        after 25 s."""
+
+        def whole() -> bool:
+            self.store(tokens, seed)
+            return self.engine.lookup(tokens) == len(tokens)
+
+        eventually(whole, 25.0, what="the whole pool can be written")
 
     def clear(self) -> None:
         """Empty the pool, if the manager is there."""
@@ -79,14 +89,16 @@ class SoakWorker:
         self.engine.close()
 
     def ready(self, segments: int) -> None:
-        """Block until this engine has a session and knows that many segments. Raises `AssertionError` after 25 s."""
+        """Block until this engine has a session and knows all segments, which are so many. Raises `AssertionError` after
+        25 s."""
 
         def seen() -> bool:
             try:
-                mounted = self.engine.manager.stats().segments
+                mounted = {segment.info.uuid for segment in self.engine.manager.stats().segments}
             except VCacheError:
                 return False
-            return len(mounted) == segments == len(self.engine._resources.segments.segments())
+            known = {info.uuid for info in self.engine._resources.segments.segments()}
+            return len(mounted) == segments and mounted <= known
 
         eventually(seen, 25.0, what="a session and all segments")
 
@@ -131,6 +143,7 @@ def main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None
     torch.set_num_threads(1)
     redirect_output(config.pop("log"))
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    vcache.engine.CLOSE_TIMEOUT = CLOSE_TIMEOUT
     undo(config.pop("without"))
     speaker, halted = Speaker(pipe), dict[int, Halts]()
     worker = SoakWorker(config, spec)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from soak.windows import Aim, Halts, exit_now, redirect_output
+from soak_windows import Aim, Halts, exit_now, redirect_output
 
 from vcache.cli import app as commands
 from vcache.manager.client import ManagerClient

@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import Any
 
 import msgspec
-import soak.lender
-import soak.worker
-from soak.checker import Read, whose
-from soak.mutants import Part
-from soak.tally import Tally
-from soak.windows import Aim, stopped
+import soak_lender
+import soak_worker
+from soak_checker import Read, whose
+from soak_mutants import Part
+from soak_tally import Tally
+from soak_windows import Aim, stopped
 from support.cluster import Command, EngineProcess, eventually
 from support.paged import spec_for
 
@@ -179,7 +179,7 @@ class World:
             "env": self._env,
             "log": str(self._log_path(f"lender {number}")),
         }
-        lender = Actor(f"lender {number}", config, soak.lender.main)
+        lender = Actor(f"lender {number}", config, soak_lender.main)
         lender.chunks = chunks
         self.lenders.append(lender)
         return lender
@@ -193,7 +193,7 @@ class World:
             "log": str(self._log_path(f"worker {number}")),
             "without": self._without,
         }
-        self.workers.append(Actor(f"worker {number}", config, soak.worker.main))
+        self.workers.append(Actor(f"worker {number}", config, soak_worker.main))
         return self.workers[-1]
 
     def kill(self, actor: Actor) -> None:
@@ -242,6 +242,9 @@ class World:
         self.finish_all()
         self.replenish()
         self.wait_ready()
+        tokens = self.prompts[self.prompt("all", CHUNK * self.capacity)]
+        self.finish(self.begin(self.rng.choice(self.free()), "refill", tokens, self.rng.getrandbits(32)))
+        self.check(["all"])
 
     def freeze(self, actor: Actor) -> None:
         actor.signal(signal.SIGSTOP)
