@@ -80,6 +80,12 @@ class Flight:
     lease: int = 0
     fence: int = 0
     """Of its ticket: the gate lets nobody begin with another one than that of the last mount."""
+    entered: bool = False
+    """Through the gate; from then on its header may come at any time."""
+
+    @property
+    def under_way(self) -> bool:
+        return self.entered and self.phase < 4
 
     @property
     def ticket(self) -> Ticket:

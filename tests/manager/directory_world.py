@@ -180,7 +180,7 @@ class World(Relief):
         self.leases.clear()
         self.removing.clear()
         # Writes begin with tickets of a manager that is gone, until the lender mounts; what is written stays a complete chunk.
-        self.gone = [flight for flight in self.gone if 0 < flight.phase < 4]
+        self.gone = [flight for flight in self.gone if flight.under_way]
         for client in self.living:
             client.flights = [flight for flight in client.flights if flight.phase < 4]
             client.connected = False
@@ -235,7 +235,7 @@ class World(Relief):
         if client.connected:
             self.lost_session(client)
         for flight in client.flights:
-            if flight.phase:
+            if flight.entered:
                 while self.write(flight):
                     pass
         client.flights.clear()
@@ -261,7 +261,7 @@ class World(Relief):
 
     def writers(self, lender: Client) -> set[GateWriter]:
         """Who is amid a write in which of its slabs."""
-        return {GateWriter(f.client, f.slab) for f in self.flights if f.uuid == lender.uuid and 0 < f.phase < 4}
+        return {GateWriter(f.client, f.slab) for f in self.flights if f.uuid == lender.uuid and f.under_way}
 
     def look_at_gates(self) -> None:
         """Lenders report who has left."""
@@ -285,7 +285,7 @@ class World(Relief):
 
     def goodbye(self, client: Client) -> None:
         for flight in client.flights:
-            if flight.phase:
+            if flight.entered:
                 while self.write(flight):
                     pass
         client.flights.clear()
@@ -388,10 +388,8 @@ class World(Relief):
         for other in self.flights:
             if (other.uuid, other.slab) != (flight.uuid, flight.slab):
                 continue
-            assert other.epoch == self.epoch or not 0 < other.phase < 4, (
-                "I3: granted where an old ticket is written"
-            )
-            if other.phase or other.fence == lender.fence:
+            assert other.epoch == self.epoch or not other.under_way, "I3: granted where an old ticket is written"
+            if other.entered or other.fence == lender.fence:
                 assert not overlap(other.spans, flight.spans), "I3: granted while another client may write there"
         for _, _, chunks in self.leases.values():
             for (uuid, slab, _), spans in [place for places in chunks.values() for place in places.items()]:
@@ -403,6 +401,12 @@ class World(Relief):
         assert location.generation - 1 > max(self.tops.get(place, 0), grant.format_generation), "I4"
         self.tops[place] = location.generation
         return flight
+
+    def enter(self, flight: Flight) -> bool:
+        """Through the gate: not with a ticket of an earlier mount. A session that is over keeps nobody back."""
+        lender = self.lender_of(flight.uuid)
+        flight.entered = flight.entered or (lender is not None and flight.fence == lender.fence)
+        return flight.entered
 
     def write(self, flight: Flight) -> bool:
         """One step of the header protocol. False when done, or when the memory is gone or somebody newer is there."""
@@ -419,8 +423,8 @@ class World(Relief):
             return False  # a move whose source is not what it was: it must be revoked
         half = len(content) // 2
         if flight.phase == 0:
-            if flight.fence != lender.fence:
-                return False  # the gate: of an earlier mount. A session that is over keeps nobody back.
+            if not self.enter(flight):
+                return False
             if memory[:HEADER_BYTES] != flight.slab_header.pack():
                 memory[:HEADER_BYTES] = flight.slab_header.pack()
             there = SlotHeader.unpack(memory[at : at + HEADER_BYTES])
@@ -459,7 +463,7 @@ class World(Relief):
         landed = [flight for flight in flights if flight.phase == 4]
         for flight in flights:
             lender = self.lender_of(flight.uuid)
-            refused = not flight.phase and lender is not None and flight.fence != lender.fence
+            refused = not flight.entered and lender is not None and flight.fence != lender.fence
             if flight.phase < 4 and (flight.source is not None or refused):
                 self.revoke(client, flight)
         client.flights = [flight for flight in client.flights if flight not in landed]

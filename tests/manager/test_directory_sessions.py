@@ -252,6 +252,24 @@ def test_after_a_restart_an_unfinished_write_waits_for_its_writer(world):
     assert gauges(world)["slots_quarantined"] == 0
 
 
+def test_after_a_restart_a_slab_waits_for_a_writer_that_has_written_nothing_yet(world):
+    """It has passed the gate with a ticket of the old manager: its header comes, though none is there when the lender mounts."""
+    writer, lender = world.clients[0], world.clients[2]
+    world.put(writer, ONE, 0, 0, 2)
+    assert world.enter(writer.flights[0])
+    world.restart_manager()
+    world.connect(lender)
+    assert not world.enter(writer.flights[1])
+    world.connect(world.clients[1])
+    world.put(world.clients[1], ONE, 2, 0, 8)
+    assert gauges(world)["slots_processing"] == 4
+    while world.write(writer.flights[0]):
+        pass
+    world.advance(0.1)
+    world.put(world.clients[1], ONE, 3, 0, 4)
+    assert gauges(world)["slots_processing"] == 8
+
+
 def test_after_a_restart_a_writer_that_said_hello_first_is_not_waited_for(world):
     writer, lender = world.clients[0], world.clients[2]
     world.put(writer, ONE, 0, 0, 1)
