@@ -389,7 +389,7 @@ class World(Relief):
             if (other.uuid, other.slab) != (flight.uuid, flight.slab):
                 continue
             assert other.epoch == self.epoch or not other.under_way, "I3: granted where an old ticket is written"
-            if other.entered or other.fence == lender.fence:
+            if other.epoch == self.epoch and (other.entered or other.fence == lender.fence):
                 assert not overlap(other.spans, flight.spans), "I3: granted while another client may write there"
         for _, _, chunks in self.leases.values():
             for (uuid, slab, _), spans in [place for places in chunks.values() for place in places.items()]:

@@ -253,7 +253,7 @@ def test_after_a_restart_an_unfinished_write_waits_for_its_writer(world):
 
 
 def test_after_a_restart_a_slab_waits_for_a_writer_that_has_written_nothing_yet(world):
-    """It has passed the gate with a ticket of the old manager: its header comes, though none is there when the lender mounts."""
+    """It has passed the gate with a ticket of the old manager: its header is still to come when the lender mounts."""
     writer, lender = world.clients[0], world.clients[2]
     world.put(writer, ONE, 0, 0, 2)
     assert world.enter(writer.flights[0])
