@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from vcache.manager.messages import Ticket, WipeSlots
+from vcache.manager.messages import GateWriter, Ticket, WipeSlots
 from vcache.segment.slots import HEADER_BYTES, SlabHeader, SlotHeader, slab_bytes_for, slab_geometry
 
 SLAB_BYTES = slab_bytes_for(256, 4)
@@ -78,6 +78,14 @@ class Flight:
     source: Slot | None = None
     """Of a move: what it copies."""
     lease: int = 0
+    fence: int = 0
+    """Of its ticket: the gate lets nobody begin with another one than that of the last mount."""
+    entered: bool = False
+    """Through the gate; from then on its header may come at any time."""
+
+    @property
+    def under_way(self) -> bool:
+        return self.entered and self.phase < 4
 
     @property
     def ticket(self) -> Ticket:
@@ -115,6 +123,10 @@ class Client:
     room: int = 0
     """How often it was asked to make room."""
     slabs: dict[int, bytearray] = field(default_factory=dict)
+    fence: int = 0
+    """Of a lender's write gate, as of its last mount."""
+    awaited: set[GateWriter] = field(default_factory=set)
+    """Who was amid a write then, as far as the manager has not heard that they have left."""
     next_slab: int = 0
     wipes: list[WipeSlots] = field(default_factory=list)
     lost: dict[bytes, None] = field(default_factory=dict)

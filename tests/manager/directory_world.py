@@ -27,6 +27,8 @@ from vcache.config import ManagerConfig
 from vcache.manager.directory import Directory
 from vcache.manager.jobs import SLICE, Job
 from vcache.manager.messages import (
+    GateReport,
+    GateWriter,
     PutGrant,
     PutRequest,
     RoomWanted,
@@ -177,10 +179,10 @@ class World(Relief):
         self.start_manager()
         self.leases.clear()
         self.removing.clear()
-        # Nobody begins to write for a manager that is gone; what is written stays a complete chunk.
-        self.gone = [flight for flight in self.gone if 0 < flight.phase < 4]
+        # Writes begin with tickets of a manager that is gone, until the lender mounts; what is written stays a complete chunk.
+        self.gone = [flight for flight in self.gone if flight.under_way]
         for client in self.living:
-            client.flights = [flight for flight in client.flights if 0 < flight.phase < 4]
+            client.flights = [flight for flight in client.flights if flight.phase < 4]
             client.connected = False
             client.wipes.clear()
 
@@ -233,7 +235,7 @@ class World(Relief):
         if client.connected:
             self.lost_session(client)
         for flight in client.flights:
-            if flight.phase:
+            if flight.entered:
                 while self.write(flight):
                     pass
         client.flights.clear()
@@ -248,10 +250,25 @@ class World(Relief):
     def mount(self, lender: Client) -> None:
         self.void_memory(lender.uuid)
         lender.wipes.clear()
-        job = self.directory.begin_mount(lender.id, self.info(lender), self.inventory(lender), self.now)
+        self.serial += 1
+        lender.fence = self.serial
+        lender.awaited = self.writers(lender)
+        report = GateReport(fence=lender.fence, writers=tuple(lender.awaited))
+        job = self.directory.begin_mount(lender.id, self.info(lender), self.inventory(lender), self.now, report)
         if not self.lazy:
             assert job.finish() > 0
         self.settle()
+
+    def writers(self, lender: Client) -> set[GateWriter]:
+        """Who is amid a write in which of its slabs."""
+        return {GateWriter(f.client, f.slab) for f in self.flights if f.uuid == lender.uuid and f.under_way}
+
+    def look_at_gates(self) -> None:
+        """Lenders report who has left."""
+        for lender in self.living:
+            if lender.connected and (left := lender.awaited - self.writers(lender)):
+                self.directory.writers_left(lender.id, lender.uuid, list(left), self.now)
+                lender.awaited -= left
 
     def work(self, slices: int | None = None) -> None:
         """Go on with mounts and removals, to their end without a number."""
@@ -268,7 +285,7 @@ class World(Relief):
 
     def goodbye(self, client: Client) -> None:
         for flight in client.flights:
-            if flight.phase:
+            if flight.entered:
                 while self.write(flight):
                     pass
         client.flights.clear()
@@ -300,6 +317,7 @@ class World(Relief):
         for client in self.living:
             if client.connected and not client.silent:
                 self.directory.heartbeat(client.id, self.now)
+        self.look_at_gates()
         self.directory.tick(self.now)
         self.void_leases(lambda lease: lease[1] <= self.now)
         self.settle()
@@ -360,12 +378,18 @@ class World(Relief):
         allocator = self.directory._core.allocator
         assert not allocator.slab_at(location).unread, "granted among slots whose headers nobody has read"
         slab_header = SlabHeader(grant.format_generation, location.slot_bytes, grant.slots)
-        flight = Flight(client.id, info.uuid, header, slab_header, location.slab, location.slot, self.epoch)
+        flight = Flight(client.id, info.uuid, header, slab_header, location.slab, location.slot, self.epoch, fence=grant.fence)
+        lender = self.lender_of(info.uuid)
+        assert lender is not None
+        assert grant.fence == lender.fence
         assert slab_geometry(SLAB_BYTES, location.slot_bytes).slots == grant.slots
         assert location.tokens == TOKENS
         # I3: nobody else may be writing there, and no lease may protect it.
         for other in self.flights:
-            if (other.uuid, other.slab) == (flight.uuid, flight.slab):
+            if (other.uuid, other.slab) != (flight.uuid, flight.slab):
+                continue
+            assert other.epoch == self.epoch or not other.under_way, "I3: granted where an old ticket is written"
+            if other.epoch == self.epoch and (other.entered or other.fence == lender.fence):
                 assert not overlap(other.spans, flight.spans), "I3: granted while another client may write there"
         for _, _, chunks in self.leases.values():
             for (uuid, slab, _), spans in [place for places in chunks.values() for place in places.items()]:
@@ -377,6 +401,12 @@ class World(Relief):
         assert location.generation - 1 > max(self.tops.get(place, 0), grant.format_generation), "I4"
         self.tops[place] = location.generation
         return flight
+
+    def enter(self, flight: Flight) -> bool:
+        """Through the gate: not with a ticket of an earlier mount. A session that is over keeps nobody back."""
+        lender = self.lender_of(flight.uuid)
+        flight.entered = flight.entered or (lender is not None and flight.fence == lender.fence)
+        return flight.entered
 
     def write(self, flight: Flight) -> bool:
         """One step of the header protocol. False when done, or when the memory is gone or somebody newer is there."""
@@ -393,8 +423,8 @@ class World(Relief):
             return False  # a move whose source is not what it was: it must be revoked
         half = len(content) // 2
         if flight.phase == 0:
-            if not writer.connected or flight.epoch != writer.epoch:
-                return False  # nothing is begun for a session that is over
+            if not self.enter(flight):
+                return False
             if memory[:HEADER_BYTES] != flight.slab_header.pack():
                 memory[:HEADER_BYTES] = flight.slab_header.pack()
             there = SlotHeader.unpack(memory[at : at + HEADER_BYTES])
@@ -418,6 +448,9 @@ class World(Relief):
             return None
         memory, geometry = lender.slabs[source.slab], slab_geometry(SLAB_BYTES, source.slot_bytes)
         at, payload = geometry.header_offset(source.slot), geometry.payload_offset(source.slot)
+        slab_header = SlabHeader.unpack(memory[:HEADER_BYTES])
+        if slab_header is None or slab_header.format_generation >= source.header.generation:
+            return None  # formatted anew: the header may be what an earlier format left behind
         if memory[at : at + HEADER_BYTES] != source.header.pack():
             return None
         return bytes(memory[payload : payload + source.header.payload_bytes])
@@ -429,7 +462,9 @@ class World(Relief):
                 pass
         landed = [flight for flight in flights if flight.phase == 4]
         for flight in flights:
-            if flight.source is not None and flight.phase < 4:
+            lender = self.lender_of(flight.uuid)
+            refused = not flight.entered and lender is not None and flight.fence != lender.fence
+            if flight.phase < 4 and (flight.source is not None or refused):
                 self.revoke(client, flight)
         client.flights = [flight for flight in client.flights if flight not in landed]
         results = self.directory.put_end(client.id, [flight.ticket for flight in landed], self.now)

@@ -86,6 +86,14 @@ class DirectoryMachine(RuleBasedStateMachine):
             if flight is not None:
                 self.world.write(flight)
 
+    @precondition(lambda self: self.world.flights)
+    @rule(which=picks)
+    def enter(self, which) -> None:
+        """A writer passes the gate and is stopped before it writes anything."""
+        flight = pick([flight for client in self.world.living for flight in client.flights], which)
+        if flight is not None:
+            self.world.enter(flight)
+
     @precondition(lambda self: any(client.flights for client in self.connected()))
     @rule(who=picks, which=picks)
     def revoke(self, who, which) -> None:
