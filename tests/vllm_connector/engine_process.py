@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import sys
+import time
 from typing import Any
 
 # Before vLLM is imported, answers get a channel of their own: vLLM logs to stdout.
@@ -84,11 +85,11 @@ class Engine:
     def settle(self) -> None:
         """Step until no save is under way: in this process nobody steps an idle engine."""
         core = self.llm.llm_engine.engine_core.engine_core
-        for _ in range(5000):
-            if not core.scheduler.has_requests():
-                return
+        deadline = time.monotonic() + 30.0
+        while core.scheduler.has_requests():
+            if time.monotonic() > deadline:
+                raise RuntimeError("the engine does not come to rest")
             core.step_fn()
-        raise RuntimeError("the engine does not come to rest")
 
     def reset(self, connector: bool = False) -> bool:
         return bool(self.llm.reset_prefix_cache(reset_connector=connector))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from scheduler_world import CHUNK, loaded, saved
 from vllm_harness import require_vllm
 
@@ -57,6 +58,29 @@ class TestBrokenChunks:
         assert not w.manager.leases
         assert w.step().broken == sorted(digests[1:])
         assert w.step().broken == [], "once"
+
+    def test_workers_are_told_when_the_manager_has_taken_the_release_in(
+        self, world: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A release has no answer, and a worker's connection is another: the worker came first at times, the chunk was still
+        leased and stayed, broken, and the next save was told that it exists."""
+        w = world()
+        request = w.add("r", PROMPT)
+        w.publish(request, 3)
+        job = w.step().loads[0]
+        on_the_way: list[int] = []
+        release, tiers = w.manager.release, w.manager.tiers
+        monkeypatch.setattr(w.manager, "release", on_the_way.append)
+
+        def answer(keys: Sequence[bytes]) -> Any:
+            for lease in on_the_way:
+                release(lease)
+            return tiers(keys)
+
+        monkeypatch.setattr(w.manager, "tiers", answer)
+        w.step(**loaded(job, chunks=2, broken=(w.digests(request)[2],)))
+        assert w.step().broken
+        assert not w.manager.leases
 
     def test_what_is_stored_again_is_found_again_at_once(self, world: Any) -> None:
         w = world()

@@ -352,6 +352,14 @@ class SchedulerSide:
             except MANAGER_ERRORS as error:
                 logger.debug("release: %s", error)
 
+    def _await_releases(self) -> None:
+        """Wait until the manager has taken in what was released: there is no answer to that, and workers have connections of
+        their own. Blocks for a round trip."""
+        try:
+            self.manager.tiers([bytes(DIGEST_BYTES)])
+        except MANAGER_ERRORS as error:
+            logger.debug("release: %s", error)
+
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def build(self, output: Any) -> VCacheMetadata:
@@ -491,7 +499,9 @@ class SchedulerSide:
             self._loading[job] = load._replace(waiting=load.waiting - outcome.workers, broken=broken)
         else:
             self._release(load.leases, load.epoch)  # before they are dropped: what is leased stays
-            self._broken += sorted(broken)
+            if broken:
+                self._await_releases()
+                self._broken += sorted(broken)
 
     def _save_over(self, job: int, outcome: SaveOutcome) -> None:
         self.pins.release(job)
