@@ -185,11 +185,12 @@ class Engine:
     def blind(self, on: bool = True) -> None:
         """Switch verification off: the negative control. `on=False`: switch it on again."""
         from vcache.paged.cpu_mover import CpuMover
+        from vcache.paged.mover import Outcome
 
-        def load_one(mover: Any, cache: Any, slots: Any, transfer: Any) -> bool:
+        def load_one(mover: Any, cache: Any, slots: Any, transfer: Any) -> Outcome:
             count = transfer.header.tokens - transfer.skip
             mover._move(cache, slots[transfer.start : transfer.start + count], transfer, to_slot=False)
-            return True
+            return Outcome.VERIFIED
 
         self.verifying = self.verifying or CpuMover._load_one
         CpuMover._load_one = load_one if on else self.verifying
