@@ -23,7 +23,17 @@ from .paged.mover import Mover, SlotTransfer, Transfer
 from .remote_pool import RemotePool, RemoteRead, RemoteTransfer
 from .segment.gate import Passage
 from .segment.mapping import MappedSlab, PinnedSlot, SegmentMap
-from .segment.slots import ALIGNMENT, HEADER_BYTES, SlabHeader, SlotHeader, SlotLocation, Tier, align_up, formatted_since
+from .segment.slots import (
+    ALIGNMENT,
+    HEADER_BYTES,
+    SlabHeader,
+    SlotHeader,
+    SlotLocation,
+    Tier,
+    align_up,
+    formatted_since,
+    outlived,
+)
 from .spec import KVCacheSpec
 
 if TYPE_CHECKING:
@@ -325,6 +335,8 @@ class ChunkPool:
             at = self._trailer(slot, location) if self._verifies == 1 else 0
             trailer = self.segments.read(slot.slab, at, TRAILER_BYTES) if at else b""
             if self.segments.read(slot.slab, slot.header_offset, size) != packed:
+                return 0
+            if outlived(self.segments.read(slot.slab, 0, HEADER_BYTES), location.generation):
                 return 0
             if at and contradicts(trailer, out[size:total], location.generation):
                 self._distrust([location.segment])

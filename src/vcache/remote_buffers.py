@@ -18,11 +18,12 @@ _PRIVATE_ANONYMOUS_FIXED_NORESERVE = 0x02 | 0x20 | 0x10 | 0x4000
 
 
 class RemoteBuffer(StagingBuffer):
-    """Memory for one slot: header, payload, and at the end the header as it is after the payload was read."""
+    """Memory for one slot: header, payload, and at the end its header and its slab's as they are after the payload was read."""
 
     def __init__(self, payload_bytes: int) -> None:
-        super().__init__(align_up(payload_bytes, HEADER_BYTES) + HEADER_BYTES)
-        self.check_offset = self.slab.nbytes - HEADER_BYTES
+        super().__init__(align_up(payload_bytes, HEADER_BYTES) + 2 * HEADER_BYTES)
+        self.check_offset = self.slab.nbytes - 2 * HEADER_BYTES
+        self.format_offset = self.slab.nbytes - HEADER_BYTES
 
     @property
     def address(self) -> int:
@@ -33,11 +34,16 @@ class RemoteBuffer(StagingBuffer):
 
     def check(self) -> bytes:
         """The second header."""
-        return bytes(self.view[self.check_offset :])
+        return bytes(self.view[self.check_offset : self.format_offset])
+
+    def format(self) -> bytes:
+        """The slab header."""
+        return bytes(self.view[self.format_offset :])
 
     def blank(self) -> None:
-        """Forget both headers: whatever is found there afterwards was read afterwards."""
-        self.view[:HEADER_BYTES] = self.view[self.check_offset :] = bytes(HEADER_BYTES)
+        """Forget all headers: whatever is found there afterwards was read afterwards."""
+        self.view[:HEADER_BYTES] = bytes(HEADER_BYTES)
+        self.view[self.check_offset :] = bytes(2 * HEADER_BYTES)
 
     def wall_off(self) -> None:
         """Give the memory back to the system but keep its addresses: who writes there from now on gets an error."""

@@ -15,7 +15,7 @@ from .paged.mover import Mover, SlotTransfer, Transfer
 from .remote_buffers import RemoteBuffer, RemoteBuffers
 from .remote_peers import EngineFactory, Peer, Peers
 from .segment.mapping import RemoteSlot
-from .segment.slots import HEADER_BYTES, SlotHeader
+from .segment.slots import HEADER_BYTES, SlabHeader, SlotHeader
 from .staging import Pinning
 
 if TYPE_CHECKING:
@@ -247,10 +247,12 @@ class _Job:
             sources += [read.slot.header, read.slot.payload]
             sizes += [HEADER_BYTES, read.header.payload_bytes]
         checks = [buffer.address + buffer.check_offset for buffer in taken]
+        checks += [buffer.address + buffer.format_offset for buffer in taken]
+        headers = [*(read.slot.header for read in reads), *(read.slot.slab for read in reads)]
         arrived = False
         try:
             arrived = peer.read(taken, targets, sources, sizes, until) and peer.read(
-                taken, checks, [read.slot.header for read in reads], [HEADER_BYTES] * len(reads), until
+                taken, checks, headers, [HEADER_BYTES] * len(headers), until
             )
         finally:
             if not arrived:
@@ -260,7 +262,9 @@ class _Job:
             return False
         good: list[int] = []
         for index, read, buffer in zip(batch, reads, taken, strict=True):
-            if not buffer.header() == buffer.check() == read.header.pack():
+            same = buffer.header() == buffer.check() == read.header.pack()
+            slab = SlabHeader.unpack(buffer.format())
+            if not same or slab is None or slab.format_generation >= read.header.generation:
                 self.metrics.count("remote_stale")
                 self.transfer.failed(index, stale=True)
                 break

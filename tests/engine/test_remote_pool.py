@@ -91,7 +91,7 @@ def test_a_read_that_brings_nothing_is_a_miss(make: Callable[..., World]) -> Non
     world.behave = lambda endpoint, call, targets, sources, sizes: 0
     assert world.load(tokens).flags() == [False]
     world.behave = lambda endpoint, call, targets, sources, sizes: (
-        copy(targets[:1], sources[:1], sizes[:1]) if len(sizes) > 1 else 0
+        copy(targets[:1], sources[:1], sizes[:1]) if len(set(sizes)) > 1 else 0
     )
     assert world.load(tokens).flags() == [False], "without the second header"
     assert world.counter("remote_stale") == 2

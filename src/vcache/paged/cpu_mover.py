@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import SegmentError
 from ..segment.host import Fence
 from ..segment.mapping import MappedSlab
-from ..segment.slots import HEADER_BYTES, SlotHeader, formatted_since
+from ..segment.slots import HEADER_BYTES, SlotHeader, formatted_since, outlived
 from .checks import check_transfers
 from .checksum import TRAILER_BYTES, contradicts, trailer
 from .layout import PagedCache, Region
@@ -114,6 +114,8 @@ class CpuMover(Mover):
             damaged = contradicts(memory[at : at + TRAILER_BYTES], _payload(memory, transfer), transfer.header.generation)
         self._fence()
         if memory[offset : offset + HEADER_BYTES] != expected:
+            return Outcome.FAILED
+        if offset and outlived(memory[:HEADER_BYTES], transfer.header.generation):
             return Outcome.FAILED
         return Outcome.DAMAGED if damaged else Outcome.VERIFIED
 

@@ -165,7 +165,7 @@ class GpuMover(Mover):
         lane.follow()
         begin = lane.mark() if store else None
         table = lane.tables.take(count, kernels.PARAMS.value + (kernels.CHUNK.value + 2) * count + 1 + len(slot_mapping))
-        extent = table.fill(transfers)
+        extent = table.fill(transfers, store)
         shape = self._shape(cache, extent.addresses)
         tiles = shape.tiling.tiles(extent.tokens)
         table.finish(extent, slot_mapping, tiles=tiles, num_slots=cache.num_slots, writer=writer, stream=lane.handle)

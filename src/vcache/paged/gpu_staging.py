@@ -64,8 +64,8 @@ class Table:
         self.keep: tuple[object, ...] = ()
         """What the kernels read besides: must live until the event."""
 
-    def fill(self, transfers: Sequence[SlotTransfer]) -> Extent:
-        """Write the chunks into the host table."""
+    def fill(self, transfers: Sequence[SlotTransfer], store: bool) -> Extent:
+        """Write the chunks of a store or load into the host table."""
         offset, step, memory, pack = PARAMS.value * _WORD, CHUNK.value * _WORD, self._bytes, _CHUNK.pack_into
         longest, addresses, devices, longest_bytes = 0, 0, set(), 0
         trailers: list[int] = []
@@ -73,7 +73,7 @@ class Table:
             slab, header_offset, payload_offset = slot
             base, tokens = slab.device_address, header.tokens
             payload = base + payload_offset
-            slab_address = base if slab_header else 0
+            slab_address = base if (slab_header if store else header_offset) else 0
             pack(
                 memory,
                 offset,

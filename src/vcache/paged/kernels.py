@@ -38,7 +38,7 @@ CHUNK_PAYLOAD = tl.constexpr(0)
 CHUNK_HEADER = tl.constexpr(1)
 """Address of the slot header."""
 CHUNK_SLAB = tl.constexpr(2)
-"""Address of the slab header, 0 if it is not to be written."""
+"""Address of the slab header. 0: a store does not write it, a load's memory has none."""
 CHUNK_START = tl.constexpr(3)
 CHUNK_TOKENS = tl.constexpr(4)
 CHUNK_SKIP = tl.constexpr(5)
@@ -164,6 +164,11 @@ def publish(table, STORE: tl.constexpr, SYSTEM: tl.constexpr):
         _write_generation(header, wanted, good, SYSTEM)
     else:
         good = good & (tl.sum((seen != wanted).to(tl.int32)) == 0)
+        # A header may outlive the format of its slab, and its payload not.
+        address = tl.load(row + CHUNK_SLAB)
+        slab = address.to(tl.pointer_type(tl.int64))
+        formatted = tl.load(slab + word, mask=(word == GENERATION) & (address != 0), other=0, volatile=True)
+        good = good & (_pick(formatted, GENERATION) < _pick(wanted, GENERATION))
     results = tl.load(table + PARAM_RESULTS).to(tl.pointer_type(tl.int32)) + 2 * chunk
     live = tl.load(row + CHUNK_LIVE)  # more than 1: what `compare` found
     tl.store(results, tl.where(good, live, 0).to(tl.int32))

@@ -51,6 +51,7 @@ class RemoteSlot(NamedTuple):
     header: int
     """Addresses in the lender's memory."""
     payload: int
+    slab: int
 
 
 class _Local(NamedTuple):
@@ -224,7 +225,7 @@ class SegmentMap:
         if geometry is None or not 0 <= location.slot < geometry.slots:
             return None
         header, payload = geometry.header_offset(location.slot), geometry.payload_offset(location.slot)
-        return RemoteSlot(segment.info.uuid, segment.info.endpoint, address + header, address + payload)
+        return RemoteSlot(segment.info.uuid, segment.info.endpoint, address + header, address + payload, address)
 
     def unpin(self, slot: PinnedSlot) -> None:
         """Undo one `pin`. Nothing computed from the slot's addresses may be used afterwards. Does not block."""

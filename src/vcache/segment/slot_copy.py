@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .mapping import PinnedSlot, SegmentMap
-from .slots import HEADER_BYTES, SlotHeader, SlotLocation, formatted_since
+from .slots import HEADER_BYTES, SlotHeader, SlotLocation, formatted_since, outlived
 
 _PIECE_BYTES = 4 * 2**20
 """Of a payload on its way to VRAM, which goes through host memory."""
@@ -51,7 +51,7 @@ def read_slot(segments: SegmentMap, source: SourceSlot, header: SlotHeader, out:
     packed = header.pack()
     out[:HEADER_BYTES] = packed
     segments.read_into(source.slot.slab, source.slot.payload_offset, out[HEADER_BYTES : HEADER_BYTES + header.payload_bytes])
-    return _read_header(segments, source.slot) == packed
+    return _stands(segments, source.slot, header)
 
 
 def copy_slot(segments: SegmentMap, source: SourceSlot, target: TargetSlot, writer: bytes) -> int:
@@ -72,7 +72,7 @@ def copy_slot(segments: SegmentMap, source: SourceSlot, target: TargetSlot, writ
         return 0
     _write_header(segments, slot, odd.announce_parts())
     _copy_payload(segments, source.slot, slot, header.payload_bytes)
-    if _read_header(segments, source.slot) != header.pack() or _read_header(segments, slot) != odd.pack():
+    if not _stands(segments, source.slot, header) or _read_header(segments, slot) != odd.pack():
         return 0
     _write_header(segments, slot, final.publish_parts())
     return header.payload_bytes
@@ -90,6 +90,13 @@ def _copy_payload(segments: SegmentMap, source: PinnedSlot, target: PinnedSlot, 
 
 def _read_header(segments: SegmentMap, slot: PinnedSlot) -> bytes:
     return segments.read(slot.slab, slot.header_offset, HEADER_BYTES)
+
+
+def _stands(segments: SegmentMap, slot: PinnedSlot, header: SlotHeader) -> bool:
+    """Whether a slot, after its payload was read, still carries the header, and its slab the format that this belongs to."""
+    if _read_header(segments, slot) != header.pack():
+        return False
+    return not outlived(segments.read(slot.slab, 0, HEADER_BYTES), header.generation)
 
 
 def _format(segments: SegmentMap, target: TargetSlot) -> bool:

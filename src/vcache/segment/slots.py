@@ -7,8 +7,8 @@ A slab that holds slots of `slot_bytes` is laid out as
     [payload_base + i * stride)  payload of slot i        payload_base, stride: multiples of 256
 
 Write: through the segment's gate (`gate.py`), then slot header odd -> payload -> slot header even. Read: header, payload,
-header again; the bytes count only when both headers equal what the manager said (rule I1). Generations come from one counter
-per slab and only grow (I4).
+header again, slab header; the bytes count only when both headers equal what the manager said (rule I1) and are newer than the
+slab's format. Generations come from one counter per slab and only grow (I4).
 
 Nobody writes 64 bytes at once, and a writer may stop for ever after any word. So the odd generation is the first word of an
 announcement (`announce_parts`) and the even one the last word of a publication (`publish_parts`), with fences between: what is
@@ -96,6 +96,12 @@ def formatted_since(found: bytes | memoryview, ours: bytes) -> bool:
     lapsed, and nothing may be written. Pure."""
     there, mine = SlabHeader.unpack(found), SlabHeader.unpack(ours)
     return there is not None and mine is not None and there.format_generation > mine.format_generation
+
+
+def outlived(slab_header: bytes | memoryview, generation: int) -> bool:
+    """Whether a slot header of this generation is older than the format in the first bytes of its slab, read **after** the
+    payload: slots of another size lie there now, and an old header may stand while its payload is overwritten. Pure."""
+    return int.from_bytes(slab_header[8:16], "little") >= generation
 
 
 class SlotHeader(NamedTuple):
