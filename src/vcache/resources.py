@@ -40,12 +40,10 @@ class SegmentWatcher:
 
     def __init__(self, segments: SegmentMap) -> None:
         self._segments = segments
-        self._epoch = 0
 
     def on_session(self, session: SessionInfo) -> None:
-        if session.epoch != self._epoch:
-            self._segments.forget_all()
-            self._epoch = session.epoch
+        # In the same epoch, too: all that is mounted is announced anew, and what went meanwhile is not.
+        self._segments.forget_all()
 
     def on_disconnect(self) -> None:
         """Mappings stay: the lenders are alive, only the manager is not."""

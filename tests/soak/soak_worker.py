@@ -98,7 +98,7 @@ class SoakWorker:
             except VCacheError:
                 return False
             known = {info.uuid for info in self.engine._resources.segments.segments()}
-            return len(mounted) == segments and mounted <= known
+            return len(mounted) == segments and mounted == known
 
         eventually(seen, 25.0, what="a session and all segments")
 
