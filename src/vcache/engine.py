@@ -218,8 +218,8 @@ class VCacheEngine:
         return self._lower is None or self._lower.flush(rest)
 
     def close(self) -> None:
-        """Finish transfers, return what was lent. Idempotent. Gives stores of other threads, background writes and pinned slabs up
-        to 5 seconds each; what still runs then keeps its slots, which nobody else is given before it has ended."""
+        """Finish transfers, return what was lent. Idempotent. Gives stores of other threads, background writes and pinned slabs
+        up to 5 seconds each; what still runs then keeps its slots, which nobody else is given before it has ended."""
         with self._lock:
             if self._closed:
                 return

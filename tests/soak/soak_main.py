@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     seed = random.SystemRandom().randrange(2**32) if chosen.seed is None else chosen.seed
     print(f"seed {seed}, {chosen.minutes:g} minutes", flush=True)
     signal.signal(signal.SIGTERM, _end)
+    # Shells have their background jobs ignore it; whoever sends it to this process wants it to end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     tally, began = Tally(), time.monotonic()
     try:
         soak(tally, seed, began + 60 * chosen.minutes, chosen)
