@@ -39,7 +39,8 @@ class ShrinkReport(NamedTuple):
     """Physical bytes given back to the system when the call returned."""
     seconds: float
     late: tuple[bytes, ...]
-    """Client ids of processes (possibly this one) that did not unmap in time. VRAM that they map is free when they do."""
+    """Client ids of processes (possibly this one) that did not unmap in time. VRAM that they map, and host memory that they may
+    have pinned for a GPU, is free when they do."""
 
 
 class Lender:
