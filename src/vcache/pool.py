@@ -10,6 +10,7 @@ import logging
 import random
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
@@ -233,7 +234,7 @@ class ChunkPool:
         self._remote = remote
         self._writes = 0
         self._writes_changed = threading.Condition()
-        self._broken: dict[bytes, None] = {}
+        self._broken: OrderedDict[bytes, None] = OrderedDict()
         self._broken_lock = threading.Lock()
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -431,7 +432,7 @@ class ChunkPool:
         with self._broken_lock:
             self._broken |= dict.fromkeys(digests)
             while len(self._broken) > MAX_BROKEN:
-                del self._broken[next(iter(self._broken))]
+                self._broken.popitem(last=False)
 
     def broken(self, digests: Sequence[bytes]) -> list[bytes]:
         """Those of `digests` that are marked."""
