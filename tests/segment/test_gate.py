@@ -168,3 +168,24 @@ def test_a_passage_asks_each_slab_once_and_leaves_all(gate: Gate) -> None:
     passage.leave()
     passage.leave()
     assert gate.writers(range(3)) == set()
+
+
+def test_a_passage_judges_each_word_for_itself(gate: Gate) -> None:
+    """A large put is answered in slices, so its tickets may be of two mounts: the verdict on one is none on the other."""
+    slab = MappedSlab("host", "host", 4096, 1)
+    slab.index, slab.gate = 0, gate.own
+    first, passage = gate.renew(), Passage()
+    assert passage.admits(slab, first)
+    second = gate.renew()
+    assert passage.admits(slab, second)
+    assert not Passage().admits(slab, first)
+    third = gate.renew()
+    assert passage.admits(slab, third)
+    assert not Passage().admits(slab, second)
+    passage.leave()
+    assert gate.writers([0]) == set()
+    late = Passage()
+    assert late.admits(slab, third)
+    assert not late.admits(slab, second), "one word was let in, the other is not"
+    late.leave()
+    assert gate.writers([0]) == set()

@@ -95,20 +95,21 @@ class Passage:
     """The gates that one piece of work has passed. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._slabs: dict[MappedSlab, bool] = {}
+        self._asked: dict[tuple[MappedSlab, int], bool] = {}
 
     def admits(self, slab: MappedSlab, fence: int) -> bool:
-        """Whether a ticket that came with `fence` may be used in that slab; asked of its gate once. The slab stays pinned until
-        `leave`. A slab without a gate admits nobody."""
-        admitted = self._slabs.get(slab)
+        """Whether a ticket that came with `fence` may be used in that slab; asked of its gate once for each word, because one
+        answer of the manager may hold tickets of two mounts. The slab stays pinned until `leave`. A slab without a gate admits
+        nobody."""
+        admitted = self._asked.get((slab, fence))
         if admitted is None:
-            admitted = self._slabs[slab] = slab.gate is not None and slab.gate.enter(slab.index, fence)
+            admitted = self._asked[slab, fence] = slab.gate is not None and slab.gate.enter(slab.index, fence)
         return admitted
 
     def leave(self) -> None:
         """Nothing is written any more: pass all gates the other way. Idempotent."""
-        slabs, self._slabs = self._slabs, {}
-        for slab, admitted in slabs.items():
+        asked, self._asked = self._asked, {}
+        for (slab, _), admitted in asked.items():
             if admitted and slab.gate is not None:
                 slab.gate.leave(slab.index)
 
