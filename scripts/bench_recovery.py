@@ -22,8 +22,8 @@ from vcache.bench.processes import clean_environment, running
 from vcache.bench.report import percentile
 from vcache.config import ManagerConfig
 from vcache.errors import VCacheError
+from vcache.manager.api import WipeSlots
 from vcache.manager.client import ManagerClient
-from vcache.manager.messages import WipeSlots
 
 KEYS = 32
 PERIOD = 0.005

@@ -298,9 +298,9 @@ def with_torch() -> dict[str, Any]:
 
 
 def links() -> Any:
-    from vcache.segment import cuda_doctor
+    from vcache.cli import doctor_gpu
 
-    return {"checks": [str(c) for c in cuda_doctor.checks()], "links": [str(link) for link in cuda_doctor.links()]}
+    return {"checks": [str(c) for c in doctor_gpu.checks()], "links": [str(link) for link in doctor_gpu.links()]}
 
 
 def mover() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from vcache import bindings
 from vcache.bindings import MISSING, Problem, find_problem, load
 from vcache.config import SegmentConfig
 from vcache.errors import ConfigError
-from vcache.segment.remote_export import open_export
+from vcache.lender.export import open_export
 from vcache.storage.mooncake_options import load_store
 
 LOADER = "libibverbs.so.1: cannot open shared object file: No such file or directory"

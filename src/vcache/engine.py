@@ -11,17 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .cache.opening import Resources, open_resources
+from .cache.pool import HEAD_CHUNKS, MANAGER_ERRORS, ChunkPool, PoolTransfer, Presence
+from .cache.storage_tier import LowerTier
+from .cache.transfer import StreamFollower, TransferHandle
 from .config import VCacheConfig
 from .errors import ArgumentError, VCacheError
-from .handles import StreamFollower, TransferHandle
 from .keys import CacheKey, TokenDatabase, skipped_tokens, token_array
-from .lower_tier import LowerTier
-from .manager.messages import ManagerApi
+from .manager.api import ManagerApi
 from .metrics import EngineMetrics
 from .paged.checksum import slot_bytes_for
-from .pool import HEAD_CHUNKS, MANAGER_ERRORS, ChunkPool, PoolTransfer, Presence
 from .prompt import Prompt, RecentPrompts
-from .resources import Resources, open_resources
 from .spec import KVCacheSpec
 
 if TYPE_CHECKING:

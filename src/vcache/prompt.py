@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from array import array
 
+from .cache.pool import Chunk
 from .keys import ChunkSpan, TokenDatabase
-from .pool import Chunk
 
 RECENT_PROMPTS = 4
 """Prompts whose chunks' names are remembered: 16 bytes for each chunk, and the token ids."""

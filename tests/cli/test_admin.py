@@ -6,7 +6,7 @@ import pytest
 
 from vcache.cli.admin import find_segment, reached
 from vcache.errors import ArgumentError
-from vcache.segment.lent import slab_bytes
+from vcache.lender.slabs import slab_bytes
 from vcache.segment.slots import SegmentInfo, SlabInfo
 
 MIB = 2**20

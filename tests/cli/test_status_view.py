@@ -7,7 +7,7 @@ import json
 from rich.console import Console
 
 from vcache.cli.status import hit_ratio, render, to_json
-from vcache.manager.messages import SegmentStats, SessionStats, StatsReply
+from vcache.manager.api import SegmentStats, SessionStats, StatsReply
 from vcache.segment.slots import SegmentInfo, SlabInfo
 
 OWNER, UUID = b"\x0f" * 16, b"\xab" * 16

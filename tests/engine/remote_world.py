@@ -13,13 +13,13 @@ import torch
 from support.paged import Paged, content, spec_for
 
 from vcache import VCacheConfig, VCacheEngine
+from vcache.cache.pool import Chunk, ChunkPool
+from vcache.cache.remote_reads import RemotePool
+from vcache.lender.lender import Lender
 from vcache.metrics import EngineMetrics
 from vcache.paged.layout import PagedCache
 from vcache.paged.select import mover_for
-from vcache.pool import Chunk, ChunkPool
-from vcache.remote_pool import RemotePool
 from vcache.segment.host import HostBacking
-from vcache.segment.lender import Lender
 from vcache.segment.mapping import SegmentMap
 
 CHUNK, LAYOUT, BLOCKS, BLOCK_SIZE = 16, "2BNHD", 32, 8

@@ -114,7 +114,7 @@ def test_no_manager_no_harm(engine: VCacheEngine, monkeypatch: pytest.MonkeyPatc
 
 
 def test_marks_are_bounded(engine: VCacheEngine) -> None:
-    from vcache.pool import MAX_BROKEN
+    from vcache.cache.pool import MAX_BROKEN
 
     names = [index.to_bytes(16, "big") for index in range(MAX_BROKEN + 10)]
     engine.pool.mark_broken(names)

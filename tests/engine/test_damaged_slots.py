@@ -12,12 +12,12 @@ import torch
 from support.paged import Paged, content, spec_for
 
 from vcache import VCacheConfig, VCacheEngine
+from vcache.cache.pool import Chunk, ChunkPool
+from vcache.lender.lender import Lender
 from vcache.metrics import EngineMetrics
 from vcache.paged.layout import PagedCache
 from vcache.paged.select import mover_for
-from vcache.pool import Chunk, ChunkPool
 from vcache.segment.host import HostBacking
-from vcache.segment.lender import Lender
 
 LAYOUT, CHUNK, COUNT = "2BNHD", 16, 4
 SPEC = spec_for(LAYOUT)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from support.paged import Paged, content, spec_for
 
 from vcache import VCacheConfig, VCacheEngine
+from vcache.cache.pool import HEAD_CHUNKS
 from vcache.keys import TokenDatabase
-from vcache.pool import HEAD_CHUNKS
 from vcache.prompt import Prompt
 
 CHUNK, CHUNKS = 4, 3 * HEAD_CHUNKS

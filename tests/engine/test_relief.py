@@ -11,7 +11,7 @@ from support.relief_world import DRAM, FORMAT, NAMESPACE, SLOT_BYTES, VRAM, Paus
 
 from vcache.errors import DeadlineExceededError, ManagerUnavailableError, SegmentError, StorageDeadlineError, StorageError
 from vcache.keys import CacheKey
-from vcache.manager.messages import Move, PutGrant, SpillPlan, Ticket
+from vcache.manager.api import Move, PutGrant, SpillPlan, Ticket
 from vcache.segment.slots import SlabHeader, SlotHeader
 from vcache.storage.memory import MemoryStorage
 

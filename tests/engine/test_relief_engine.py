@@ -16,8 +16,8 @@ from support.paged import Paged, content, spec_for
 
 from vcache import VCacheConfig, VCacheEngine
 from vcache.config import ByteSize, SegmentConfig
+from vcache.lender.lender import Lender
 from vcache.segment.host import HostBacking
-from vcache.segment.lender import Lender
 
 LAYOUT = "2BNHD"
 CHUNK = 16

@@ -16,9 +16,9 @@ from remote_world import CHUNK, HERE, SPEC, FakeEngine, World, copy
 from support.cluster import eventually
 from support.paged import content
 
+from vcache.cache.pool import Chunk, JoinedTransfer
 from vcache.errors import SegmentError
 from vcache.paged.mover import Transfer
-from vcache.pool import Chunk, JoinedTransfer
 from vcache.segment.slots import HEADER_BYTES, SlotHeader
 
 PAYLOAD = SPEC.payload_bytes(CHUNK)

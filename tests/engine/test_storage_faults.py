@@ -12,10 +12,10 @@ import torch
 from support.paged import Paged, content, spec_for
 
 from vcache import VCacheConfig, VCacheEngine
+from vcache.cache.buffers import StagingPool
+from vcache.cache.remote_buffers import RemoteBuffers
 from vcache.errors import ArgumentError, StorageDeadlineError
 from vcache.keys import CacheKey
-from vcache.remote_buffers import RemoteBuffers
-from vcache.staging import StagingPool
 from vcache.storage.memory import MemoryStorage
 
 CHUNK, LAYOUT, BLOCKS, BLOCK_SIZE = 16, "2BNHD", 48, 8
@@ -62,7 +62,7 @@ class Tier(MemoryStorage):
 class World:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, size: str = "512KiB", **storage: Any) -> None:
         self.tier = Tier()
-        monkeypatch.setattr("vcache.resources.open_storage", lambda config: self.tier)
+        monkeypatch.setattr("vcache.cache.opening.open_storage", lambda config: self.tier)
         config = VCacheConfig.from_env(
             {},
             segment={"kind": "host", "size": size, "slab_size": "64KiB"},

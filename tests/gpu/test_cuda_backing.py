@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fake_driver import GRANULARITY, FakeDriver
 
+from vcache.cli import doctor_gpu
 from vcache.errors import DeviceUnavailableError, SegmentError
-from vcache.segment import cuda_doctor
 from vcache.segment.backing import MappedSlab, SlabBacking
 from vcache.segment.cuda import CudaBacking, HostPinning
 from vcache.segment.cuda_driver import CudaCallError, CudaDriver
@@ -318,20 +318,20 @@ def test_a_call_error_names_call_and_code(fake: FakeDriver) -> None:
 
 
 def test_link_table() -> None:
-    link = cuda_doctor.Link
+    link = doctor_gpu.Link
     matrix = [
         link("GPU-aaaaaaaa-1", "GPU-aaaaaaaa-1", "same", "nvml"),
         link("GPU-aaaaaaaa-1", "GPU-bbbbbbbb-2", "nvlink", "nvml"),
         link("GPU-bbbbbbbb-2", "GPU-aaaaaaaa-1", "pcie", "nvml"),
         link("GPU-bbbbbbbb-2", "GPU-bbbbbbbb-2", "same", "nvml"),
     ]
-    assert cuda_doctor.link_table(matrix)[1:] == [["GPU-aaaaaaaa", "same", "nvlink"], ["GPU-bbbbbbbb", "pcie", "same"]]
-    assert cuda_doctor.link_table([]) == [["from \\ to"]]
+    assert doctor_gpu.link_table(matrix)[1:] == [["GPU-aaaaaaaa", "same", "nvlink"], ["GPU-bbbbbbbb", "pcie", "same"]]
+    assert doctor_gpu.link_table([]) == [["from \\ to"]]
 
 
 def test_doctor_lists_links_from_the_driver() -> None:
     fake = FakeDriver(real, (ONE, OTHER))
-    kinds = [link.kind for link in cuda_doctor.driver_links(CudaDriver(fake))]
+    kinds = [link.kind for link in doctor_gpu.driver_links(CudaDriver(fake))]
     assert kinds == ["same", "nvlink", "nvlink", "same"]
     fake.peers = False
-    assert [link.kind for link in cuda_doctor.driver_links(CudaDriver(fake))] == ["same", "none", "none", "same"]
+    assert [link.kind for link in doctor_gpu.driver_links(CudaDriver(fake))] == ["same", "none", "none", "same"]

@@ -17,7 +17,7 @@ from vcache.segment.cuda import CudaBacking, HostPinning
 from vcache.segment.cuda_driver import CudaDriver
 from vcache.segment.host import HostBacking
 from vcache.segment.mapping import PinnedSlot, SegmentMap
-from vcache.segment.slot_copy import SourceSlot, TargetSlot, copy_slot, read_slot, slot_header
+from vcache.segment.slot_protocol import SourceSlot, TargetSlot, copy_slot, read_slot, slot_header
 from vcache.segment.slots import SegmentInfo, SlabHeader, SlabInfo, SlotHeader, SlotLocation, slab_geometry
 
 real = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")

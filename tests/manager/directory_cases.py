@@ -5,7 +5,7 @@ from __future__ import annotations
 from directory_world import SLAB_BYTES, VARIANTS, World
 
 from vcache.config import ManagerConfig
-from vcache.manager.directory import Directory
+from vcache.manager.directory.directory import Directory
 from vcache.segment.slots import (
     HEADER_BYTES,
     SegmentInfo,

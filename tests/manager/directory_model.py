@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from vcache.manager.messages import GateWriter, Ticket, WipeSlots
+from vcache.manager.api import GateWriter, Ticket, WipeSlots
 from vcache.segment.slots import HEADER_BYTES, SlabHeader, SlotHeader, slab_bytes_for, slab_geometry
 
 SLAB_BYTES = slab_bytes_for(256, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from directory_model import CONFIG, SLAB_BYTES, Client, Flight, Slot
 
-from vcache.manager.messages import MovePlan, SpillPlan
+from vcache.manager.api import MovePlan, SpillPlan
 from vcache.segment.slots import HEADER_BYTES, SlotHeader, slab_geometry
 
 

@@ -24,9 +24,7 @@ from directory_model import (
 from directory_relief import Relief
 
 from vcache.config import ManagerConfig
-from vcache.manager.directory import Directory
-from vcache.manager.jobs import SLICE, Job
-from vcache.manager.messages import (
+from vcache.manager.api import (
     GateReport,
     GateWriter,
     PutGrant,
@@ -37,6 +35,8 @@ from vcache.manager.messages import (
     WipeSlots,
     WriterLost,
 )
+from vcache.manager.directory.directory import Directory
+from vcache.manager.directory.jobs import SLICE, Job
 from vcache.segment.slots import (
     HEADER_BYTES,
     SegmentInfo,

@@ -17,11 +17,11 @@ import msgspec
 import uvloop
 
 from vcache.config import ManagerConfig, VCacheConfig
-from vcache.manager import protocol
+from vcache.manager import wire
 from vcache.manager.address import Address, parse_address
+from vcache.manager.api import ManagerApi, Push, PutRequest, SessionInfo, Ticket
 from vcache.manager.client import ManagerClient
-from vcache.manager.messages import ManagerApi, Push, PutRequest, SessionInfo, Ticket
-from vcache.manager.server import ManagerServer
+from vcache.manager.server.server import ManagerServer
 from vcache.segment.hostinfo import host_id
 from vcache.segment.slots import SegmentInfo, SlabInfo
 
@@ -186,12 +186,12 @@ class RawClient:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.settimeout(5)
         self.socket.connect(where.path if where.kind == "unix" else (where.host, where.port))
-        self.buffer = protocol.FrameBuffer(1 << 26)
+        self.buffer = wire.FrameBuffer(1 << 26)
 
     def send(self, data: bytes) -> None:
         self.socket.sendall(data)
 
-    def receive(self) -> protocol.Frame | None:
+    def receive(self) -> wire.Frame | None:
         """The next frame, or None when the server hung up."""
         while (frame := next(self.buffer.frames(), None)) is None:
             try:
@@ -203,18 +203,18 @@ class RawClient:
             self.buffer.feed(data)
         return frame
 
-    def ask(self, code: int, payload: bytes, request: int = 7) -> protocol.Frame:
+    def ask(self, code: int, payload: bytes, request: int = 7) -> wire.Frame:
         """Send a request and skip pushes until its answer."""
-        self.send(protocol.frame(request, code, payload))
+        self.send(wire.frame(request, code, payload))
         while (frame := self.receive()) is not None:
             if frame.request == request:
                 return frame
         raise AssertionError("the server hung up")
 
-    def hello(self, *, client: bytes = b"r" * 16, token: bytes = b"", version: int | None = None) -> protocol.Frame:
-        hello = protocol.Hello(client, "raw", "tool", token)
-        payload = protocol.encode_hello(hello) if version is None else protocol.encode_hello(hello, version)
-        self.send(protocol.frame(1, protocol.HELLO, payload))
+    def hello(self, *, client: bytes = b"r" * 16, token: bytes = b"", version: int | None = None) -> wire.Frame:
+        hello = wire.Hello(client, "raw", "tool", token)
+        payload = wire.encode_hello(hello) if version is None else wire.encode_hello(hello, version)
+        self.send(wire.frame(1, wire.HELLO, payload))
         answer = self.receive()
         assert answer is not None
         return answer
@@ -223,8 +223,8 @@ class RawClient:
         """The error about the connection, after which the server must have hung up."""
         words = ""
         while (frame := self.receive()) is not None:
-            if frame.code == protocol.ERROR and not frame.request:
-                words = str(protocol.decode_error(frame.payload))
+            if frame.code == wire.ERROR and not frame.request:
+                words = str(wire.decode_error(frame.payload))
         return words
 
     def close(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from vcache.errors import IntegrityError
-from vcache.manager.allocator import Allocator, Segment, Slab
-from vcache.manager.records import FREE, PROCESSING, USED, Record, Write
+from vcache.manager.directory.records import FREE, PROCESSING, USED, Record, Write
+from vcache.manager.directory.slabs import Allocator, Segment, Slab
 from vcache.segment.slots import SegmentInfo, slab_bytes_for
 
 SLAB = slab_bytes_for(256, 4)

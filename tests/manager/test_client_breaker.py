@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vcache.manager.breaker import CircuitBreaker
+from vcache.guard import CircuitBreaker
 
 
 class Clock:

@@ -29,12 +29,12 @@ from manager_helpers import (
 
 from vcache.config import VCacheConfig
 from vcache.errors import ArgumentError, DeadlineExceededError, ManagerUnavailableError, ProtocolError
-from vcache.manager import protocol
+from vcache.manager import wire
+from vcache.manager.api import AcquireReply, SegmentGone, SegmentMounted, SessionInfo, Ticket
 from vcache.manager.client import ManagerClient
 from vcache.manager.connect import connect
-from vcache.manager.connection import Connection
-from vcache.manager.embedded import EmbeddedManager
-from vcache.manager.messages import AcquireReply, SegmentGone, SegmentMounted, SessionInfo, Ticket
+from vcache.manager.loopback import EmbeddedManager
+from vcache.manager.socket_transport import Connection
 from vcache.segment.hostinfo import host_id
 
 SLACK = 0.4
@@ -502,7 +502,7 @@ def test_the_end_of_a_write_that_could_not_be_sent_is_settled_by_the_next_hello(
         try:
             with suppress(ManagerUnavailableError):
                 while True:
-                    connection.send(protocol.RELEASE, protocol.encode_lease(9), 0.2)
+                    connection.send(wire.RELEASE, wire.encode_lease(9), 0.2)
             assert not connection.closed
             with pytest.raises(ManagerUnavailableError, match="does not take requests"):
                 getattr(client, verb)([Ticket(key(1), 0, grant.location.generation)])

@@ -12,8 +12,7 @@ from manager_helpers import NAMESPACE, SLOT, Recorder, key, keys, put_request, s
 
 from vcache.config import ByteSize, ManagerConfig
 from vcache.errors import ManagerRefusedError, ProtocolError
-from vcache.manager.embedded import EmbeddedManager
-from vcache.manager.messages import (
+from vcache.manager.api import (
     AcquireReply,
     ManagerApi,
     MovePlan,
@@ -25,6 +24,7 @@ from vcache.manager.messages import (
     Ticket,
     WipeSlots,
 )
+from vcache.manager.loopback import EmbeddedManager
 from vcache.segment.hostinfo import host_id
 from vcache.segment.slots import HEADER_BYTES, SlabHeader, SlabInfo, SlabInventory, SlotHeader, slab_geometry
 

@@ -8,7 +8,7 @@ import pytest
 from directory_world import CONFIG, SLAB_BYTES, TOKENS, VARIANTS, World, digest
 
 from vcache.errors import IntegrityError, ManagerRefusedError, ProtocolError
-from vcache.manager.messages import PutRequest, Ticket
+from vcache.manager.api import PutRequest, Ticket
 from vcache.segment.slots import LOCATION_BYTES, SlotLocation
 
 ONE, TWO, BIG = VARIANTS

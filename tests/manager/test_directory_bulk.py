@@ -10,8 +10,8 @@ from directory_cases import ME, header, lone, slab_of
 
 from vcache.config import ManagerConfig
 from vcache.errors import ManagerRefusedError
-from vcache.manager import leases
-from vcache.manager.messages import PutRequest, Ticket
+from vcache.manager.api import PutRequest, Ticket
+from vcache.manager.directory import leases
 from vcache.segment.slots import slab_bytes_for
 
 

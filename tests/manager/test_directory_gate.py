@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 from directory_cases import ME, header, lone, slab_of
 
-from vcache.manager.directory import Directory
-from vcache.manager.messages import GateReport, GateWriter, PutGrant, PutRequest, Ticket
+from vcache.manager.api import GateReport, GateWriter, PutGrant, PutRequest, Ticket
+from vcache.manager.directory.directory import Directory
 from vcache.segment.slots import SegmentInfo
 
 WRITER, OTHER = b"w" * 16, b"o" * 16

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from directory_cases import ME, header, lone, slab_of
 
-from vcache.manager.directory import Directory
-from vcache.manager.messages import PutRequest, Ticket
+from vcache.manager.api import PutRequest, Ticket
+from vcache.manager.directory.directory import Directory
 from vcache.segment.slots import slab_bytes_for, slab_geometry
 
 RANK = b"r" * 16

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vcache.config import ManagerConfig
 from vcache.errors import ManagerRefusedError, ProtocolError
-from vcache.manager.messages import PutRequest, ResizeRequested, SegmentMounted, Ticket
+from vcache.manager.api import PutRequest, ResizeRequested, SegmentMounted, Ticket
 from vcache.segment.slots import (
     HEADER_BYTES,
     SlabHeader,

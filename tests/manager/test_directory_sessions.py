@@ -8,8 +8,8 @@ import pytest
 from directory_world import CONFIG, MAX_CHUNKS, VARIANTS, World, digest
 
 from vcache.errors import IntegrityError, ProtocolError
-from vcache.manager import lending
-from vcache.manager.messages import SegmentGone, SegmentMounted, WriterLost
+from vcache.manager.api import SegmentGone, SegmentMounted, WriterLost
+from vcache.manager.directory import lending
 
 ONE, TWO, BIG = VARIANTS
 

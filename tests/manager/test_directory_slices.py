@@ -7,8 +7,8 @@ from directory_cases import ME, header, lone, slab_of
 
 from vcache.config import ManagerConfig
 from vcache.errors import ManagerRefusedError
-from vcache.manager.directory import Directory
-from vcache.manager.messages import PutRequest, Ticket, WipeSlots
+from vcache.manager.api import PutRequest, Ticket, WipeSlots
+from vcache.manager.directory.directory import Directory
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory, SlotHeader, slab_bytes_for, slab_geometry
 
 SLOTS = 12

@@ -10,8 +10,8 @@ from manager_helpers import Recorder, keys, put_request, segment_of, store, wait
 
 from vcache.config import ManagerConfig
 from vcache.errors import ManagerUnavailableError
-from vcache.manager.embedded import EmbeddedManager
-from vcache.manager.messages import SegmentMounted, SessionInfo, Ticket, WipeSlots
+from vcache.manager.api import SegmentMounted, SessionInfo, Ticket, WipeSlots
+from vcache.manager.loopback import EmbeddedManager
 
 
 class Clock:
@@ -84,7 +84,7 @@ def test_lender_mounts_in_on_session_and_wipes_in_on_push() -> None:
 
 
 def test_removal_is_bounded_when_nobody_wipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vcache.manager.embedded.WIPE_TIMEOUT", 0.1)
+    monkeypatch.setattr("vcache.manager.loopback.WIPE_TIMEOUT", 0.1)
     manager = EmbeddedManager(ManagerConfig())
     manager.mount(segment_of(manager))
     store(manager, keys(1, 3))

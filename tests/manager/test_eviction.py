@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vcache.errors import IntegrityError
-from vcache.manager import eviction
-from vcache.manager.chunks import ChunkTable, deepest_first
-from vcache.manager.eviction import EvictionPolicy, LruPolicy, SievePolicy, make_policy
-from vcache.manager.records import Record, Space
+from vcache.manager.directory import eviction
+from vcache.manager.directory.chunks import ChunkTable, deepest_first
+from vcache.manager.directory.eviction import EvictionPolicy, LruPolicy, SievePolicy, make_policy
+from vcache.manager.directory.records import Record, Space
 from vcache.segment.slots import SlotLocation
 
 SPACE = Space(b"n" * 16)

@@ -9,8 +9,8 @@ from directory_cases import ONE, TWO, gauges, hits, store
 from directory_world import SLAB_BYTES, Client, Flight, World
 
 from vcache.errors import IntegrityError, ProtocolError
-from vcache.manager import moves as moves_module
-from vcache.manager.records import Record
+from vcache.manager.directory import demoting as moves_module
+from vcache.manager.directory.records import Record
 
 ALL = 100 * SLAB_BYTES
 

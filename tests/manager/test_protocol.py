@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vcache.errors import ArgumentError, ManagerRefusedError, ProtocolError, SegmentError, StorageError
-from vcache.manager import protocol
-from vcache.manager.messages import (
+from vcache.manager import wire
+from vcache.manager.api import (
     PROTOCOL_VERSION,
     AcquireReply,
     GateReport,
@@ -41,7 +41,7 @@ def key(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-HELLO = protocol.Hello(b"c" * 16, "engine-0", "engine", b"secret", "a host", True)
+HELLO = wire.Hello(b"c" * 16, "engine-0", "engine", b"secret", "a host", True)
 INFO = SegmentInfo(
     uuid=b"u" * 16,
     kind="host",
@@ -53,67 +53,67 @@ INFO = SegmentInfo(
     endpoint="h:1",
 )
 PUT = PutRequest(keys=[key(1)], namespace=b"n" * 16, parent=b"", first_index=0, tokens=[256], slot_bytes=4096)
-REQUESTS: list[protocol.Request] = [
-    protocol.PutStart(PUT),
-    protocol.PutEnd([Ticket(key(1), 0, 8)]),
-    protocol.PutRevoke([Ticket(key(1), 0, 8)]),
-    protocol.Tiers([key(1), key(2)]),
-    protocol.Remove([key(1)]),
-    protocol.Clear(b"n" * 16),
-    protocol.InventoryPart(b"u" * 16, [SlabInventory(0, b"s" * 64, b"h" * 128)]),
-    protocol.Mount(INFO, [SlabInventory(0, b"s" * 64, b"")], GateReport(fence=7, writers=(GateWriter(b"w" * 16, 0),), floor=5)),
-    protocol.WritersLeft(b"u" * 16, [GateWriter(b"w" * 16, 0)]),
-    protocol.Unmount(b"u" * 16),
-    protocol.AddSlabs(b"u" * 16, [SlabInfo(3, 4096, 2**47)]),
-    protocol.Demote(4096, [1, 2]),
-    protocol.PlanSpill(4096, []),
-    protocol.Spilled(7, [key(1)]),
-    protocol.DropSlabs(b"u" * 16, 4096),
-    protocol.ImporterGone(b"u" * 16, b"c" * 16),
-    protocol.RequestResize(b"u" * 16, 4096),
-    protocol.Wiped(7),
-    protocol.Segments(),
-    protocol.Stats(),
-    protocol.Heartbeat(),
-    protocol.Goodbye(),
+REQUESTS: list[wire.Request] = [
+    wire.PutStart(PUT),
+    wire.PutEnd([Ticket(key(1), 0, 8)]),
+    wire.PutRevoke([Ticket(key(1), 0, 8)]),
+    wire.Tiers([key(1), key(2)]),
+    wire.Remove([key(1)]),
+    wire.Clear(b"n" * 16),
+    wire.InventoryPart(b"u" * 16, [SlabInventory(0, b"s" * 64, b"h" * 128)]),
+    wire.Mount(INFO, [SlabInventory(0, b"s" * 64, b"")], GateReport(fence=7, writers=(GateWriter(b"w" * 16, 0),), floor=5)),
+    wire.WritersLeft(b"u" * 16, [GateWriter(b"w" * 16, 0)]),
+    wire.Unmount(b"u" * 16),
+    wire.AddSlabs(b"u" * 16, [SlabInfo(3, 4096, 2**47)]),
+    wire.Demote(4096, [1, 2]),
+    wire.PlanSpill(4096, []),
+    wire.Spilled(7, [key(1)]),
+    wire.DropSlabs(b"u" * 16, 4096),
+    wire.ImporterGone(b"u" * 16, b"c" * 16),
+    wire.RequestResize(b"u" * 16, 4096),
+    wire.Wiped(7),
+    wire.Segments(),
+    wire.Stats(),
+    wire.Heartbeat(),
+    wire.Goodbye(),
 ]
 
 
 def test_hot_frames_are_pinned() -> None:
     keys = key(1) + key(2)
-    assert protocol.frame(7, protocol.LOOKUP, keys) == struct.pack("<IIB", 37, 7, 2) + keys
-    assert protocol.encode_acquire(keys, shard=3, lease=5) == struct.pack("<QH", 5, 3) + keys
-    assert protocol.encode_lease(9) == struct.pack("<Q", 9)
-    assert protocol.encode_acquired(9, 30.0, b"l" * 24) == struct.pack("<Qd", 9, 30.0) + b"l" * 24
-    assert protocol.encode_hello(HELLO)[:6] == b"VCMG" + struct.pack("<H", PROTOCOL_VERSION)
+    assert wire.frame(7, wire.LOOKUP, keys) == struct.pack("<IIB", 37, 7, 2) + keys
+    assert wire.encode_acquire(keys, shard=3, lease=5) == struct.pack("<QH", 5, 3) + keys
+    assert wire.encode_lease(9) == struct.pack("<Q", 9)
+    assert wire.encode_acquired(9, 30.0, b"l" * 24) == struct.pack("<Qd", 9, 30.0) + b"l" * 24
+    assert wire.encode_hello(HELLO)[:6] == b"VCMG" + struct.pack("<H", PROTOCOL_VERSION)
 
 
 def test_hot_codecs_round_trip() -> None:
     keys = [key(i) for i in range(5)]
-    assert protocol.decode_acquire(protocol.encode_acquire(protocol.join_keys(keys), 3, 5)) == (5, 3, tuple(keys))
+    assert wire.decode_acquire(wire.encode_acquire(wire.join_keys(keys), 3, 5)) == (5, 3, tuple(keys))
     locations = [SlotLocation(1, 2, 256, 3, 4096, 8), SlotLocation(1, 2, 17, 4, 4096, 10)]
-    reply = protocol.decode_acquired(protocol.encode_acquired(5, 1.5, b"".join(at.pack() for at in locations)))
+    reply = wire.decode_acquired(wire.encode_acquired(5, 1.5, b"".join(at.pack() for at in locations)))
     assert reply == AcquireReply(5, 1.5, locations)
-    assert protocol.decode_lease(protocol.encode_lease(2**64 - 1)) == 2**64 - 1
-    assert protocol.decode_count(protocol.encode_count(12)) == 12
+    assert wire.decode_lease(wire.encode_lease(2**64 - 1)) == 2**64 - 1
+    assert wire.decode_count(wire.encode_count(12)) == 12
 
 
 @pytest.mark.parametrize("count", [0, 1, 1023, 1024, 1025, 5000])
 def test_keys_split_at_any_count(count: int) -> None:
     keys = [key(i) for i in range(count)]
-    assert list(protocol.split_keys(b"xx" + protocol.join_keys(keys), 2)) == keys
+    assert list(wire.split_keys(b"xx" + wire.join_keys(keys), 2)) == keys
 
 
 def test_keys_of_other_lengths_are_refused() -> None:
     with pytest.raises(ArgumentError, match="16 bytes"):
-        protocol.join_keys([b"x" * 15, b"x" * 17])
+        wire.join_keys([b"x" * 15, b"x" * 17])
     with pytest.raises(ProtocolError, match="multiple of 16"):
-        protocol.split_keys(b"x" * 17)
+        wire.split_keys(b"x" * 17)
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
-def test_typed_requests_round_trip(request_: protocol.Request) -> None:
-    assert protocol.decode_request(protocol.encode_request(request_)) == request_
+def test_typed_requests_round_trip(request_: wire.Request) -> None:
+    assert wire.decode_request(wire.encode_request(request_)) == request_
 
 
 @pytest.mark.parametrize(
@@ -127,19 +127,19 @@ def test_typed_requests_round_trip(request_: protocol.Request) -> None:
     ],
 )
 def test_pushes_round_trip(push: Push) -> None:
-    assert protocol.decode_push(protocol.encode_push(push)) == push
+    assert wire.decode_push(wire.encode_push(push)) == push
 
 
 def test_typed_replies_round_trip() -> None:
     grants = [PutGrant("exists"), PutGrant("granted", SlotLocation(1, 0, 256, 2, 4096, 8), 6, 12)]
-    assert protocol.decode_value(protocol.GRANTS_REPLY, protocol.encode_reply(grants)) == grants
+    assert wire.decode_value(wire.GRANTS_REPLY, wire.encode_reply(grants)) == grants
     with pytest.raises(ProtocolError):
-        protocol.decode_value(protocol.GRANTS_REPLY, protocol.encode_reply([1]))
+        wire.decode_value(wire.GRANTS_REPLY, wire.encode_reply([1]))
     source = SlotLocation(1, 0, 256, 2, 4096, 8)
     moves = MovePlan(lease=3, moves=[Move(key(1), 1, source, grants[1])])
-    assert protocol.decode_value(protocol.MOVE_PLAN_REPLY, protocol.encode_reply(moves)) == moves
+    assert wire.decode_value(wire.MOVE_PLAN_REPLY, wire.encode_reply(moves)) == moves
     spills = SpillPlan(lease=3, spills=[Spill(key(1), 0, source), Spill(key(1), 1, source)])
-    assert protocol.decode_value(protocol.SPILL_PLAN_REPLY, protocol.encode_reply(spills)) == spills
+    assert wire.decode_value(wire.SPILL_PLAN_REPLY, wire.encode_reply(spills)) == spills
 
 
 @pytest.mark.parametrize(
@@ -168,15 +168,15 @@ def test_typed_replies_round_trip() -> None:
 )
 def test_wrong_requests_are_refused(wire: object) -> None:
     with pytest.raises(ProtocolError):
-        protocol.decode_request(msgspec.msgpack.encode(wire))
+        wire.decode_request(msgspec.msgpack.encode(wire))
 
 
 def test_hello_of_another_version_names_both() -> None:
-    assert protocol.decode_hello(protocol.encode_hello(HELLO)) == HELLO
+    assert wire.decode_hello(wire.encode_hello(HELLO)) == HELLO
     with pytest.raises(ProtocolError, match=rf"version 9.*version {PROTOCOL_VERSION}.*install"):
-        protocol.decode_hello(protocol.encode_hello(HELLO, version=9))
+        wire.decode_hello(wire.encode_hello(HELLO, version=9))
     with pytest.raises(ProtocolError, match="version 9"):
-        protocol.decode_hello(b"VCMG" + struct.pack("<H", 9) + b"a body that only version 9 can read")
+        wire.decode_hello(b"VCMG" + struct.pack("<H", 9) + b"a body that only version 9 can read")
 
 
 def test_hello_hides_its_token() -> None:
@@ -186,11 +186,11 @@ def test_hello_hides_its_token() -> None:
 
 def test_errors_arrive_as_what_they_were() -> None:
     for error in (ManagerRefusedError("no"), ProtocolError("what"), ArgumentError("keys"), SegmentError("slab")):
-        there = protocol.decode_error(protocol.encode_error(error))
+        there = wire.decode_error(wire.encode_error(error))
         assert (type(there), str(there)) == (type(error), str(error))
-    assert type(protocol.decode_error(protocol.encode_error(StorageError("x")))) is ManagerRefusedError
-    assert type(protocol.decode_error(b"\xff\xff\xff")) is ManagerRefusedError
-    assert type(protocol.decode_error(b"")) is ManagerRefusedError
+    assert type(wire.decode_error(wire.encode_error(StorageError("x")))) is ManagerRefusedError
+    assert type(wire.decode_error(b"\xff\xff\xff")) is ManagerRefusedError
+    assert type(wire.decode_error(b"")) is ManagerRefusedError
 
 
 frames_strategy = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 255), st.binary(max_size=64)), max_size=12)
@@ -198,8 +198,8 @@ frames_strategy = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.integers(0, 2
 
 @given(frames=frames_strategy, cuts=st.lists(st.integers(1, 40), min_size=1, max_size=40), take=st.integers(1, 3))
 def test_any_cut_of_the_stream_gives_the_same_frames(frames: list[tuple[int, int, bytes]], cuts: list[int], take: int) -> None:
-    stream = b"".join(protocol.frame(*each) for each in frames)
-    buffer = protocol.FrameBuffer(LIMIT)
+    stream = b"".join(wire.frame(*each) for each in frames)
+    buffer = wire.FrameBuffer(LIMIT)
     received = []
     turn = 0
     while stream:
@@ -218,8 +218,8 @@ def test_any_cut_of_the_stream_gives_the_same_frames(frames: list[tuple[int, int
 
 @pytest.mark.parametrize("length", [0, 4, LIMIT, 2**31, 2**32 - 1])
 def test_impossible_lengths_are_refused_before_the_body(length: int) -> None:
-    buffer = protocol.FrameBuffer(LIMIT)
-    buffer.feed(protocol.frame(1, protocol.LOOKUP, key(1)) + struct.pack("<I", length))
+    buffer = wire.FrameBuffer(LIMIT)
+    buffer.feed(wire.frame(1, wire.LOOKUP, key(1)) + struct.pack("<I", length))
     stream = buffer.frames()
     assert next(stream).payload == key(1), "frames before it are still good"
     with pytest.raises(ProtocolError, match="max_frame"):
@@ -227,25 +227,25 @@ def test_impossible_lengths_are_refused_before_the_body(length: int) -> None:
 
 
 def test_largest_frame_passes() -> None:
-    buffer = protocol.FrameBuffer(64)
-    buffer.feed(protocol.frame(1, protocol.LOOKUP, b"x" * 55))
+    buffer = wire.FrameBuffer(64)
+    buffer.feed(wire.frame(1, wire.LOOKUP, b"x" * 55))
     assert [len(each.payload) for each in buffer.frames()] == [55]
-    buffer.feed(protocol.frame(1, protocol.LOOKUP, b"x" * 56))
+    buffer.feed(wire.frame(1, wire.LOOKUP, b"x" * 56))
     with pytest.raises(ProtocolError):
         next(buffer.frames())
 
 
 DECODERS: list[Callable[[bytes], object]] = [
-    protocol.decode_hello,
-    protocol.decode_request,
-    protocol.decode_acquire,
-    protocol.decode_lease,
-    protocol.decode_count,
-    protocol.decode_acquired,
-    protocol.decode_push,
-    protocol.split_keys,
-    lambda raw: protocol.decode_value(protocol.STATS_REPLY, raw),
-    lambda raw: protocol.decode_hello(b"VCMG\x01\x00" + raw),
+    wire.decode_hello,
+    wire.decode_request,
+    wire.decode_acquire,
+    wire.decode_lease,
+    wire.decode_count,
+    wire.decode_acquired,
+    wire.decode_push,
+    wire.split_keys,
+    lambda raw: wire.decode_value(wire.STATS_REPLY, raw),
+    lambda raw: wire.decode_hello(b"VCMG\x01\x00" + raw),
 ]
 
 
@@ -260,15 +260,15 @@ def test_random_payloads_raise_nothing_but_protocol_errors(raw: bytes) -> None:
 @settings(max_examples=300)
 @given(data=st.data())
 def test_mutated_requests_raise_nothing_but_protocol_errors(data: st.DataObject) -> None:
-    raw = bytearray(protocol.encode_request(data.draw(st.sampled_from(REQUESTS))))
+    raw = bytearray(wire.encode_request(data.draw(st.sampled_from(REQUESTS))))
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     with suppress(ProtocolError):
-        protocol.decode_request(raw[: data.draw(st.integers(0, len(raw)))])
+        wire.decode_request(raw[: data.draw(st.integers(0, len(raw)))])
 
 
 def test_deep_nesting_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError):
-        protocol.decode_request(b"\x92\xa5Wiped" + b"\x91" * 100_000 + b"\x01")
+        wire.decode_request(b"\x92\xa5Wiped" + b"\x91" * 100_000 + b"\x01")
     with pytest.raises(ProtocolError):
-        protocol.decode_request(b"\x92\xa8PutStart\x81\xa1x" + b"\x91" * 100_000 + b"\x01")
+        wire.decode_request(b"\x92\xa8PutStart\x81\xa1x" + b"\x91" * 100_000 + b"\x01")

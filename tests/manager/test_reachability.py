@@ -10,10 +10,10 @@ from manager_helpers import serving
 
 from vcache.config import CacheConfig, ManagerConfig, VCacheConfig
 from vcache.errors import ProtocolError
+from vcache.manager.api import SegmentMounted
 from vcache.manager.client import ManagerClient
 from vcache.manager.connect import connect
-from vcache.manager.embedded import EmbeddedManager
-from vcache.manager.messages import SegmentMounted
+from vcache.manager.loopback import EmbeddedManager
 from vcache.segment.slots import SlabInfo
 
 

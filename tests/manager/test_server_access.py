@@ -17,12 +17,12 @@ from manager_helpers import RawClient, ServerThread, config, key, serving
 
 from vcache.config import ManagerConfig, VCacheConfig
 from vcache.errors import AddressInUseError, ConfigError, ManagerRefusedError, ProtocolError
-from vcache.manager import protocol
+from vcache.manager import wire
 from vcache.manager.address import load_token, parse_address
+from vcache.manager.api import PROTOCOL_VERSION
 from vcache.manager.client import ManagerClient
 from vcache.manager.connect import connect
-from vcache.manager.messages import PROTOCOL_VERSION
-from vcache.manager.server import ManagerServer
+from vcache.manager.server.server import ManagerServer
 
 SECRET = "horse battery staple"
 
@@ -161,8 +161,8 @@ def test_version_mismatch_gives_one_clear_error(tmp_path: Path) -> None:
     with serving(f"unix://{tmp_path}/m.sock") as server:
         raw = RawClient(server.address)
         answer = raw.hello(version=PROTOCOL_VERSION + 1)
-        assert answer.code == protocol.ERROR
-        error = protocol.decode_error(answer.payload)
+        assert answer.code == wire.ERROR
+        error = wire.decode_error(answer.payload)
         assert isinstance(error, ProtocolError)
         assert f"version {PROTOCOL_VERSION + 1}" in str(error)
         assert f"version {PROTOCOL_VERSION};" in str(error)
@@ -171,9 +171,9 @@ def test_version_mismatch_gives_one_clear_error(tmp_path: Path) -> None:
 
 
 def test_client_of_another_version_fails_at_construction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = protocol.encode_hello
+    encode = wire.encode_hello
     with serving(f"unix://{tmp_path}/m.sock") as server:
-        monkeypatch.setattr(protocol, "encode_hello", lambda hello: encode(hello, PROTOCOL_VERSION + 1))
+        monkeypatch.setattr(wire, "encode_hello", lambda hello: encode(hello, PROTOCOL_VERSION + 1))
         with pytest.raises(ProtocolError, match="install the same release"):
             connect(VCacheConfig(manager=config(server.address)))
 
@@ -217,7 +217,7 @@ def test_other_users_are_refused_by_the_kernels_word() -> None:
 
 
 def test_client_does_not_trust_a_manager_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vcache.manager.connection.peer_uid", lambda sock: 4242)
+    monkeypatch.setattr("vcache.manager.socket_transport.peer_uid", lambda sock: 4242)
     with serving(f"unix://{tmp_path}/m.sock"):
         with pytest.raises(ManagerRefusedError, match="user 4242"):
             connect(VCacheConfig(manager=config(f"unix://{tmp_path}/m.sock")))

@@ -10,17 +10,18 @@ import pytest
 from manager_helpers import RawClient, serving, wait_until
 
 from vcache.bench.population import mount_population, random_keys
-from vcache.manager import protocol, service
-from vcache.manager.directory import Directory
-from vcache.manager.messages import GateReport
-from vcache.manager.peer import Peer
+from vcache.manager import wire
+from vcache.manager.api import GateReport
+from vcache.manager.directory.directory import Directory
+from vcache.manager.server import sessions
+from vcache.manager.server.peer import Peer
 from vcache.segment.slots import SegmentInfo, SlabHeader, SlabInfo, SlabInventory, slab_bytes_for
 
 
 def test_others_are_answered_while_a_large_inventory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The manager read all headers of a mount before it answered anybody else: with very many, calls of others, and even the
     lender's heartbeats, were not answered in time."""
-    monkeypatch.setattr(service, "_WORK_SECONDS", 0.0)  # One slice for each turn of the loop.
+    monkeypatch.setattr(sessions, "_WORK_SECONDS", 0.0)  # One slice for each turn of the loop.
     count = 20_000
     digests = random_keys(count)
     work = Directory.work
@@ -53,7 +54,7 @@ def test_others_are_answered_while_a_large_inventory_is_read(tmp_path: Path, mon
 
 def test_a_mount_that_is_repeated_or_taken_back_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each request gets its answer, also one whose work was not finished."""
-    monkeypatch.setattr(service, "_WORK_SECONDS", 0.0)
+    monkeypatch.setattr(sessions, "_WORK_SECONDS", 0.0)
     with serving(f"unix://{tmp_path}/m.sock") as server:
         raw = RawClient(server.address)
         raw.hello(client=b"r" * 16)
@@ -63,18 +64,18 @@ def test_a_mount_that_is_repeated_or_taken_back_is_answered(tmp_path: Path, monk
             uuid=b"u" * 16, kind="host", host="h", device="host", broker="", owner=b"r" * 16, slabs=(SlabInfo(0, nbytes),)
         )
         headers = SlabInventory(0, SlabHeader(2, 256, slots).pack(), bytes(64) * slots)
-        mount = protocol.frame(5, protocol.CALL, protocol.encode_request(protocol.Mount(info, [headers], GateReport())))
+        mount = wire.frame(5, wire.CALL, wire.encode_request(wire.Mount(info, [headers], GateReport())))
         # Small, so that it is there by the time the first one's headers are being read.
-        again = protocol.frame(6, protocol.CALL, protocol.encode_request(protocol.Mount(info, [], GateReport())))
+        again = wire.frame(6, wire.CALL, wire.encode_request(wire.Mount(info, [], GateReport())))
         raw.send(mount + again)
         answers = {}
         while {5, 6} - set(answers):
             frame = raw.receive()
             assert frame is not None
             answers[frame.request] = frame
-        assert answers[5].code == protocol.ERROR
-        assert "before all headers were read" in str(protocol.decode_error(answers[5].payload))
-        assert answers[6].code == protocol.OK
+        assert answers[5].code == wire.ERROR
+        assert "before all headers were read" in str(wire.decode_error(answers[5].payload))
+        assert answers[6].code == wire.OK
         raw.close()
 
 
@@ -82,19 +83,19 @@ def test_a_burst_of_one_client_is_answered_in_turns(tmp_path: Path, monkeypatch:
     """All that one client had sent at once was answered before anybody else was: 20,000 small requests kept the others waiting
     for a second, and newcomers outside."""
     order: list[str] = []
-    call = service.Service.call
+    call = sessions.Service.call
 
-    def record(self: service.Service, peer: Peer, number: int, request: protocol.Request) -> bytes | None:
+    def record(self: sessions.Service, peer: Peer, number: int, request: wire.Request) -> bytes | None:
         order.append(peer.name)
         return call(self, peer, number, request)
 
-    monkeypatch.setattr(service.Service, "call", record)
+    monkeypatch.setattr(sessions.Service, "call", record)
     with serving(f"unix://{tmp_path}/m.sock") as server:
         other, raw = server.client(name="other", heartbeat_interval=5.0), RawClient(server.address)
         raw.hello()
         count = 10_000
-        request = protocol.encode_request(protocol.Stats())
-        raw.send(b"".join(protocol.frame(number, protocol.CALL, request) for number in range(1, count + 1)))
+        request = wire.encode_request(wire.Stats())
+        raw.send(b"".join(wire.frame(number, wire.CALL, request) for number in range(1, count + 1)))
         wait_until(lambda: len(order) > 10, what="the burst has begun")
         newcomer = server.client(name="newcomer", heartbeat_interval=5.0)
         newcomer.segments()
@@ -103,7 +104,7 @@ def test_a_burst_of_one_client_is_answered_in_turns(tmp_path: Path, monkeypatch:
         for number in range(1, count + 1):
             frame = raw.receive()
             assert frame is not None
-            assert (frame.request, frame.code) == (number, protocol.OK)
+            assert (frame.request, frame.code) == (number, wire.OK)
         assert order.count("raw") == count
         for client in (other, newcomer):
             client.close()

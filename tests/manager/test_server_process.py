@@ -12,7 +12,7 @@ from manager_helpers import ServerProcess, config, keys, segment_of, serving, st
 
 from vcache.errors import AddressInUseError
 from vcache.manager.client import ManagerClient
-from vcache.manager.exporter import Exporter
+from vcache.manager.server.exporter import Exporter
 
 pytestmark = pytest.mark.processes
 

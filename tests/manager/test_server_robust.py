@@ -30,13 +30,14 @@ from manager_helpers import (
 
 from vcache.config import ByteSize
 from vcache.errors import ManagerRefusedError
-from vcache.manager import protocol, strangers
+from vcache.manager import wire
+from vcache.manager.api import GateReport, GateWriter, SegmentGone, SegmentMounted, WipeSlots
 from vcache.manager.client import ManagerClient
-from vcache.manager.messages import GateReport, GateWriter, SegmentGone, SegmentMounted, WipeSlots
+from vcache.manager.server import strangers
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory
 
 MAX_FRAME = 2**16
-SEGMENTS = protocol.encode_request(protocol.Segments())
+SEGMENTS = wire.encode_request(wire.Segments())
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +64,16 @@ def still_serves(witness: ManagerClient) -> None:
 
 
 OPENERS = {
-    "oversized length": struct.pack("<IIB", 2**31, 1, protocol.HELLO),
-    "length of nothing": struct.pack("<IIB", 0, 1, protocol.HELLO),
+    "oversized length": struct.pack("<IIB", 2**31, 1, wire.HELLO),
+    "length of nothing": struct.pack("<IIB", 0, 1, wire.HELLO),
     "another protocol": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
-    "verb before hello": protocol.frame(1, protocol.LOOKUP, key(1)),
-    "hello without body": protocol.frame(1, protocol.HELLO, b""),
-    "hello with a broken body": protocol.frame(1, protocol.HELLO, b"VCMG\x01\x00\xff\xff"),
-    "hello with a short id": protocol.frame(
-        1, protocol.HELLO, b"VCMG\x01\x00" + msgspec.msgpack.encode([b"short", "n", "engine", "h", b""])
+    "verb before hello": wire.frame(1, wire.LOOKUP, key(1)),
+    "hello without body": wire.frame(1, wire.HELLO, b""),
+    "hello with a broken body": wire.frame(1, wire.HELLO, b"VCMG\x01\x00\xff\xff"),
+    "hello with a short id": wire.frame(
+        1, wire.HELLO, b"VCMG\x01\x00" + msgspec.msgpack.encode([b"short", "n", "engine", "h", b""])
     ),
-    "hello larger than a stranger may send": protocol.frame(1, protocol.HELLO, b"VCMG\x01\x00" + bytes(10_000)),
+    "hello larger than a stranger may send": wire.frame(1, wire.HELLO, b"VCMG\x01\x00" + bytes(10_000)),
 }
 
 
@@ -91,16 +92,16 @@ def test_strangers_are_sent_away(
 
 
 BROKEN = {
-    "oversized frame": struct.pack("<IIB", MAX_FRAME, 2, protocol.LOOKUP),
-    "keys of odd length": protocol.frame(2, protocol.LOOKUP, bytes(17)),
-    "acquire without lease": protocol.frame(2, protocol.ACQUIRE, bytes(5)),
-    "release of three bytes": protocol.frame(2, protocol.RELEASE, bytes(3)),
-    "unknown verb": protocol.frame(2, 99, b""),
-    "a status as verb": protocol.frame(2, protocol.OK, b""),
-    "request id 0": protocol.frame(0, protocol.LOOKUP, key(1)),
-    "second hello": protocol.frame(2, protocol.HELLO, b""),
-    "broken msgpack": protocol.frame(2, protocol.CALL, b"\xc1"),
-    "unknown request": protocol.frame(2, protocol.CALL, msgspec.msgpack.encode(["Exec", "rm"])),
+    "oversized frame": struct.pack("<IIB", MAX_FRAME, 2, wire.LOOKUP),
+    "keys of odd length": wire.frame(2, wire.LOOKUP, bytes(17)),
+    "acquire without lease": wire.frame(2, wire.ACQUIRE, bytes(5)),
+    "release of three bytes": wire.frame(2, wire.RELEASE, bytes(3)),
+    "unknown verb": wire.frame(2, 99, b""),
+    "a status as verb": wire.frame(2, wire.OK, b""),
+    "request id 0": wire.frame(0, wire.LOOKUP, key(1)),
+    "second hello": wire.frame(2, wire.HELLO, b""),
+    "broken msgpack": wire.frame(2, wire.CALL, b"\xc1"),
+    "unknown request": wire.frame(2, wire.CALL, msgspec.msgpack.encode(["Exec", "rm"])),
 }
 
 
@@ -108,7 +109,7 @@ BROKEN = {
 def test_broken_frames_close_their_connection_only(server: ServerThread, witness: ManagerClient, broken: bytes) -> None:
     raw = RawClient(server.address)
     raw.hello()
-    raw.send(protocol.frame(1, protocol.LOOKUP, b"".join(keys(1, 3))) + broken)
+    raw.send(wire.frame(1, wire.LOOKUP, b"".join(keys(1, 3))) + broken)
     words = raw.last_words()
     assert words
     raw.close()
@@ -119,12 +120,12 @@ def test_broken_frames_close_their_connection_only(server: ServerThread, witness
 def test_answers_before_a_broken_frame_still_arrive(server: ServerThread, witness: ManagerClient) -> None:
     raw = RawClient(server.address)
     raw.hello()
-    raw.send(protocol.frame(5, protocol.LOOKUP, b"".join(keys(1, 3))) + protocol.frame(6, 99))
+    raw.send(wire.frame(5, wire.LOOKUP, b"".join(keys(1, 3))) + wire.frame(6, 99))
     codes = []
     while (frame := raw.receive()) is not None:
         codes.append((frame.request, frame.code))
-    assert (5, protocol.OK) in codes
-    assert codes[-1] == (0, protocol.ERROR)
+    assert (5, wire.OK) in codes
+    assert codes[-1] == (0, wire.ERROR)
     raw.close()
 
 
@@ -134,7 +135,7 @@ def test_random_bytes(server: ServerThread, witness: ManagerClient, junk: bytes,
     raw = RawClient(server.address)
     if greeted:
         raw.hello()
-        whole = protocol.frame(3, junk[0] % 8, junk)
+        whole = wire.frame(3, junk[0] % 8, junk)
         junk = whole[: len(whole) - chop] if chop else whole
     with suppress(BrokenPipeError, ConnectionResetError):
         raw.send(junk)
@@ -142,7 +143,7 @@ def test_random_bytes(server: ServerThread, witness: ManagerClient, junk: bytes,
     still_serves(witness)
 
 
-def typed_requests() -> st.SearchStrategy[protocol.Request]:
+def typed_requests() -> st.SearchStrategy[wire.Request]:
     """Well-formed requests with any content: what the directory must refuse or survive."""
     small = st.binary(max_size=20)
     ident = st.one_of(st.binary(min_size=16, max_size=16), st.just((7).to_bytes(16, "little")))
@@ -178,20 +179,20 @@ def typed_requests() -> st.SearchStrategy[protocol.Request]:
         }
     )
     return st.one_of(
-        st.builds(protocol.Mount, info, inventory, gate),
-        st.builds(protocol.WritersLeft, ident, st.lists(st.builds(GateWriter, ident, number), max_size=2)),
-        st.builds(protocol.InventoryPart, ident, inventory),
+        st.builds(wire.Mount, info, inventory, gate),
+        st.builds(wire.WritersLeft, ident, st.lists(st.builds(GateWriter, ident, number), max_size=2)),
+        st.builds(wire.InventoryPart, ident, inventory),
         put.map(lambda fields: ["PutStart", fields]),
         st.tuples(st.sampled_from(["PutEnd", "PutRevoke"]), tickets).map(list),
-        st.builds(protocol.AddSlabs, ident, st.lists(st.tuples(number, number), max_size=2)),
-        st.builds(protocol.DropSlabs, ident, number),
-        st.builds(protocol.RequestResize, ident, number),
-        st.builds(protocol.ImporterGone, ident, ident),
-        st.builds(protocol.Wiped, number),
-        st.builds(protocol.Unmount, ident),
-        st.builds(protocol.Remove, st.lists(st.binary(min_size=16, max_size=16), max_size=3)),
-        st.builds(protocol.Clear, st.binary(min_size=16, max_size=16)),
-        st.just(protocol.Stats()),
+        st.builds(wire.AddSlabs, ident, st.lists(st.tuples(number, number), max_size=2)),
+        st.builds(wire.DropSlabs, ident, number),
+        st.builds(wire.RequestResize, ident, number),
+        st.builds(wire.ImporterGone, ident, ident),
+        st.builds(wire.Wiped, number),
+        st.builds(wire.Unmount, ident),
+        st.builds(wire.Remove, st.lists(st.binary(min_size=16, max_size=16), max_size=3)),
+        st.builds(wire.Clear, st.binary(min_size=16, max_size=16)),
+        st.just(wire.Stats()),
     )
 
 
@@ -202,7 +203,7 @@ def test_well_formed_nonsense(server: ServerThread, witness: ManagerClient, requ
     raw.hello()
     with suppress(BrokenPipeError, ConnectionResetError):
         for request in requests:
-            raw.send(protocol.frame(3, protocol.CALL, msgspec.msgpack.encode(request)))
+            raw.send(wire.frame(3, wire.CALL, msgspec.msgpack.encode(request)))
     raw.socket.shutdown(1)
     while raw.receive() is not None:
         pass
@@ -215,14 +216,14 @@ def test_well_formed_nonsense(server: ServerThread, witness: ManagerClient, requ
 def test_truncated_frame_then_silence_holds_no_one_up(server: ServerThread, witness: ManagerClient) -> None:
     raw = RawClient(server.address)
     raw.hello()
-    raw.send(protocol.frame(3, protocol.LOOKUP, bytes(16 * 1000))[:-1])
+    raw.send(wire.frame(3, wire.LOOKUP, bytes(16 * 1000))[:-1])
     still_serves(witness)
     raw.send(bytes(1))
     frame = raw.receive()
-    while frame is not None and frame.code == protocol.PUSH:
+    while frame is not None and frame.code == wire.PUSH:
         frame = raw.receive()
     assert frame is not None
-    assert (frame.request, frame.code) == (3, protocol.OK)
+    assert (frame.request, frame.code) == (3, wire.OK)
     raw.close()
 
 
@@ -240,14 +241,14 @@ def test_silent_client_loses_its_session(tmp_path: Path) -> None:
         alive.subscribe(listener)
         raw = RawClient(server.address)
         raw.hello(client=b"s" * 16)
-        mute = protocol.Mount(
+        mute = wire.Mount(
             SegmentInfo(
                 uuid=b"m" * 16, kind="host", host="h", device="host", broker="", owner=b"s" * 16, slabs=(SlabInfo(0, 65536),)
             ),
             [],
             GateReport(),
         )
-        assert raw.ask(protocol.CALL, protocol.encode_request(mute)).code == protocol.OK
+        assert raw.ask(wire.CALL, wire.encode_request(mute)).code == wire.OK
         assert "no sign of life" in raw.last_words()
         wait_until(lambda: bool(listener.of(SegmentGone)), what="its segment is gone")
         assert server.gauge("sessions") == 1, "the one that sends heartbeats stays"
@@ -265,7 +266,7 @@ def test_peer_that_does_not_read_is_bounded_and_disconnected(tmp_path: Path, cap
         raw = RawClient(server.address, receive_buffer=4096)
         raw.hello()
         # Each asks for 48 KB; nobody reads. The server must stop taking requests long before all of these.
-        request = protocol.frame(9, protocol.ACQUIRE, protocol.encode_acquire(b"".join(keys(1, 2000))))
+        request = wire.frame(9, wire.ACQUIRE, wire.encode_acquire(b"".join(keys(1, 2000))))
         raw.socket.settimeout(0.2)
         sent = 0
         with suppress(TimeoutError, BrokenPipeError, ConnectionResetError):
@@ -288,20 +289,20 @@ def test_slow_but_steady_reader_gets_every_answer(tmp_path: Path) -> None:
         store(client, keys(1, 1000))
         raw = RawClient(server.address, receive_buffer=4096)
         raw.hello()
-        request = protocol.encode_acquire(b"".join(keys(1, 1000)))
+        request = wire.encode_acquire(b"".join(keys(1, 1000)))
         received = []
 
         def read() -> None:
             while len(received) < 200:
                 frame = raw.receive()
                 assert frame is not None
-                if frame.code == protocol.OK:
+                if frame.code == wire.OK:
                     received.append(frame)
 
         reader = threading.Thread(target=read)
         reader.start()
         for number in range(1, 201):
-            raw.send(protocol.frame(number, protocol.ACQUIRE, request))
+            raw.send(wire.frame(number, wire.ACQUIRE, request))
         reader.join(20)
         assert [frame.request for frame in received] == list(range(1, 201))
         assert all(len(frame.payload) == 16 + 24_000 for frame in received)
@@ -316,13 +317,13 @@ def test_requests_left_over_when_the_peer_fell_behind_are_answered_later(tmp_pat
         client.mount(msgspec.structs.replace(segment_of(client), broker="x" * 20_000))
         raw = RawClient(server.address, receive_buffer=4096)
         raw.hello()
-        raw.send(b"".join(protocol.frame(number, protocol.CALL, SEGMENTS) for number in range(1, 501)))
+        raw.send(b"".join(wire.frame(number, wire.CALL, SEGMENTS) for number in range(1, 501)))
         assert client.lookup([key(1)]) == 0
         received = []
         while len(received) < 500:
             frame = raw.receive()
             assert frame is not None
-            if frame.code == protocol.OK:
+            if frame.code == wire.OK:
                 received.append(frame.request)
         assert received == list(range(1, 501))
         raw.close()
@@ -361,13 +362,13 @@ def test_same_client_again_replaces_its_older_connection(server: ServerThread, w
     second = RawClient(server.address)
     second.hello(client=b"d" * 16)
     assert "connected again" in first.last_words()
-    assert second.ask(protocol.LOOKUP, key(1)).code == protocol.OK, "the loss of the first did not end the second's session"
+    assert second.ask(wire.LOOKUP, key(1)).code == wire.OK, "the loss of the first did not end the second's session"
     first.close()
     second.close()
 
 
 def test_remove_is_answered_even_if_the_lender_never_wipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "WIPE_TIMEOUT", 0.2)
+    monkeypatch.setattr(wire, "WIPE_TIMEOUT", 0.2)
     with serving(f"unix://{tmp_path}/m.sock") as server:
         lender = server.client()
         heard = Recorder()
@@ -391,7 +392,7 @@ def test_remove_is_answered_when_the_lender_goes(tmp_path: Path) -> None:
         other = server.client()
         began = time.monotonic()
         assert other.remove(keys(1, 1)) == 1
-        assert time.monotonic() - began < protocol.WIPE_TIMEOUT / 2
+        assert time.monotonic() - began < wire.WIPE_TIMEOUT / 2
         wait_until(lambda: server.gauge("sessions") == 1)
         other.close()
 
@@ -401,7 +402,7 @@ def test_rejections_do_not_log_what_was_sent(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     raw = RawClient(server.address)
-    raw.send(protocol.frame(1, protocol.HELLO, b"VCMG\x01\x00" + msgspec.msgpack.encode([1, "n", "engine", "h", b"hunter2"])))
+    raw.send(wire.frame(1, wire.HELLO, b"VCMG\x01\x00" + msgspec.msgpack.encode([1, "n", "engine", "h", b"hunter2"])))
     raw.last_words()
     raw.close()
     assert "hunter2" not in caplog.text
@@ -412,7 +413,7 @@ def test_every_mounted_segment_reaches_a_newcomer(server: ServerThread, witness:
     raw.hello()
     frame = raw.receive()
     assert frame is not None
-    push = protocol.decode_push(frame.payload)
+    push = wire.decode_push(frame.payload)
     assert isinstance(push, SegmentMounted)
     assert push.info.owner == witness.client_id
     raw.close()

@@ -12,8 +12,9 @@ import pytest
 from manager_helpers import RawClient, key, serving, wait_until
 
 from vcache.config import ByteSize
-from vcache.manager import peer, protocol, service
-from vcache.manager.strangers import LOG_INTERVAL, Budget, LogThrottle
+from vcache.manager import wire
+from vcache.manager.server import peer, sessions
+from vcache.manager.server.strangers import LOG_INTERVAL, Budget, LogThrottle
 from vcache.segment.hostinfo import raise_file_limit
 
 SECRET = "a secret of this test"
@@ -46,7 +47,7 @@ def test_a_wrong_token_is_refused_after_a_pause_and_there_is_no_second_try(monke
     with serving("tcp://127.0.0.1:0") as server:
         raw = RawClient(server.address)
         hellos = [
-            protocol.frame(1, protocol.HELLO, protocol.encode_hello(protocol.Hello(b"r" * 16, "raw", "tool", token)))
+            wire.frame(1, wire.HELLO, wire.encode_hello(wire.Hello(b"r" * 16, "raw", "tool", token)))
             for token in (b"wrong", SECRET.encode())
         ]
         began = time.monotonic()
@@ -62,7 +63,7 @@ def test_a_wrong_token_is_refused_after_a_pause_and_there_is_no_second_try(monke
 
 def test_newcomers_get_in_however_many_connections_say_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit of 1,024 open files, as many idle connections kept every new client out for ten seconds."""
-    monkeypatch.setattr(service, "MAX_STRANGERS", 4)
+    monkeypatch.setattr(sessions, "MAX_STRANGERS", 4)
     with serving(f"unix://{tmp_path}/m.sock") as server:
         known = server.client()
         idle = [RawClient(server.address) for _ in range(12)]
@@ -79,13 +80,13 @@ def test_newcomers_get_in_however_many_connections_say_nothing(tmp_path: Path, m
 
 def test_frames_that_never_end_take_a_bounded_amount_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each session could keep a frame of 8 MiB waiting for its last byte, and nothing bounded how many did."""
-    monkeypatch.setattr(service, "MAX_UNFINISHED", 5 * 2**19)
+    monkeypatch.setattr(sessions, "MAX_UNFINISHED", 5 * 2**19)
     with serving(f"unix://{tmp_path}/m.sock", max_frame=ByteSize(2**20)) as server:
         slow = []
         for number in range(4):
             raw = RawClient(server.address)
             raw.hello(client=bytes([65 + number]) * 16)
-            raw.send(protocol.frame(2, protocol.LOOKUP, bytes(2**20 - 16))[: 2**20 - 2**10])
+            raw.send(wire.frame(2, wire.LOOKUP, bytes(2**20 - 16))[: 2**20 - 2**10])
             slow.append(raw)
             wait_until(lambda: server.gauge("connections") == min(len(slow), 2), what="at most two are unfinished")
         assert "in part only" in slow[0].last_words()
@@ -93,7 +94,7 @@ def test_frames_that_never_end_take_a_bounded_amount_of_memory(tmp_path: Path, m
         slow[3].send(bytes(2**20 - 7 - (2**20 - 2**10)))
         frame = slow[3].receive()
         assert frame is not None
-        assert (frame.request, frame.code) == (2, protocol.OK)
+        assert (frame.request, frame.code) == (2, wire.OK)
         for each in slow:
             each.close()
 

@@ -11,12 +11,12 @@ from directory_world import CONFIG, SLAB_BYTES, World
 
 from vcache.config import ManagerConfig
 from vcache.errors import IntegrityError, ProtocolError
-from vcache.manager import spills as spills_module
-from vcache.manager.directory import Directory
-from vcache.manager.eviction import make_policy
-from vcache.manager.hosts import ASK_AGAIN
-from vcache.manager.messages import RoomWanted, SpillPlan
-from vcache.manager.records import Record
+from vcache.manager.api import RoomWanted, SpillPlan
+from vcache.manager.directory import spilling as spills_module
+from vcache.manager.directory.directory import Directory
+from vcache.manager.directory.eviction import make_policy
+from vcache.manager.directory.hosts import ASK_AGAIN
+from vcache.manager.directory.records import Record
 
 ALL = 100 * SLAB_BYTES
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from vcache.manager import sweep as sweep_module
-from vcache.manager.eviction import EvictionPolicy, make_policy
-from vcache.manager.records import Record, Space
-from vcache.manager.sweep import Sweep
+from vcache.manager.directory import sweep as sweep_module
+from vcache.manager.directory.eviction import EvictionPolicy, make_policy
+from vcache.manager.directory.records import Record, Space
+from vcache.manager.directory.sweep import Sweep
 from vcache.segment.slots import SlotLocation
 
 

@@ -12,18 +12,18 @@ import torch
 from stepping import Agent, Scheduler, SteppedLock, SteppedMemory, SteppedWords
 from support.paged import Paged, spec_for
 
+from vcache.cache.pool import Chunk, ChunkPool
+from vcache.cache.room_maker import RoomMaker
 from vcache.config import ManagerConfig
 from vcache.errors import ManagerUnavailableError
-from vcache.manager.directory import Directory
-from vcache.manager.messages import Move, PutRequest, SessionInfo, Ticket
+from vcache.lender.lender import Lender
+from vcache.lender.slabs import LentSlab, LentSlabs
+from vcache.manager.api import Move, PutRequest, SessionInfo, Ticket
+from vcache.manager.directory.directory import Directory
 from vcache.metrics import EngineMetrics
 from vcache.paged import cpu_mover
 from vcache.paged.layout import PagedCache
-from vcache.pool import Chunk, ChunkPool
-from vcache.relief import RoomMaker
 from vcache.segment.gate import QUARANTINE, Gate, WriteGate
-from vcache.segment.lender import Lender
-from vcache.segment.lent import LentSlab, LentSlabs
 from vcache.segment.mapping import MappedSlab, PinnedSlot, PinnedSlots
 from vcache.segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlotHeader, SlotLocation, slab_bytes_for, slab_geometry
 

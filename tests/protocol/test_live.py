@@ -8,9 +8,9 @@ import pytest
 from live_world import World, Writer
 from stepping import Agent
 
-from vcache.manager.allocator import Allocator
+from vcache.cache.pool import ChunkPool
+from vcache.manager.directory.slabs import Allocator
 from vcache.paged import cpu_mover
-from vcache.pool import ChunkPool
 from vcache.segment.gate import Gate, Passage, WriteGate
 from vcache.segment.slots import SlotHeader
 

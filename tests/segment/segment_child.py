@@ -13,9 +13,9 @@ from typing import Any
 import msgspec
 from segment_support import FakeManager, eventually, mapped_slabs, segment_config
 
+from vcache.lender.lender import Lender
 from vcache.segment.backing import MappedSlab
 from vcache.segment.host import HostBacking
-from vcache.segment.lender import Lender
 from vcache.segment.mapping import PinnedSlot, SegmentMap
 from vcache.segment.slots import SegmentInfo, SlotLocation
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from vcache.config import ByteSize, SegmentConfig
 from vcache.errors import ManagerUnavailableError
-from vcache.manager.messages import Listener, Push, SessionInfo
+from vcache.manager.api import Listener, Push, SessionInfo
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory
 
 MiB = 2**20

@@ -17,14 +17,14 @@ from support.mooncake import need_mooncake
 
 from vcache.config import SegmentConfig
 from vcache.errors import ConfigError
+from vcache.lender.export import RemoteExport, export_host, open_export
+from vcache.lender.lender import Lender
 from vcache.segment import remote_engine
 from vcache.segment.backing import MappedSlab, OwnedSlab
 from vcache.segment.host import HostBacking
 from vcache.segment.hostinfo import host_id
-from vcache.segment.lender import Lender
 from vcache.segment.mapping import SegmentMap
 from vcache.segment.remote_engine import load_engine, local_address
-from vcache.segment.remote_export import RemoteExport, export_host, open_export
 from vcache.segment.slots import SlotLocation, slab_geometry
 
 SLOT = 64 * 1024
@@ -238,7 +238,7 @@ def test_the_host_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lending_to_other_hosts_needs_neither_torch_nor_numpy() -> None:
     code = (
-        "import sys; from vcache.segment.remote_export import open_export; from vcache.config import SegmentConfig\n"
+        "import sys; from vcache.lender.export import open_export; from vcache.config import SegmentConfig\n"
         "export = open_export(SegmentConfig(remote='tcp', remote_host='127.0.0.1'), None)\n"
         "assert export.endpoint.startswith('127.0.0.1:'), export.endpoint\n"
         "export.close(); print(sorted({'torch', 'numpy'} & set(sys.modules)))"

@@ -17,9 +17,9 @@ import pytest
 from segment_support import MiB, eventually
 
 from vcache.errors import ProtocolError, SegmentError
-from vcache.segment import broker_protocol as protocol
+from vcache.lender.broker import Broker
+from vcache.segment import handover as protocol
 from vcache.segment.backing import OwnedSlab
-from vcache.segment.broker import Broker
 from vcache.segment.gate import Gate
 from vcache.segment.host import HostBacking
 
@@ -266,7 +266,7 @@ def test_importer_that_asks_without_reading_is_cut_off_and_others_are_served(len
 
 
 def test_silent_connection_is_dropped(lent: Lent, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vcache.segment.broker._HELLO_TIMEOUT", 0.1)
+    monkeypatch.setattr("vcache.lender.broker._HELLO_TIMEOUT", 0.1)
     assert Peer(lent.broker.path).hung_up()
 
 

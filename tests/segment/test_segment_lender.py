@@ -13,12 +13,12 @@ import pytest
 from segment_support import CLIENT, FakeManager, MiB, eventually, segment_config
 
 from vcache.errors import DeadlineExceededError, ManagerRefusedError, SegmentError
-from vcache.manager.messages import ResizeRequested, SegmentGone, WipeSlots, WriterLost
+from vcache.lender.lender import Lender
+from vcache.lender.slabs import slab_bytes
+from vcache.manager.api import ResizeRequested, SegmentGone, WipeSlots, WriterLost
 from vcache.segment import host
 from vcache.segment.backing import OwnedSlab
 from vcache.segment.host import HostBacking
-from vcache.segment.lender import Lender
-from vcache.segment.lent import slab_bytes
 from vcache.segment.mapping import SegmentMap
 from vcache.segment.slots import HEADER_BYTES, SegmentInfo, SlabHeader, SlotHeader, SlotLocation, slab_geometry
 
@@ -147,7 +147,7 @@ def test_every_session_gets_a_mount_with_the_headers_of_that_moment(manager: Fak
 
 
 def test_mount_that_fails_is_tried_again(manager: FakeManager, make: MakeLender, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vcache.segment.lender._RETRY", 0.05)
+    monkeypatch.setattr("vcache.lender.lender._RETRY", 0.05)
     manager.start()
     manager.fail_next = [DeadlineExceededError("slow"), ManagerRefusedError("not yet")]
     lender = make()
@@ -196,7 +196,7 @@ def test_a_wipe_that_could_not_be_reported_is_reported_again(
     manager: FakeManager, make: MakeLender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The list of wipes was emptied before the calls: one deadline missed, and the others were never zeroed nor reported."""
-    monkeypatch.setattr("vcache.segment.lender._RETRY", 0.05)
+    monkeypatch.setattr("vcache.lender.lender._RETRY", 0.05)
     manager.start()
     lender = make()
     assert lender.wait_mounted(5)
@@ -212,7 +212,7 @@ def test_an_error_of_the_memory_does_not_end_the_lenders_thread(
     manager: FakeManager, make: MakeLender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One failed read of a header, and the segment was never mounted again, in no later session either."""
-    monkeypatch.setattr("vcache.segment.lender._RETRY", 0.05)
+    monkeypatch.setattr("vcache.lender.lender._RETRY", 0.05)
     manager.start()
     lender = make()
     assert lender.wait_mounted(5)

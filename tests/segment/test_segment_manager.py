@@ -13,11 +13,11 @@ import pytest
 from segment_support import MiB, eventually, segment_config
 
 from vcache.config import ManagerConfig, VCacheConfig
+from vcache.lender.lender import Lender
+from vcache.manager.api import ManagerApi, Push, PutGrant, PutRequest, SegmentGone, SegmentMounted, SessionInfo, Ticket
 from vcache.manager.client import ManagerClient
-from vcache.manager.embedded import EmbeddedManager
-from vcache.manager.messages import ManagerApi, Push, PutGrant, PutRequest, SegmentGone, SegmentMounted, SessionInfo, Ticket
+from vcache.manager.loopback import EmbeddedManager
 from vcache.segment.host import HostBacking
-from vcache.segment.lender import Lender
 from vcache.segment.mapping import SegmentMap
 from vcache.segment.slots import HEADER_BYTES, SlabHeader, SlotHeader, SlotLocation
 

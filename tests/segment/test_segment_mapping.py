@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from segment_support import CLIENT, MiB, eventually, info_of, mapped_slabs
 
 from vcache.errors import DeviceUnavailableError, IntegrityError, SegmentError
-from vcache.segment import broker_protocol as protocol
+from vcache.lender.broker import Broker
+from vcache.segment import handover as protocol
 from vcache.segment.backing import MappedSlab, OwnedSlab, SlabBacking
-from vcache.segment.broker import Broker
 from vcache.segment.gate import Gate
 from vcache.segment.host import HostBacking
 from vcache.segment.mapping import SegmentMap

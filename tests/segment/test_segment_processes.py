@@ -12,8 +12,8 @@ import msgspec
 import pytest
 from segment_support import CLIENT, Child, FakeManager, MiB, children, eventually, segment_config, shared_memory_bytes
 
+from vcache.lender.lender import Lender
 from vcache.segment.host import HostBacking
-from vcache.segment.lender import Lender
 from vcache.segment.slots import SegmentInfo, slab_geometry
 
 pytestmark = pytest.mark.processes

@@ -11,8 +11,8 @@ from typing import Any
 from soak_windows import Aim, Halts, exit_now, redirect_output
 
 from vcache.cli import app as commands
+from vcache.lender.slabs import LentSlabs
 from vcache.manager.client import ManagerClient
-from vcache.segment.lent import LentSlabs
 
 
 def main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None:

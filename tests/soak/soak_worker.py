@@ -20,8 +20,8 @@ from support.paged import Paged, content
 
 import vcache.engine
 from vcache import KVCacheSpec, VCacheConfig, VCacheEngine
+from vcache.cache.pool import ChunkPool
 from vcache.errors import VCacheError
-from vcache.pool import ChunkPool
 
 CLOSE_TIMEOUT = 0.5
 """Seconds that `close` waits for a store that is halted."""

@@ -34,9 +34,9 @@ class EmulatedVram(HostBacking):
 def emulate_vram(replace: Callable[[Any, str, Any], None], amid: Callable[[MappedSlab, int], None] | None = None) -> None:
     """Engines opened from now on find a GPU whose memory is emulated. `replace(object, name, value)`: `setattr`, or a test's
     `monkeypatch.setattr`."""
-    from vcache import resources
+    from vcache.cache import opening
 
     factories = {"host": lambda device: HostBacking(), "cuda": lambda device: EmulatedVram(amid)}
-    replace(resources, "find_gpu", lambda device, kind: GPU)
-    replace(resources, "backing_factories", lambda gpu, stack: factories)
-    replace(resources.Resources, "_pinning", lambda self: None)
+    replace(opening, "find_gpu", lambda device, kind: GPU)
+    replace(opening, "backing_factories", lambda gpu, stack: factories)
+    replace(opening.Resources, "_pinning", lambda self: None)

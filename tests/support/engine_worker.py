@@ -12,8 +12,8 @@ import torch
 from support.paged import Paged, content
 
 from vcache import KVCacheSpec, VCacheConfig, VCacheEngine
+from vcache.cache.pool import Chunk
 from vcache.paged.cpu_mover import CpuMover
-from vcache.pool import Chunk
 
 
 class SuicidalMover(CpuMover):

@@ -10,12 +10,14 @@ from typing import Any
 from support.emulated_vram import GPU, EmulatedVram
 from support.paged import spec_for
 
+from vcache.cache.buffers import StagingPool
+from vcache.cache.pool import ChunkPool
+from vcache.cache.room_maker import RoomMaker
+from vcache.cache.spill import Spiller
 from vcache.errors import VCacheError
 from vcache.keys import CacheKey
-from vcache.manager.messages import Listener, Move, MovePlan, PutGrant, RoomWanted, Spill, SpillPlan, Ticket
+from vcache.manager.api import Listener, Move, MovePlan, PutGrant, RoomWanted, Spill, SpillPlan, Ticket
 from vcache.metrics import EngineMetrics
-from vcache.pool import ChunkPool
-from vcache.relief import RoomMaker
 from vcache.segment.gate import Gate
 from vcache.segment.host import HostBacking
 from vcache.segment.mapping import SegmentMap
@@ -29,8 +31,6 @@ from vcache.segment.slots import (
     slab_bytes_for,
     slab_geometry,
 )
-from vcache.spill import Spiller
-from vcache.staging import StagingPool
 from vcache.storage.base import StorageTier
 from vcache.storage.values import TRAILER_BYTES, is_intact
 

@@ -106,15 +106,15 @@ class Engine:
 
     def share_memory_storage(self) -> None:
         """Give scheduler and worker one storage tier in this process's memory, before `start`."""
-        from vcache import resources
+        from vcache.cache import opening
         from vcache.integrations.vllm import connector
         from vcache.storage.memory import MemoryStorage
 
         storage = MemoryStorage()
         storage.close = lambda: None  # type: ignore[method-assign]
-        original = resources.open_storage
+        original = opening.open_storage
         patched = lambda config: storage if config.kind == "memory" else original(config)  # noqa: E731
-        resources.open_storage = connector.open_storage = patched
+        opening.open_storage = connector.open_storage = patched
 
     def flush_storage(self) -> dict[str, int]:
         """Wait for writes to the storage tier; the worker's counters, and bytes read from storage."""

@@ -31,7 +31,7 @@ class Manager:
 
     def acquire(self, keys: Sequence[bytes], shard: int = 0, *, lease: int = 0) -> Any:
         from vcache.errors import DeadlineExceededError
-        from vcache.manager.messages import AcquireReply
+        from vcache.manager.api import AcquireReply
 
         self.calls += 1
         if self.down:

@@ -41,7 +41,7 @@ def test_what_is_declined_and_the_advice_that_helps(kinds: list[str], text: str)
     import torch
     from vllm.v1 import kv_cache_interface as vllm
 
-    from vcache.integrations.vllm.group import DeclinedError, shared_group
+    from vcache.integrations.vllm.kv_group import DeclinedError, shared_group
 
     row = {"block_size": 16, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
     specs = {
@@ -79,7 +79,7 @@ def test_both_sides_decide_alike(world: Any, layers: list[str], shared: bool, la
     from vllm.v1 import kv_cache_interface as vllm
     from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_kv_cache_configs
 
-    from vcache.integrations.vllm.group import DeclinedError, shared_group
+    from vcache.integrations.vllm.kv_group import DeclinedError, shared_group
 
     row = {"block_size": 32, "num_kv_heads": 2, "head_size": 64, "dtype": torch.float32}
     kinds = {

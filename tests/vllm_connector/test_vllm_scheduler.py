@@ -533,7 +533,7 @@ class TestSetUp:
     def test_random_hashes_are_refused(self, world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         from types import SimpleNamespace
 
-        from vcache.integrations.vllm.group import DeclinedError, shared_group
+        from vcache.integrations.vllm.kv_group import DeclinedError, shared_group
 
         w = world()
         config = w.scheduler.vllm_config
@@ -551,7 +551,7 @@ class TestSetUp:
 
         from vllm.v1.core import kv_cache_utils
 
-        from vcache.integrations.vllm.group import deterministic_hashes
+        from vcache.integrations.vllm.kv_group import deterministic_hashes
 
         monkeypatch.setenv("PYTHONHASHSEED", "gone after the test")
         monkeypatch.delenv("PYTHONHASHSEED")

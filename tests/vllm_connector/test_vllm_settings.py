@@ -20,7 +20,7 @@ from vcache.config import ByteSize, SegmentConfig
 from vcache.errors import ConfigError
 from vcache.integrations.vllm.autostart import ensure_manager
 from vcache.integrations.vllm.keys import ChunkNames, chunk_tokens, namespace, worker_spec
-from vcache.integrations.vllm.lending import fit, in_slabs
+from vcache.integrations.vllm.lend_size import fit, in_slabs
 from vcache.integrations.vllm.settings import read_settings
 
 

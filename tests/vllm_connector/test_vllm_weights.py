@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from vllm_facts import facts
 
-from vcache.integrations.vllm.group import DeclinedError
+from vcache.integrations.vllm.kv_group import DeclinedError
 from vcache.integrations.vllm.weights import MIN_SAMPLES, SAMPLE, SAMPLES, Adapters, fingerprint, of_model
 
 TENSOR = 5 * SAMPLE

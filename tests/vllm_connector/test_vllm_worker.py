@@ -49,8 +49,8 @@ class Store:
 
     def start_save(self, job: Any) -> Any:
         """Its copy is under way until the test lets it land."""
+        from vcache.integrations.vllm.jobs import Saved, SaveUnderWay
         from vcache.integrations.vllm.metadata import SaveOutcome
-        from vcache.integrations.vllm.store import Saved, SaveUnderWay
 
         if isinstance(error := self.broken_starts.get(job.job), Exception):
             raise error
@@ -69,7 +69,7 @@ class Store:
         return SaveUnderWay(lambda: job.job not in self.landing, finish)
 
     def failed_blocks(self, job: Any, loaded: int) -> list[int]:
-        from vcache.integrations.vllm.store import ShardStore
+        from vcache.integrations.vllm.jobs import ShardStore
 
         return ShardStore.failed_blocks(self, job, loaded)  # type: ignore[arg-type]
 
@@ -85,7 +85,7 @@ class OutOfResources(Exception):
 
 @pytest.fixture
 def worker() -> Iterator[Any]:
-    from vcache.integrations.vllm.group import KVGroup
+    from vcache.integrations.vllm.kv_group import KVGroup
     from vcache.integrations.vllm.settings import read_settings
     from vcache.integrations.vllm.worker import WorkerSide
 
@@ -285,7 +285,7 @@ def test_a_worker_that_declined_answers_all_the_same(caplog_vllm: pytest.LogCapt
 def test_a_store_that_closes_waits_for_its_writes(ended: bool, caplog_vllm: pytest.LogCaptureFixture) -> None:
     from types import SimpleNamespace
 
-    from vcache.integrations.vllm.store import ShardStore
+    from vcache.integrations.vllm.jobs import ShardStore
 
     order: list[str] = []
     pool = SimpleNamespace(wait_writes=lambda timeout: (order.append("wait"), ended)[1])
@@ -453,8 +453,8 @@ def test_reports_of_two_workers_add_up() -> None:
 def test_layers_that_share_a_tensor_are_stored_once() -> None:
     import torch
 
-    from vcache.integrations.vllm.group import KVGroup
-    from vcache.integrations.vllm.store import own_caches
+    from vcache.integrations.vllm.jobs import own_caches
+    from vcache.integrations.vllm.kv_group import KVGroup
 
     one, other = torch.zeros(2, 1, 16, 16), torch.zeros(2, 1, 16, 16)
     group = KVGroup(("l0", "l1", "l2", "elsewhere"), 16, 16, 1, 8, "float32", False, 64)
@@ -469,8 +469,8 @@ def test_every_worker_has_its_shard_and_mla_is_saved_once(mla: bool, monkeypatch
 
     from vllm.distributed import parallel_state
 
-    from vcache.integrations.vllm.group import KVGroup
-    from vcache.integrations.vllm.store import this_rank
+    from vcache.integrations.vllm.jobs import this_rank
+    from vcache.integrations.vllm.kv_group import KVGroup
 
     group = KVGroup(("l0",), 16, 16, 1, 8, "float32", mla, 64)
     found = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from vcache.integrations.vllm.group import KVGroup
+from vcache.integrations.vllm.kv_group import KVGroup
 
 GROUP = KVGroup(("layer.0", "layer.1"), 16, 16, 8, 128, "bfloat16", False, 8192)
 

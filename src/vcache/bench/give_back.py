@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from ..config import VCacheConfig
 from ..errors import VCacheError
+from ..lender.lender import Lender
 from ..manager.connect import connect
-from ..segment.lender import Lender
 from ..spec import KVCacheSpec
 from .paged_data import CHUNK, LLAMA_8B, slab_size
 from .pool_worker import PoolWorker, WorkerSettings

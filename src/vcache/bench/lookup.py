@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from ..keys import TokenDatabase
+from ..manager.api import ManagerApi
 from ..manager.connect import connect
-from ..manager.messages import ManagerApi
 from .population import mount_population, random_keys
 from .processes import choose_cores, manager_process, pinned
 from .report import Column, Report, percentile

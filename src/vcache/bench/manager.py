@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import ProtocolError
-from ..manager import protocol
+from ..manager import wire
 from ..manager.address import parse_address
 from ..manager.connect import connect
 from ..segment.slots import LOCATION_BYTES
@@ -52,10 +52,10 @@ class Pipeline:
     def __init__(self, address: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(parse_address(address).path)
-        self._buffer = protocol.FrameBuffer(2**24)
-        hello = protocol.Hello(secrets.token_bytes(16), "bench", "tool")
-        self._socket.sendall(protocol.frame(1, protocol.HELLO, protocol.encode_hello(hello)))
-        self._waiting: deque[protocol.Frame] = deque()
+        self._buffer = wire.FrameBuffer(2**24)
+        hello = wire.Hello(secrets.token_bytes(16), "bench", "tool")
+        self._socket.sendall(wire.frame(1, wire.HELLO, wire.encode_hello(hello)))
+        self._waiting: deque[wire.Frame] = deque()
         self._next()
 
     def close(self) -> None:
@@ -63,19 +63,19 @@ class Pipeline:
 
     def acquire(self, requests: list[list[bytes]], depth: int, seconds: float) -> Driven:
         """Acquire leases on the keys of `requests`, in turn, and release each as soon as it was granted."""
-        frames = [protocol.frame(2, protocol.ACQUIRE, protocol.encode_acquire(b"".join(keys))) for keys in requests]
+        frames = [wire.frame(2, wire.ACQUIRE, wire.encode_acquire(b"".join(keys))) for keys in requests]
         wanted = 16 + LOCATION_BYTES * len(requests[0])
 
         def done(payload: bytes | bytearray) -> bytes:
             if len(payload) != wanted:
                 raise ProtocolError(f"bench: a reply of {len(payload)} bytes instead of {wanted}: not all keys were found")
-            return protocol.frame(3, protocol.RELEASE, payload[: _LEASE.size])
+            return wire.frame(3, wire.RELEASE, payload[: _LEASE.size])
 
         return self._drive(frames, done, len(requests[0]), depth, seconds)
 
     def lookup(self, requests: list[list[bytes]], depth: int, seconds: float) -> Driven:
-        frames = [protocol.frame(2, protocol.LOOKUP, b"".join(keys)) for keys in requests]
-        wanted = protocol.encode_count(len(requests[0]))
+        frames = [wire.frame(2, wire.LOOKUP, b"".join(keys)) for keys in requests]
+        wanted = wire.encode_count(len(requests[0]))
 
         def done(payload: bytes | bytearray) -> bytes:
             if payload != wanted:
@@ -114,10 +114,10 @@ class Pipeline:
             if not data:
                 raise ProtocolError("bench: the manager closed the connection")
             self._buffer.feed(data)
-            self._waiting.extend(frame for frame in self._buffer.frames() if frame.code != protocol.PUSH)
+            self._waiting.extend(frame for frame in self._buffer.frames() if frame.code != wire.PUSH)
         frame = self._waiting.popleft()
-        if frame.code != protocol.OK:
-            raise protocol.decode_error(frame.payload)
+        if frame.code != wire.OK:
+            raise wire.decode_error(frame.payload)
         return frame.payload
 
 

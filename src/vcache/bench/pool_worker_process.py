@@ -16,12 +16,12 @@ from typing import Any
 import msgspec
 import torch
 
+from ..cache.pool import Chunk
 from ..config import VCacheConfig
 from ..engine import VCacheEngine
 from ..errors import VCacheError
 from ..keys import TokenDatabase
 from ..paged.mover import SlotTransfer
-from ..pool import Chunk
 from . import kv_pattern
 from .mover_runs import device_seconds
 from .paged_data import block_mapping, random_mapping

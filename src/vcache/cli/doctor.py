@@ -150,7 +150,7 @@ def sockets(config: VCacheConfig) -> Iterator[Check]:
 
 
 def _folder(config: VCacheConfig) -> Check:
-    from ..segment.broker_protocol import prepare_broker_dir
+    from ..segment.handover import prepare_broker_dir
 
     folder = socket_folder(config)
     if not folder.exists():
@@ -209,7 +209,7 @@ def gpu(config: VCacheConfig) -> Iterator[Check]:
         why = "lending VRAM needs it; without it the pool is made of host memory"
         yield Check("GPU", "warn", "package cuda-bindings is not installed", why, "pip install 'vcache[cuda]'")
         return
-    cuda_doctor = import_module("vcache.segment.cuda_doctor")
+    cuda_doctor = import_module("vcache.cli.doctor_gpu")
     yield from adopt(cuda_doctor.checks())
     table = cuda_doctor.link_table(cuda_doctor.links())
     for row in table[1:]:

@@ -11,11 +11,11 @@ import typer
 
 from ..config import ByteSize, VCacheConfig
 from ..errors import ConfigError, DeviceUnavailableError
+from ..lender.export import RemoteExport, open_export
+from ..lender.lender import Lender
 from ..manager.address import parse_address
 from ..manager.connect import connect
 from ..segment.backing import SlabBacking
-from ..segment.lender import Lender
-from ..segment.remote_export import RemoteExport, open_export
 from .signals import run_until_stopped
 
 logger = logging.getLogger("vcache.cli")

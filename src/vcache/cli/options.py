@@ -59,7 +59,7 @@ def load_config(file: Path | None, **sections: dict[str, Any]) -> VCacheConfig:
 
 def socket_folder(config: VCacheConfig) -> Path:
     """Where the sockets of this user's manager and lenders are. Does not create it."""
-    from ..segment.broker_protocol import default_broker_dir
+    from ..segment.handover import default_broker_dir
 
     return Path(config.segment.broker_dir).absolute() if config.segment.broker_dir else default_broker_dir()
 

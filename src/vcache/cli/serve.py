@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import typer
 
 from ..config import VCacheConfig
-from ..manager.server import run_server
+from ..manager.server.server import run_server
 from .signals import stop_signals
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..config import VCacheConfig
-from ..manager.messages import ManagerApi
+from ..manager.api import ManagerApi
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import msgspec
 
 from ..config import VCacheConfig
 from ..errors import ManagerUnavailableError
-from ..manager.messages import ManagerApi, SegmentStats, SessionStats, StatsReply
+from ..manager.api import ManagerApi, SegmentStats, SessionStats, StatsReply
 from .session import tool_session
 from .signals import stop_signals
 

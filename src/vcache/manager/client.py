@@ -16,13 +16,11 @@ import msgspec
 
 from ..config import ManagerConfig
 from ..errors import DeadlineExceededError, ManagerUnavailableError, ProtocolError, VCacheError
+from ..guard import CircuitBreaker
 from ..segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlabInventory
-from . import protocol
+from . import wire
 from .address import load_token, parse_address
-from .breaker import CircuitBreaker
-from .connection import Connection, Late, NotSentError
-from .dispatch import Audience, Dispatcher
-from .messages import (
+from .api import (
     AcquireReply,
     GateReport,
     GateWriter,
@@ -35,6 +33,8 @@ from .messages import (
     StatsReply,
     Ticket,
 )
+from .listeners import Audience, Dispatcher
+from .socket_transport import Connection, Late, NotSentError
 
 logger = logging.getLogger("vcache.manager")
 
@@ -72,7 +72,7 @@ class ManagerClient:
         remote: bool = False,
     ) -> None:
         """Start connecting to `config.address` and return at once. `client_id`: 16 bytes, random by default. `host`,
-        `remote`: as in `protocol.Hello`.
+        `remote`: as in `wire.Hello`.
 
         `token` defaults to `load_token(config)` for TCP. Raises `ConfigError` for a bad address or token file.
         """
@@ -80,7 +80,7 @@ class ManagerClient:
         self._address = parse_address(config.address)
         if token is None:
             token = load_token(config) if self._address.kind == "tcp" else b""
-        self._hello = protocol.Hello(client_id or secrets.token_bytes(16), name[:256], role, token, host, remote)
+        self._hello = wire.Hello(client_id or secrets.token_bytes(16), name[:256], role, token, host, remote)
         self._breaker = CircuitBreaker(
             time.monotonic, threshold=_MISSES, cooldown=_FIRST_PAUSE, max_cooldown=_LONGEST_PAUSE, jitter=random.random
         )
@@ -140,7 +140,7 @@ class ManagerClient:
                 # Goodbye would promise that nothing is being written. Without it the slots wait until the lenders see us gone.
                 logger.warning("closed while writes are in flight; their slots stay reserved until these end")
             elif connection is not None:
-                connection.call(protocol.CALL, protocol.encode_request(protocol.Goodbye()), self._config.deadline / 2)
+                connection.call(wire.CALL, wire.encode_request(wire.Goodbye()), self._config.deadline / 2)
         except VCacheError as error:
             logger.debug("goodbye to the manager: %s", error)
         if connection is not None:
@@ -155,16 +155,16 @@ class ManagerClient:
     # -- verbs -----------------------------------------------------------------------------------------------------
 
     def lookup(self, keys: Sequence[bytes]) -> int:
-        return protocol.decode_count(self._call(protocol.LOOKUP, protocol.join_keys(keys)))
+        return wire.decode_count(self._call(wire.LOOKUP, wire.join_keys(keys)))
 
     def acquire(self, keys: Sequence[bytes], shard: int = 0, *, lease: int = 0) -> AcquireReply:
         connection = self._live()
         number = _lease_number(lease, connection)
         if lease and not number:
             return AcquireReply(0, 0.0, [])  # Of an earlier manager: it covers nothing.
-        payload = protocol.encode_acquire(protocol.join_keys(keys), shard, number)
+        payload = wire.encode_acquire(wire.join_keys(keys), shard, number)
         late = None if lease else self._late_lease
-        answer = protocol.decode_acquired(self._call(protocol.ACQUIRE, payload, late=late, connection=connection))
+        answer = wire.decode_acquired(self._call(wire.ACQUIRE, payload, late=late, connection=connection))
         return answer._replace(lease=_public_lease(answer.lease, connection))
 
     def release(self, lease: int) -> None:
@@ -175,34 +175,30 @@ class ManagerClient:
         if connection is None or not number:
             return
         try:
-            connection.send(protocol.RELEASE, protocol.encode_lease(number), self._config.deadline)
+            connection.send(wire.RELEASE, wire.encode_lease(number), self._config.deadline)
         except ManagerUnavailableError as error:
             logger.debug("release: %s", error)
 
     def put_start(self, request: PutRequest) -> list[PutGrant]:
-        return self._ask(
-            protocol.PutStart(request), protocol.GRANTS_REPLY, late=lambda payload: self._late_grants(request, payload)
-        )
+        return self._ask(wire.PutStart(request), wire.GRANTS_REPLY, late=lambda payload: self._late_grants(request, payload))
 
     def put_end(self, tickets: Sequence[Ticket]) -> list[bool]:
         """When it cannot even be sent, the connection is given up: the next hello settles what became of the slots."""
-        return self._end(protocol.PutEnd(list(tickets)), protocol.FLAGS_REPLY)
+        return self._end(wire.PutEnd(list(tickets)), wire.FLAGS_REPLY)
 
     def put_revoke(self, tickets: Sequence[Ticket]) -> None:
         """When it cannot even be sent, the connection is given up: the next hello settles what became of the slots."""
-        self._end(protocol.PutRevoke(list(tickets)), protocol.NOTHING_REPLY)
+        self._end(wire.PutRevoke(list(tickets)), wire.NOTHING_REPLY)
 
     def demote(self, nbytes: int, avoid: Sequence[int] = ()) -> MovePlan:
         connection = self._live()
-        plan = self._ask(
-            protocol.Demote(nbytes, list(avoid)), protocol.MOVE_PLAN_REPLY, late=self._late_moves, connection=connection
-        )
+        plan = self._ask(wire.Demote(nbytes, list(avoid)), wire.MOVE_PLAN_REPLY, late=self._late_moves, connection=connection)
         return msgspec.structs.replace(plan, lease=_public_lease(plan.lease, connection))
 
     def spill(self, nbytes: int, avoid: Sequence[int] = ()) -> SpillPlan:
         connection = self._live()
         plan = self._ask(
-            protocol.PlanSpill(nbytes, list(avoid)), protocol.SPILL_PLAN_REPLY, late=self._late_spills, connection=connection
+            wire.PlanSpill(nbytes, list(avoid)), wire.SPILL_PLAN_REPLY, late=self._late_spills, connection=connection
         )
         return msgspec.structs.replace(plan, lease=_public_lease(plan.lease, connection))
 
@@ -210,22 +206,20 @@ class ManagerClient:
         """Also with a lease of an earlier manager: what is in storage is there."""
         connection = self._live()
         number = _lease_number(lease, connection)
-        self._ask(protocol.Spilled(number, list(keys)), protocol.NOTHING_REPLY, connection=connection)
+        self._ask(wire.Spilled(number, list(keys)), wire.NOTHING_REPLY, connection=connection)
 
     def tiers(self, keys: Sequence[bytes]) -> list[int]:
-        return self._ask(protocol.Tiers(list(keys)), protocol.NUMBERS_REPLY)
+        return self._ask(wire.Tiers(list(keys)), wire.NUMBERS_REPLY)
 
     def remove(self, keys: Sequence[bytes]) -> int:
-        """Its deadline is `protocol.WIPE_TIMEOUT` longer than that of other calls: lenders are waited for."""
-        return self._ask(
-            protocol.Remove(list(keys)), protocol.NUMBER_REPLY, timeout=self._config.deadline + protocol.WIPE_TIMEOUT
-        )
+        """Its deadline is `wire.WIPE_TIMEOUT` longer than that of other calls: lenders are waited for."""
+        return self._ask(wire.Remove(list(keys)), wire.NUMBER_REPLY, timeout=self._config.deadline + wire.WIPE_TIMEOUT)
 
     def clear(self, namespace: bytes = b"") -> int:
         """Its deadline is a minute where that of other calls is shorter: all chunks are looked at, and lenders are waited for.
         That the manager lives is told by heartbeats meanwhile."""
-        timeout = max(self._config.deadline, _CLEAR_TIMEOUT) + protocol.WIPE_TIMEOUT
-        return self._ask(protocol.Clear(namespace), protocol.NUMBER_REPLY, timeout=timeout)
+        timeout = max(self._config.deadline, _CLEAR_TIMEOUT) + wire.WIPE_TIMEOUT
+        return self._ask(wire.Clear(namespace), wire.NUMBER_REPLY, timeout=timeout)
 
     def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = (), gate: GateReport | None = None) -> int:
         """Its deadline grows with the inventory, because the manager reads every header, beside whatever else it does; that
@@ -238,52 +232,52 @@ class ManagerClient:
         timeout = max(self._config.deadline, self._config.connect_timeout) + headers * _SECONDS_PER_HEADER
         *parts, last = _inventory_parts(inventory, connection.max_frame // 2)
         for part in parts:
-            self._ask(protocol.InventoryPart(info.uuid, part), protocol.NOTHING_REPLY, timeout=timeout, connection=connection)
+            self._ask(wire.InventoryPart(info.uuid, part), wire.NOTHING_REPLY, timeout=timeout, connection=connection)
         report = gate or GateReport()
-        return self._ask(protocol.Mount(info, last, report), protocol.NUMBER_REPLY, timeout=timeout, connection=connection)
+        return self._ask(wire.Mount(info, last, report), wire.NUMBER_REPLY, timeout=timeout, connection=connection)
 
     def writers_left(self, uuid: bytes, writers: Sequence[GateWriter]) -> None:
-        self._ask(protocol.WritersLeft(uuid, list(writers)), protocol.NOTHING_REPLY)
+        self._ask(wire.WritersLeft(uuid, list(writers)), wire.NOTHING_REPLY)
 
     def unmount(self, uuid: bytes) -> None:
-        self._ask(protocol.Unmount(uuid), protocol.NOTHING_REPLY)
+        self._ask(wire.Unmount(uuid), wire.NOTHING_REPLY)
 
     def add_slabs(self, uuid: bytes, slabs: Sequence[SlabInfo]) -> None:
-        self._ask(protocol.AddSlabs(uuid, list(slabs)), protocol.NOTHING_REPLY)
+        self._ask(wire.AddSlabs(uuid, list(slabs)), wire.NOTHING_REPLY)
 
     def drop_slabs(self, uuid: bytes, nbytes: int) -> list[int]:
-        return self._ask(protocol.DropSlabs(uuid, nbytes), protocol.NUMBERS_REPLY)
+        return self._ask(wire.DropSlabs(uuid, nbytes), wire.NUMBERS_REPLY)
 
     def importer_gone(self, uuid: bytes, client: bytes) -> None:
-        self._ask(protocol.ImporterGone(uuid, client), protocol.NOTHING_REPLY)
+        self._ask(wire.ImporterGone(uuid, client), wire.NOTHING_REPLY)
 
     def request_resize(self, uuid: bytes, nbytes: int) -> None:
-        self._ask(protocol.RequestResize(uuid, nbytes), protocol.NOTHING_REPLY)
+        self._ask(wire.RequestResize(uuid, nbytes), wire.NOTHING_REPLY)
 
     def wiped(self, token: int) -> None:
-        self._ask(protocol.Wiped(token), protocol.NOTHING_REPLY)
+        self._ask(wire.Wiped(token), wire.NOTHING_REPLY)
 
     def segments(self) -> list[SegmentInfo]:
-        return self._ask(protocol.Segments(), protocol.SEGMENTS_REPLY)
+        return self._ask(wire.Segments(), wire.SEGMENTS_REPLY)
 
     def stats(self) -> StatsReply:
-        return self._ask(protocol.Stats(), protocol.STATS_REPLY)
+        return self._ask(wire.Stats(), wire.STATS_REPLY)
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
     def _ask(
         self,
-        request: protocol.Request,
+        request: wire.Request,
         reply: msgspec.msgpack.Decoder[T],
         *,
         timeout: float = 0.0,
         late: Late | None = None,
         connection: Connection | None = None,
     ) -> T:
-        payload = self._call(protocol.CALL, protocol.encode_request(request), timeout=timeout, late=late, connection=connection)
-        return protocol.decode_value(reply, payload)
+        payload = self._call(wire.CALL, wire.encode_request(request), timeout=timeout, late=late, connection=connection)
+        return wire.decode_value(reply, payload)
 
-    def _end(self, request: protocol.Request, reply: msgspec.msgpack.Decoder[T]) -> T:
+    def _end(self, request: wire.Request, reply: msgspec.msgpack.Decoder[T]) -> T:
         """Ask what ends writes. Without hearing of it the manager would keep their slots for as long as the session lasts."""
         connection = self._live()
         try:
@@ -323,13 +317,13 @@ class ManagerClient:
             )
 
     def _late_lease(self, payload: bytes | bytearray) -> None:
-        self._release_late(protocol.decode_acquired(payload).lease)
+        self._release_late(wire.decode_acquired(payload).lease)
 
     def _late_spills(self, payload: bytes | bytearray) -> None:
-        self._release_late(protocol.decode_value(protocol.SPILL_PLAN_REPLY, payload).lease)
+        self._release_late(wire.decode_value(wire.SPILL_PLAN_REPLY, payload).lease)
 
     def _late_moves(self, payload: bytes | bytearray) -> None:
-        plan = protocol.decode_value(protocol.MOVE_PLAN_REPLY, payload)
+        plan = wire.decode_value(wire.MOVE_PLAN_REPLY, payload)
         tickets = [Ticket(move.key, move.shard, move.grant.location.generation) for move in plan.moves if move.grant.location]
         if tickets:
             self._dispatcher.post(lambda: self._revoke_late(tickets))
@@ -342,7 +336,7 @@ class ManagerClient:
             self._dispatcher.post(lambda: self.release(lease))
 
     def _late_grants(self, request: PutRequest, payload: bytes | bytearray) -> None:
-        grants = protocol.decode_value(protocol.GRANTS_REPLY, payload)
+        grants = wire.decode_value(wire.GRANTS_REPLY, payload)
         tickets = [
             Ticket(key, request.shard, grant.location.generation)
             for key, grant in zip(request.keys, grants, strict=True)
@@ -438,7 +432,7 @@ class ManagerClient:
                 continue
             interval = connection.session.heartbeat_interval
             try:
-                self._ask(protocol.Heartbeat(), protocol.NOTHING_REPLY, connection=connection)
+                self._ask(wire.Heartbeat(), wire.NOTHING_REPLY, connection=connection)
             except VCacheError as error:
                 logger.debug("heartbeat: %s", error)
 

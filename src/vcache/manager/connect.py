@@ -8,9 +8,9 @@ from ..config import VCacheConfig
 from ..errors import ManagerUnavailableError
 from ..segment.hostinfo import host_id
 from .address import parse_address
+from .api import ManagerApi, Role
 from .client import ManagerClient
-from .embedded import EmbeddedManager
-from .messages import ManagerApi, Role
+from .loopback import EmbeddedManager
 
 logger = logging.getLogger("vcache.manager")
 

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from typing import Literal
 
 from ..errors import ProtocolError, SegmentError, SlabGoneError, VCacheError
-from . import broker_protocol as protocol
+from . import handover as protocol
 from .backing import MappedSlab, SlabBacking
 from .gate import WriteGate
 

@@ -13,8 +13,8 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, NamedTuple, TypeVar
 
 from ..errors import StorageDeadlineError, StorageError
+from ..guard import CircuitBreaker
 from ..keys import CacheKey
-from ..manager.breaker import CircuitBreaker
 from .base import StorageTier
 
 T = TypeVar("T")

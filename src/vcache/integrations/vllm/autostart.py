@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from ...manager.address import parse_address
-from ...segment.broker_protocol import prepare_broker_dir
+from ...segment.handover import prepare_broker_dir
 
 logger = logging.getLogger("vllm.vcache")
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, SupportsHMA
 
+from ...cache.opening import open_storage
 from ...config import StorageConfig
 from ...manager.connect import connect
-from ...resources import open_storage
 from .autostart import ensure_manager
 from .declined import DeclinedWorker
 from .events import EventLog
-from .group import DeclinedError, KVGroup, deterministic_hashes, shared_group
 from .keys import ChunkNames, chunk_tokens, namespace
+from .kv_group import DeclinedError, KVGroup, deterministic_hashes, shared_group
 from .metadata import VCacheMetadata, VCacheWorkerMetadata
 from .scheduler import Policy, SchedulerSide
 from .settings import Settings, read_settings

@@ -11,7 +11,7 @@ import msgspec
 
 from ...keys import DIGEST_BYTES
 from ...spec import KVCacheSpec
-from .group import KVGroup
+from .kv_group import KVGroup
 
 _PERSON = b"vcache-vllm-v1"
 

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from ...errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, StorageError
 from ...keys import DIGEST_BYTES, CacheKey
-from ...manager.messages import ManagerApi
+from ...manager.api import ManagerApi
 from ...storage.base import StorageTier
+from .block_refs import BlockPins
 from .events import EventLog
-from .group import KVGroup
 from .keys import ChunkNames
+from .kv_group import KVGroup
 from .metadata import LoadJob, LoadOutcome, SaveJob, SaveOutcome, VCacheMetadata, VCacheWorkerMetadata, merge_saves
-from .pins import BlockPins
 from .stats import VCacheStats
 from .weights import Adapters
 

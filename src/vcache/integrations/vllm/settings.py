@@ -10,7 +10,7 @@ import msgspec
 
 from ...config import ByteSize, VCacheConfig, sections
 from ...errors import ConfigError
-from ...segment.broker_protocol import default_broker_dir
+from ...segment.handover import default_broker_dir
 
 SOURCE = "kv_connector_extra_config"
 

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from ...keys import DIGEST_BYTES
-from .group import DeclinedError
+from .kv_group import DeclinedError
 
 SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf"))
 ADAPTER_CONFIG = "adapter_config.json"

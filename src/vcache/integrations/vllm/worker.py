@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
+from ...cache.opening import open_resources
+from ...cache.pool import ChunkPool
+from ...cache.transfer import StreamFollower
 from ...errors import VCacheError
-from ...handles import StreamFollower
 from ...metrics import EngineMetrics
-from ...pool import ChunkPool
-from ...resources import open_resources
-from .group import KVGroup
+from .jobs import Rank, Saved, SaveUnderWay, ShardStore, own_caches, this_rank
 from .keys import worker_spec
-from .lending import lendable
+from .kv_group import KVGroup
+from .lend_size import lendable
 from .metadata import LoadJob, LoadOutcome, SaveJob, SaveOutcome, VCacheMetadata, VCacheWorkerMetadata
 from .settings import Settings
 from .stats import VCacheStats
-from .store import Rank, Saved, SaveUnderWay, ShardStore, own_caches, this_rank
 
 if TYPE_CHECKING:
     import torch

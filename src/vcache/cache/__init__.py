@@ -1,0 +1,1 @@
+"""Where chunks are, as one engine or worker sees it: pool, other hosts, storage."""

@@ -1,0 +1,213 @@
+"""Makes room in the pool when the manager asks: cold chunks go from VRAM to host memory, the coldest of all to storage."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+from ..manager.api import Move, Push, RoomWanted, SessionInfo, Ticket
+from ..metrics import EngineMetrics
+from ..segment.gate import Passage
+from ..segment.slot_protocol import SourceSlot, TargetSlot, copy_slot
+from ..segment.slots import SlabHeader
+from .pool import MANAGER_ERRORS, TRANSFER_ERRORS, ChunkPool
+from .spill import Spiller
+
+logger = logging.getLogger("vcache.cache.room_maker")
+
+PLAN_BYTES = 256 * 2**20
+"""Payload of one plan at most: what is moved becomes visible this often, and the sources' lease is held no longer."""
+
+
+_Outcome = Literal["more", "nothing", "stuck"]
+"""Of one plan: it got somewhere, so ask for another; there was nothing to do; it got nowhere, so would the next one."""
+
+
+class RoomMaker:
+    """One thread that sleeps until the manager pushes `RoomWanted`; then it works off plans until there is nothing more to do,
+    or nothing that it can do. A `messages.Listener`. A put or a retrieve never waits for it."""
+
+    def __init__(
+        self, pool: ChunkPool, metrics: EngineMetrics, *, demote: bool, spiller: Spiller | None, plan_bytes: int = PLAN_BYTES
+    ) -> None:
+        """`demote`: move chunks to host memory. `spiller`: write them to storage; None: do not. Subscribes to the manager of
+        `pool`; close it before the pool's segments and the spiller."""
+        self._pool = pool
+        self._metrics = metrics
+        self._demoting = demote
+        self._spiller = spiller
+        self._plan_bytes = plan_bytes
+        self._changed = threading.Condition()
+        self._wanted = False
+        self._busy = False
+        self._closed = False
+        self._moving = threading.Lock()
+        """Held while slots are written."""
+        self._thread = threading.Thread(target=self._run, name="vcache-relief", daemon=True)
+        self._thread.start()
+        pool.manager.subscribe(self)
+
+    def on_session(self, session: SessionInfo) -> None:
+        """A manager that wants room says so by itself."""
+
+    def on_disconnect(self) -> None:
+        """The next call of the manager fails, which ends a round."""
+
+    def on_push(self, push: Push) -> None:
+        if isinstance(push, RoomWanted):
+            with self._changed:
+                self._wanted = True
+                self._changed.notify_all()
+
+    def wait_idle(self, timeout: float | None = None) -> bool:
+        """Block until it sleeps and no wish is left; False on timeout (seconds)."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._wanted and not self._busy, timeout)
+
+    def close(self, timeout: float) -> None:
+        """Finish the slot under way, then stop. Waits at most `timeout` seconds for what else is under way (a call of the
+        manager, a write to storage), but for a slot as long as it takes: afterwards nothing is written. Idempotent."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout)
+        with self._moving:
+            pass
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._wanted or self._closed)
+                if self._closed:
+                    return
+                self._wanted, self._busy = False, True
+            try:
+                self._make_room()
+            except MANAGER_ERRORS as error:
+                self._metrics.count("manager_errors")
+                logger.debug("no room made: %s", error)
+            except TRANSFER_ERRORS as error:
+                self._metrics.count("transfer_errors")
+                logger.warning("no room made: %s", error)
+
+    def _make_room(self) -> None:
+        demoting, spiller = self._demoting, self._spiller
+        spilled: _Outcome = "nothing"
+        moved: _Outcome = "nothing"
+        while not self._closed:
+            # In turns, and storage first: what moves down may push the coldest out of host memory.
+            if spiller is not None:
+                spilled = self._spill_some(spiller)
+                spiller = None if spilled == "stuck" else spiller
+            if demoting and not self._closed:
+                moved = self._demote_some()
+                demoting = moved != "stuck"
+            if "more" not in (spilled, moved):
+                return
+
+    # -- VRAM to host memory -------------------------------------------------------------------------------------------
+
+    def _demote_some(self) -> _Outcome:
+        """Carry out one plan."""
+        manager, avoid = self._pool.manager, self._pool.segments.unreachable()
+        with self._moving, self._pool.writing():
+            began, epoch = time.perf_counter(), manager.epoch
+            plan = manager.demote(self._plan_bytes, avoid)
+            if not plan.lease:
+                return "nothing"
+            try:
+                copied = self._copy(plan.moves, epoch)
+                moved = self._publish(plan.moves, copied)
+            finally:
+                self._pool.release(plan.lease)
+        self._metrics.count("demoted_chunks", len(moved))
+        self._metrics.count("demote_refused", len(plan.moves) - len(moved))
+        if moved:
+            nbytes = sum(copied[move.key, move.shard] for move in moved)
+            self._metrics.observe("demote", "dram", time.perf_counter() - began, nbytes)
+        return "more" if moved else "stuck"
+
+    def _copy(self, moves: Sequence[Move], epoch: int) -> dict[tuple[bytes, int], int]:
+        """Payload bytes of each shard that was copied."""
+        copied: dict[tuple[bytes, int], int] = {}
+        for move in moves:
+            if self._closed or self._pool.manager.epoch != epoch:
+                # A manager that is gone cannot be told, and its successor cannot know of writes that have not begun.
+                break
+            nbytes = self._copy_one(move)
+            if nbytes:
+                copied[move.key, move.shard] = nbytes
+        return copied
+
+    def _copy_one(self, move: Move) -> int:
+        segments, grant = self._pool.segments, move.grant
+        if grant.location is None:
+            return 0
+        pinned = []
+        passage = Passage()
+        try:
+            for location in (move.source, grant.location):
+                slot = segments.pin(location)
+                if slot is None:
+                    self._metrics.count("unreachable")
+                    return 0
+                pinned.append(slot)
+            source, target = pinned
+            if not passage.admits(target.slab, grant.fence):
+                self._metrics.count("put_lapsed")
+                return 0
+            slab = SlabHeader(grant.format_generation, grant.location.slot_bytes, grant.slots).pack()
+            return copy_slot(
+                segments,
+                SourceSlot(source, move.source, move.key, move.shard),
+                TargetSlot(target, grant.location, slab),
+                self._pool.manager.client_id,
+            )
+        except TRANSFER_ERRORS as error:
+            self._metrics.count("transfer_errors")
+            logger.warning("a chunk stays in VRAM, its copy failed: %s", error)
+            return 0
+        finally:
+            passage.leave()
+            for slot in pinned:
+                segments.unpin(slot)
+
+    def _publish(self, moves: Sequence[Move], copied: dict[tuple[bytes, int], int]) -> list[Move]:
+        """End all tickets of a plan; the moves that the manager took."""
+        good: list[tuple[Move, Ticket]] = []
+        bad: list[Ticket] = []
+        for move in moves:
+            if move.grant.location is None:
+                continue
+            ticket = Ticket(move.key, move.shard, move.grant.location.generation)
+            if (move.key, move.shard) in copied:
+                good.append((move, ticket))
+            else:
+                bad.append(ticket)
+        manager = self._pool.manager
+        try:
+            answers = manager.put_end([ticket for _, ticket in good]) if good else []
+        finally:
+            if bad:
+                manager.put_revoke(bad)
+        return [move for (move, _), ok in zip(good, answers, strict=True) if ok]
+
+    # -- memory to storage ---------------------------------------------------------------------------------------------
+
+    def _spill_some(self, spiller: Spiller) -> _Outcome:
+        """Carry out one plan."""
+        manager = self._pool.manager
+        plan = manager.spill(self._plan_bytes, self._pool.segments.unreachable())
+        if not plan.lease:
+            return "nothing"
+        keys: list[bytes] = []
+        try:
+            keys, failed = spiller.write(plan.spills, lambda: self._closed)
+        finally:
+            manager.spilled(plan.lease, keys)
+        return "more" if keys and not failed else "stuck"

@@ -1,0 +1,1 @@
+"""The giving side of the pool: a segment of memory, its slabs, and the socket that hands them over."""

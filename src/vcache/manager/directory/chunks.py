@@ -1,0 +1,191 @@
+"""The directory's dictionaries (visible chunks, chunks being written, ghosts) and the links from a chunk to the one before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from weakref import WeakValueDictionary
+
+from ...errors import IntegrityError
+from ...segment.slots import LOCATION_BYTES
+from .eviction import EvictionPolicy
+from .records import Pending, Record, Space
+
+_COMMON_INDICES = 4096
+
+
+class ChunkTable:
+    """One key is in exactly one of `visible`, `pending` and `ghosts`, or in none."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self.visible: dict[bytes, Record] = {}
+        """Complete chunks only (rule I2)."""
+        self.pending: dict[bytes, Pending] = {}
+        self.ghosts: dict[bytes, Record] = {}
+        """Absent chunks that a present or pending child, or a lease, still refers to."""
+        self.policy = policy
+        self.orphans = 0
+        """Visible records whose parent is not known although they are not the first of a prompt."""
+        self._spaces: WeakValueDictionary[bytes, Space] = WeakValueDictionary()
+        self._indices = list(range(_COMMON_INDICES))  # shared int objects: 32 bytes less for most records
+
+    def space(self, name: bytes) -> Space:
+        space = self._spaces.get(name)
+        if space is None:
+            space = self._spaces[name] = Space(name)
+        return space
+
+    def any(self, key: bytes) -> Record | None:
+        """The key's record, whichever state it is in."""
+        record = self.visible.get(key)
+        if record is None:
+            pending = self.pending.get(key)
+            record = pending.record if pending is not None else self.ghosts.get(key)
+        return record
+
+    # Life of a record
+
+    def ghost(self, key: bytes, index: int, space: Space) -> Record:
+        """The key's record, a new ghost if there is none. The caller gives it a child, a pin or bytes, or calls `settle`."""
+        record = self.any(key)
+        if record is None:
+            record = Record(key, space, self._indices[index] if index < _COMMON_INDICES else index)
+            self.ghosts[key] = record
+        return record
+
+    def settle(self, record: Record) -> None:
+        """Forget a ghost that nothing refers to any more."""
+        if not record.children and not record.pins and self.ghosts.get(record.key) is record:
+            del self.ghosts[record.key]
+
+    def begin(self, key: bytes, index: int, space: Space, num_shards: int) -> Pending:
+        """A pending chunk for a key that is neither visible nor pending."""
+        record = self.ghost(key, index, space)
+        record.space = space
+        del self.ghosts[key]
+        pending = self.pending[key] = Pending(record, num_shards)
+        return pending
+
+    def abandon(self, pending: Pending) -> None:
+        """A pending chunk will not be completed; its slots are somebody else's affair."""
+        record = pending.record
+        del self.pending[record.key]
+        self._retire(record)
+
+    def publish(self, pending: Pending) -> Record:
+        """All shards are complete: make the chunk visible. The caller adds it to the eviction policy."""
+        record = pending.record
+        del self.pending[record.key]
+        record.packed = b"".join([pending.parts[shard].packed for shard in range(pending.num_shards)])
+        self.visible[record.key] = record
+        if record.parent is None and record.index:
+            self.orphans += 1
+        return record
+
+    def recover(self, key: bytes, index: int, space: Space, packed: bytes) -> Record:
+        """A chunk with all its shards was found in an inventory; the key is neither visible nor pending. The caller adds it
+        to the eviction policy."""
+        record = self.ghosts.pop(key, None)
+        if record is None:
+            record = Record(key, space, self._indices[index] if index < _COMMON_INDICES else index)
+        record.space = space
+        record.packed = packed
+        self.visible[key] = record
+        if record.index:
+            self.orphans += 1
+        return record
+
+    def hide(self, record: Record) -> None:
+        """A visible chunk is gone. Its slots are the caller's affair."""
+        del self.visible[record.key]
+        self.policy.discard(record)
+        if record.parent is None and record.index:
+            self.orphans -= 1
+        record.packed = b""
+        record.used = 0
+        self._retire(record)
+
+    def _retire(self, record: Record) -> None:
+        self.unlink(record)
+        if record.children or record.pins:
+            self.ghosts[record.key] = record
+
+    # Links
+
+    def link(self, child: Record, parent: Record) -> None:
+        """Remember that `child` follows `parent`; ignored when it has a parent or the two cannot be neighbours."""
+        if child.parent is not None or parent.index + 1 != child.index or parent.space is not child.space:
+            return
+        child.parent = parent
+        parent.child = child
+        parent.children += 1
+        if child.packed:
+            self.orphans -= 1
+
+    def unlink(self, child: Record) -> None:
+        """Only for records that are not visible."""
+        parent = child.parent
+        if parent is None:
+            return
+        child.parent = None
+        parent.children -= 1
+        if parent.child is child:
+            parent.child = None
+        self.settle(parent)
+
+    def relink(self, records: Sequence[Record]) -> None:
+        """Learn from a look-up which recovered chunk follows which."""
+        for parent, child in pairwise(records):
+            if child.parent is None and child.index:
+                self.link(child, parent)
+
+    # Checks
+
+    def check_integrity(self, pins: dict[int, int]) -> None:
+        """`pins`: what the leases hold, by `id(record)`. Raises `IntegrityError` naming the rule. O(records)."""
+        self.policy.check_integrity()
+        children: dict[int, int] = {}
+        records: list[Record] = [*self.visible.values(), *self.ghosts.values(), *(p.record for p in self.pending.values())]
+        known = {id(record) for record in records}
+        if len(known) != len(records) or len({record.key for record in records}) != len(records):
+            raise IntegrityError("I2: a key is in two tables at once")
+        for record in records:
+            if record.parent is not None:
+                children[id(record.parent)] = children.get(id(record.parent), 0) + 1
+                if id(record.parent) not in known or record.parent.index + 1 != record.index:
+                    raise IntegrityError(f"links: parent of {record.key.hex()} is not in the directory or not its neighbour")
+        for record in records:
+            name = record.key.hex()
+            if record.pins != pins.pop(id(record), 0):
+                raise IntegrityError(f"I3: pins of {name} are {record.pins}, not the sum over leases")
+            if record.children != children.get(id(record), 0):
+                raise IntegrityError(f"links: {name} counts {record.children} children, has {children.get(id(record), 0)}")
+            if record.child is not None and record.child.parent is not record:
+                raise IntegrityError(f"links: {name} points to a child of somebody else")
+        if pins:
+            raise IntegrityError("I3: leases hold records that the directory does not know")
+        self._check_tables()
+
+    def _check_tables(self) -> None:
+        queued = {id(record) for queue in self.policy.queues.values() for record in queue}
+        for key, record in self.visible.items():
+            if record.key != key or not record.packed or len(record.packed) % LOCATION_BYTES or id(record) not in queued:
+                raise IntegrityError(
+                    f"I2: visible record {key.hex()} has no complete location or no place in the eviction queue"
+                )
+        if len(queued) != len(self.visible):
+            raise IntegrityError("I2: the eviction queue holds records that are not visible")
+        for key, record in self.ghosts.items():
+            if record.key != key or record.packed or record.parent is not None or not (record.children or record.pins):
+                raise IntegrityError(f"links: ghost {key.hex()} has bytes, a parent, or nothing that refers to it")
+        for key, pending in self.pending.items():
+            if pending.record.key != key or pending.record.packed or not pending.parts or pending.complete():
+                raise IntegrityError(f"I2: pending chunk {key.hex()} is visible, complete or has no shard")
+        orphans = sum(1 for record in self.visible.values() if record.parent is None and record.index)
+        if orphans != self.orphans:
+            raise IntegrityError(f"links: {orphans} orphans, recorded {self.orphans}")
+
+
+def deepest_first(records: Iterable[Record]) -> list[Record]:
+    """Records in the order in which they enter an eviction queue: a prompt's tail before its head."""
+    return sorted(records, key=lambda record: record.index, reverse=True)

@@ -1,0 +1,483 @@
+"""The manager's heart: a pure state machine. Events in, replies and instructions out; no sockets, threads or clocks.
+
+Who calls it serialises the calls, passes the time (seconds, any origin, never backwards) and the client id of the session,
+carries out `take_instructions()` after every call, and calls `tick` no later than `next_deadline()`. What
+`begin_...` begins goes on bit by bit, by `work`; without `begin_` all of it is done at once.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import asdict
+from typing import NamedTuple
+
+from ...config import ManagerConfig
+from ...errors import ProtocolError
+from ...keys import DIGEST_BYTES
+from ...segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation
+from ..api import (
+    AcquireReply,
+    GateReport,
+    GateWriter,
+    MovePlan,
+    PutGrant,
+    PutRequest,
+    Role,
+    RoomWanted,
+    SegmentMounted,
+    SegmentStats,
+    SessionInfo,
+    SessionStats,
+    SpillPlan,
+    StatsReply,
+    Ticket,
+)
+from .demoting import MoveDesk
+from .integrity import check_core
+from .jobs import SLICE, Job
+from .lending import Lending
+from .reach import readable, readable_prefix
+from .records import FREE, PROCESSING, QUARANTINED, USED, Record
+from .removal import Removal
+from .spilling import SpillDesk
+from .state import Core, Instruction, Session
+from .writing import PutDesk, check_request
+
+
+class PackedReply(NamedTuple):
+    """`AcquireReply` with the locations still packed: `LOCATION_BYTES` each, joined."""
+
+    lease: int
+    expires_in: float
+    packed: bytes
+
+
+class RemovalReply(NamedTuple):
+    """What `remove` and `clear` did at once, and what must still happen before the answer may go out."""
+
+    removed: int
+    tokens: list[int]
+    """Wait until `outstanding(tokens)` is false, or for a bounded time."""
+
+
+class Directory:
+    """All state of one manager. Not thread-safe. Every verb takes the client id of a living session and raises
+    `ManagerRefusedError` without one, `ProtocolError` for arguments that no conforming client sends; nothing has changed
+    then. Keys are 16-byte digests."""
+
+    def __init__(
+        self,
+        config: ManagerConfig | None = None,
+        *,
+        epoch: int,
+        now: float = 0.0,
+        first_segment: int = 1,
+        slice_size: int = SLICE,
+    ) -> None:
+        """`epoch`: even, above every generation that an earlier manager gave out (nanoseconds since 1970). `first_segment`:
+        number of the first segment (`random_first_segment`). `slice_size`: slots or keys that `work` goes through in a call."""
+        config = config if config is not None else ManagerConfig()
+        self._core = core = Core(config, epoch + (epoch & 1), first_segment, slice_size)
+        self._moves = MoveDesk(core)
+        self._spills = SpillDesk(core)
+        self._puts = PutDesk(core, self._moves)
+        self._removal = Removal(core)
+        self._lending = Lending(core, self._puts, self._removal)
+        self._started = now
+        self._find = core.chunks.visible.get
+        self._counters = core.counters
+        self._touch = core.chunks.policy.touch
+
+    @property
+    def epoch(self) -> int:
+        return self._core.epoch
+
+    # Sessions
+
+    def open_session(
+        self, client: bytes, name: str, role: Role, now: float, *, host: str = "", remote: bool = False
+    ) -> SessionInfo:
+        """Hello: the client states that it has no writes in flight. Ends an older session of the same client id first.
+        Instructs to send it the mounted segments. `host`: its `SegmentInfo.host`; chunks on others are present for it only if
+        they can be read there with a transfer engine and it has one (`remote`). Without a host it sees everything."""
+        if len(client) != DIGEST_BYTES:
+            raise ProtocolError(f"hello: a client id is {DIGEST_BYTES} bytes, got {len(client)}")
+        core = self._core
+        if client in core.sessions:
+            self.close_session(client, now, goodbye=False)
+        self._puts.writer_idle(client)
+        self._lending.writer_idle(client)
+        core.sessions[client] = Session(client, name, role, now, host, remote)
+        core.counters.sessions += 1
+        for segment in core.allocator.segments.values():
+            core.push(client, SegmentMounted(info=segment.info))
+        return SessionInfo(
+            epoch=core.epoch,
+            heartbeat_interval=core.config.heartbeat_interval,
+            session_timeout=core.config.session_timeout,
+        )
+
+    def close_session(self, client: bytes, now: float, *, goodbye: bool = False) -> None:
+        """The connection is gone, or (`goodbye`) the client said that it stops and has nothing in flight. Idempotent."""
+        core = self._core
+        if core.sessions.pop(client, None) is None:
+            return
+        core.unpinned(core.leases.drop_client(client))
+        if goodbye:
+            self._puts.writer_idle(client)
+            self._lending.writer_idle(client)
+        self._lending.lender_gone(client, goodbye=goodbye)
+        if not goodbye:
+            self._lending.writer_lost(client)
+
+    def heartbeat(self, client: bytes, now: float) -> None:
+        """A sign of life. So is every other call."""
+        self._core.session(client, now)
+
+    def has_session(self, client: bytes) -> bool:
+        return client in self._core.sessions
+
+    def tick(self, now: float) -> None:
+        """Everything that is due: sessions, leases, tickets, quarantines."""
+        core = self._core
+        core.now = now
+        core.tick_clock(now)
+        # The same sum as in `next_deadline`: rounding must not leave it due for ever.
+        timeout = core.config.session_timeout
+        for session in [session for session in core.sessions.values() if session.seen + timeout <= now]:
+            core.counters.session_timeouts += 1
+            self.close_session(session.client, now, goodbye=False)
+            core.outbox.append(Instruction(session.client, None))
+        for lease in core.leases.expired(now):
+            core.counters.lease_expiries += 1
+            core.unpinned(core.leases.drop(lease.number, lease.client))
+        self._puts.expire(now)
+        core.count_outstanding()  # forgets what nobody asks about any more
+
+    def next_deadline(self) -> float | None:
+        """When `tick` has something to do at the latest; None: never, as things stand. O(sessions)."""
+        core = self._core
+        times = [core.leases.next_expiry(), core.writes.next_deadline()]
+        if core.sessions:
+            times.append(min(session.seen for session in core.sessions.values()) + core.config.session_timeout)
+        return min((time for time in times if time is not None), default=None)
+
+    def take_instructions(self) -> list[Instruction]:
+        """What to send, in order; empties the outbox."""
+        instructions, self._core.outbox = self._core.outbox, []
+        return instructions
+
+    @property
+    def has_work(self) -> bool:
+        """Whether jobs are under way: call `work` soon, and again and again, with everybody else's calls in between."""
+        return bool(self._core.jobs)
+
+    def work(self, now: float) -> None:
+        """Do one slice of one of the jobs under way, below a millisecond or so."""
+        self._core.now = now
+        self._core.jobs.step()
+
+    # Reading
+
+    def lookup(self, client: bytes, keys: Sequence[bytes], now: float) -> int:
+        """See `ManagerApi.lookup`."""
+        core = self._core
+        found = self._prefix(core.session(client, now), keys)
+        if found:
+            self._touch(found, core.tick_clock(now))
+        return len(found)
+
+    def acquire(self, client: bytes, keys: Sequence[bytes], shard: int, lease: int, now: float) -> AcquireReply:
+        """See `ManagerApi.acquire`. `lease` 0: a new one."""
+        number, expires_in, packed = self.acquire_packed(client, keys, shard, lease, now)
+        return AcquireReply(number, expires_in, SlotLocation.unpack_many(packed))
+
+    def acquire_packed(self, client: bytes, keys: Sequence[bytes], shard: int, lease: int, now: float) -> PackedReply:
+        """As `acquire`, with the locations as bytes that lie ready. Raises `ProtocolError` for a negative shard."""
+        core = self._core
+        session = core.session(client, now)
+        if shard < 0:
+            raise ProtocolError(f"acquire: shard {shard}")
+        if lease:
+            return self._locate(session, keys, shard, lease, now)
+        core.check_leases(client)
+        found = self._prefix(session, keys)
+        packed = b"".join([record.packed for record in found])
+        if shard or len(packed) != LOCATION_BYTES * len(found):
+            packed = self._places(found, shard)
+        if not found:
+            return PackedReply(0, 0.0, b"")
+        granted = core.leases.grant(client, found, now)
+        core.counters.leases += 1
+        self._touch(found, core.tick_clock(now))
+        return PackedReply(granted.number, core.leases.ttl, packed)
+
+    def release(self, client: bytes, lease: int, now: float) -> None:
+        """See `ManagerApi.release`."""
+        core = self._core
+        core.session(client, now)
+        core.unpinned(core.leases.drop(lease, client))
+
+    def tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> list[int]:
+        """See `ManagerApi.tiers`."""
+        return self.begin_tiers(client, keys, now).finish()
+
+    def begin_tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> Job[list[int]]:
+        """`tiers` as a job for `work`."""
+        return self._core.jobs.begin(self._tiers(self._core.session(client, now), keys))
+
+    def _tiers(self, session: Session, keys: Sequence[bytes]) -> Generator[None, None, list[int]]:
+        core, levels = self._core, list[int]()
+        segments = core.allocator.segments
+        for start in range(0, len(keys), core.slice_size):
+            unreadable = core.unreadable(session)
+            for key in keys[start : start + core.slice_size]:
+                record = self._find(key)
+                if record is None or (unreadable and not readable(record, unreadable)):
+                    levels.append(-1)
+                else:
+                    levels.append(max(int(segments[place.segment].info.kind == "host") for place in record.places()))
+            if start + core.slice_size < len(keys):
+                yield
+        return levels
+
+    def _prefix(self, session: Session, keys: Sequence[bytes]) -> list[Record]:
+        """Records of the leading keys that are visible and that the session can read; counts hits and misses."""
+        counters, asked = self._counters, len(keys)
+        found: list[Record] = list(map(self._find, keys))  # type: ignore[arg-type]
+        if not all(found):
+            del found[found.index(None) :]  # type: ignore[arg-type]
+        unreadable = self._core.unreadable(session)
+        if unreadable:
+            del found[readable_prefix(found, unreadable) :]
+        hits = len(found)
+        counters.lookups += asked
+        counters.hits += hits
+        counters.misses += asked - hits
+        if self._core.chunks.orphans:
+            self._core.chunks.relink(found)
+        return found
+
+    def _places(self, found: list[Record], shard: int) -> bytes:
+        """Packed locations of one shard; cuts `found` at the first record without it, which makes the rest misses."""
+        places = [record.place(shard) for record in found]
+        if b"" in places:
+            cut = places.index(b"")
+            lost = len(found) - cut
+            self._counters.hits -= lost
+            self._counters.misses += lost
+            del found[cut:], places[cut:]
+        return b"".join(places)
+
+    def _locate(self, session: Session, keys: Sequence[bytes], shard: int, number: int, now: float) -> PackedReply:
+        counters = self._counters
+        lease = self._core.leases.get(number, session.client, now)
+        if lease is None:
+            counters.lookups += len(keys)
+            counters.errors += len(keys)
+            return PackedReply(0, 0.0, b"")
+        found = self._prefix(session, keys)
+        cover = lease.cover()
+        cut = next((place for place, record in enumerate(found) if record.key not in cover), len(found))
+        counters.hits -= len(found) - cut
+        counters.misses += len(found) - cut
+        del found[cut:]
+        packed = self._places(found, shard)
+        return PackedReply(number if found else 0, lease.expires - now, packed)
+
+    # Writing
+
+    def put_start(self, client: bytes, request: PutRequest, now: float) -> list[PutGrant]:
+        """See `ManagerApi.put_start`. `exists` also when the writer cannot read the copy that exists, on another host: one
+        copy of a chunk is all that the pool keeps. May instruct to ask the writer for room."""
+        return self.begin_put_start(client, request, now).finish()
+
+    def begin_put_start(self, client: bytes, request: PutRequest, now: float) -> Job[list[PutGrant]]:
+        """`put_start` as a job for `work`."""
+        session = self._core.session(client, now)
+        check_request(request)
+        return self._core.jobs.begin(self._put_start(session, request))
+
+    def _put_start(self, session: Session, request: PutRequest) -> Generator[None, None, list[PutGrant]]:
+        core = self._core
+        grants = yield from self._puts.start(session.client, request)
+        memory = core.allocator.hosts.get(session.host) if session.host and session.role == "engine" else None
+        if memory is not None and memory.wants_room(core.config.high_watermark, core.now):
+            core.push(session.client, RoomWanted())
+        return grants
+
+    def put_end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
+        """See `ManagerApi.put_end`. Idempotent."""
+        self._core.session(client, now)
+        return self._puts.end(client, tickets, now)
+
+    def put_revoke(self, client: bytes, tickets: Sequence[Ticket], now: float) -> None:
+        """See `ManagerApi.put_revoke`."""
+        self._core.session(client, now)
+        self._puts.revoke(client, tickets)
+
+    # Making room
+
+    def demote(self, client: bytes, nbytes: int, avoid: Sequence[int], now: float) -> MovePlan:
+        """See `ManagerApi.demote`."""
+        return self._moves.plan(self._core.session(client, now), _plan_bytes(nbytes), frozenset(avoid), now)
+
+    def spill(self, client: bytes, nbytes: int, avoid: Sequence[int], now: float) -> SpillPlan:
+        """See `ManagerApi.spill`."""
+        return self._spills.plan(self._core.session(client, now), _plan_bytes(nbytes), frozenset(avoid), now)
+
+    def spilled(self, client: bytes, lease: int, keys: Sequence[bytes], now: float) -> None:
+        """See `ManagerApi.spilled`. Also counts for keys that the lease does not cover, and when it has ended."""
+        self._core.session(client, now)
+        self._spills.done(client, lease, keys, now)
+
+    # Removing
+
+    def remove(self, client: bytes, keys: Sequence[bytes], now: float) -> RemovalReply:
+        """See `ManagerApi.remove`; gone at once here, and for good when the tokens are no longer outstanding."""
+        return RemovalReply(*self.begin_remove(client, keys, now).finish())
+
+    def begin_remove(self, client: bytes, keys: Sequence[bytes], now: float) -> Job[tuple[int, list[int]]]:
+        """`remove` as a job for `work`: the parts of a `RemovalReply`."""
+        self._core.session(client, now)
+        return self._core.jobs.begin(self._removal.remove(keys))
+
+    def clear(self, client: bytes, namespace: bytes, now: float) -> RemovalReply:
+        """See `ManagerApi.clear`. Writes under way are not affected. O(chunks)."""
+        return RemovalReply(*self.begin_clear(client, namespace, now).finish())
+
+    def begin_clear(self, client: bytes, namespace: bytes, now: float) -> Job[tuple[int, list[int]]]:
+        """`clear` as a job for `work`: the parts of a `RemovalReply`. What is stored meanwhile may stay."""
+        self._core.session(client, now)
+        return self._core.jobs.begin(self._removal.clear(namespace))
+
+    def outstanding(self, tokens: Iterable[int]) -> bool:
+        """Whether a lender still has to zero headers for any of these tokens. False once its session is gone."""
+        return any(self._core.outstanding(token) for token in tokens)
+
+    def wiped(self, client: bytes, token: int, now: float) -> None:
+        """See `ManagerApi.wiped`."""
+        self._core.session(client, now)
+        self._lending.wiped(client, token)
+
+    # Lending
+
+    def mount(
+        self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport | None = None
+    ) -> int:
+        """See `ManagerApi.mount`. O(slots)."""
+        return self.begin_mount(client, info, inventory, now, gate).finish()
+
+    def begin_mount(
+        self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport | None = None
+    ) -> Job[int]:
+        """`mount` as a job for `work`: it is mounted at once, and its chunks come bit by bit. Its result raises
+        `ManagerRefusedError` when the segment is mounted again or goes before the end."""
+        self._core.session(client, now)
+        return self._lending.mount(client, info, inventory, gate or GateReport())
+
+    def writers_left(self, client: bytes, uuid: bytes, writers: Sequence[GateWriter], now: float) -> None:
+        """See `ManagerApi.writers_left`."""
+        self._core.session(client, now)
+        self._lending.writers_left(client, uuid, writers)
+
+    def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
+        """See `ManagerApi.unmount`."""
+        self._core.session(client, now)
+        self._lending.unmount(client, uuid)
+
+    def add_slabs(self, client: bytes, uuid: bytes, slabs: Sequence[SlabInfo], now: float) -> None:
+        """See `ManagerApi.add_slabs`."""
+        self._core.session(client, now)
+        self._lending.add_slabs(client, uuid, slabs)
+
+    def drop_slabs(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> list[int]:
+        """See `ManagerApi.drop_slabs`."""
+        self._core.session(client, now)
+        return self._lending.drop_slabs(client, uuid, nbytes, now)
+
+    def importer_gone(self, client: bytes, uuid: bytes, importer: bytes, now: float) -> None:
+        """See `ManagerApi.importer_gone`."""
+        self._core.session(client, now)
+        self._lending.importer_gone(client, uuid, importer, now)
+
+    def request_resize(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> None:
+        """See `ManagerApi.request_resize`."""
+        self._core.session(client, now)
+        self._lending.request_resize(uuid, nbytes)
+
+    # Looking at it
+
+    def segments(self) -> list[SegmentInfo]:
+        return [segment.info for segment in self._core.allocator.segments.values()]
+
+    def stats(self, now: float) -> StatsReply:
+        """Counters and gauges. O(slabs + leases + sessions)."""
+        core = self._core
+        segments: list[SegmentStats] = []
+        for segment in core.allocator.segments.values():
+            counts, used, unformatted = core.allocator.totals(segment)
+            segments.append(
+                SegmentStats(
+                    info=segment.info,
+                    slots_free=counts[FREE],
+                    slots_used=counts[USED],
+                    slots_processing=counts[PROCESSING],
+                    slots_quarantined=counts[QUARANTINED],
+                    bytes_used=used,
+                    slabs_unformatted=unformatted,
+                )
+            )
+        sessions = [
+            SessionStats(
+                client=session.client,
+                name=session.name,
+                role=session.role,
+                leases=core.leases.count(session.client),
+                writes=core.writes.count(session.client),
+                age=now - session.opened,
+            )
+            for session in core.sessions.values()
+        ]
+        return StatsReply(
+            epoch=core.epoch,
+            uptime=now - self._started,
+            counters=asdict(core.counters),
+            gauges=self._gauges(segments),
+            segments=segments,
+            sessions=sessions,
+        )
+
+    def _gauges(self, segments: list[SegmentStats]) -> dict[str, int]:
+        core = self._core
+        return {
+            "chunks": len(core.chunks.visible),
+            "chunks_pending": len(core.chunks.pending),
+            "leases": len(core.leases.leases),
+            "sessions": len(core.sessions),
+            "segments": len(segments),
+            "wipes_outstanding": core.count_outstanding(),
+            "slots_free": sum(segment.slots_free for segment in segments),
+            "slots_used": sum(segment.slots_used for segment in segments),
+            "slots_processing": sum(segment.slots_processing for segment in segments),
+            "slots_quarantined": sum(segment.slots_quarantined for segment in segments),
+            "bytes_capacity": sum(segment.info.nbytes for segment in segments),
+            "bytes_used": sum(segment.bytes_used for segment in segments),
+        }
+
+    def check_integrity(self) -> None:
+        """Raises `IntegrityError` naming the rule (I2-I6, I9, I10) that does not hold. O(everything)."""
+        check_core(self._core, list(self._lending.away_slabs()))
+
+
+def random_first_segment() -> int:
+    """A number to begin with, so that a segment's number in one epoch means nothing in another: whoever still holds the
+    segments of an earlier manager finds none under a number of this one. Leaves as many numbers above as below, within u32."""
+    return 2**16 + secrets.randbelow(2**31)
+
+
+def _plan_bytes(nbytes: int) -> int:
+    if nbytes < 0:
+        raise ProtocolError(f"demote, spill: {nbytes} bytes")
+    return nbytes

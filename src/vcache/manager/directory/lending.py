@@ -1,0 +1,305 @@
+"""Segments come, change and go: mount, growth, shrinkage, and lenders that are away for a while."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Generator, Iterable, Sequence
+
+from ...errors import ManagerRefusedError, ProtocolError
+from ...keys import DIGEST_BYTES
+from ...segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventory
+from ..api import GateReport, GateWriter, ResizeRequested, SegmentGone, SegmentMounted, WriterLost
+from .inventory import SlabHeaders, check_inventory
+from .jobs import Job
+from .records import PROCESSING, QUARANTINED, UNREAD, USED, Record, Wipe, Write
+from .recovery import Recovery
+from .removal import Removal
+from .slabs import Segment, Slab
+from .state import Core
+from .writing import PutDesk
+
+MAX_AWAY = 1024
+"""Segments remembered whose lender vanished. No clock decides (decision 0003), but beyond this number the oldest is forgotten.
+Should it be mounted after all, its unfinished writes are found as after a restart of the manager: in its gate, and by their odd
+headers."""
+MAX_NAME = 256
+
+
+class _Away:
+    """What is remembered of a segment that was taken down while its memory may live on."""
+
+    __slots__ = ("event", "owner", "slabs")
+
+    def __init__(self, owner: bytes, slabs: dict[int, Slab], event: int) -> None:
+        self.owner = owner
+        self.slabs = slabs
+        """Slabs with slots that somebody may still write, detached."""
+        self.event = event
+        """Removals after this one have not reached its memory."""
+
+
+class Lending:
+    """All segment verbs. Those that name a segment raise `ManagerRefusedError` when the client does not lend it."""
+
+    def __init__(self, core: Core, puts: PutDesk, removal: Removal) -> None:
+        self._core = core
+        self._puts = puts
+        self._removal = removal
+        self._recovery = Recovery(core, puts, removal)
+        self._away: OrderedDict[bytes, _Away] = OrderedDict()
+        """By uuid, in the order of their going."""
+        self._reading: dict[bytes, Job[int]] = {}
+        """Latest mount of each segment, by uuid."""
+
+    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], gate: GateReport) -> Job[int]:
+        """See `ManagerApi.mount`. The slots are free for use slab by slab, as their headers have been read. Raises
+        `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
+        core = self._core
+        _check_info(client, info)
+        headers = check_inventory(info, inventory)
+        segment = core.allocator.by_uuid.get(info.uuid)
+        if segment is not None:
+            self._owned(client, info.uuid)
+            away = self._vacate(segment)
+            core.allocator.redefine(segment, info)
+            segment.dropped.clear()
+        else:
+            known = self._away.pop(info.uuid, None)
+            away = known if known is not None else _Away(client, {}, 0)
+            segment = core.allocator.add_segment(info)
+        segment.fence = gate.fence
+        core.allocator.raise_floor(gate.floor)
+        for slab_info in info.slabs:
+            held = away.slabs.get(slab_info.index)
+            if held is not None and held.nbytes == slab_info.nbytes and held.busy:
+                del away.slabs[slab_info.index]
+            else:
+                held = None
+            self._recovery.attach(segment, slab_info, held, headers.get(slab_info.index))
+        for slab in away.slabs.values():
+            self._void(slab)
+        for writer in gate.writers:
+            # What a client with a session writes is known: it had nothing in flight when it said hello.
+            if writer.client not in core.sessions and writer.slab in segment.slabs:
+                core.allocator.await_writer(segment.slabs[writer.slab], writer.client)
+        self._announce(segment)
+        job = self._reading[info.uuid] = core.jobs.begin(self._read(segment, headers, away.event))
+        return job
+
+    def _read(self, segment: Segment, headers: dict[int, SlabHeaders], since: int) -> Generator[None, None, int]:
+        number = yield from self._recovery.read(segment, headers, since)
+        self._ask_for_writers(segment)
+        return number
+
+    def writers_left(self, client: bytes, uuid: bytes, writers: Iterable[GateWriter]) -> None:
+        """See `ManagerApi.writers_left`."""
+        segment = self._owned(client, uuid)
+        for writer in writers:
+            slab = segment.slabs.get(writer.slab)
+            if slab is not None:
+                self._core.allocator.writer_left(slab, writer.client)
+
+    def writer_idle(self, client: bytes) -> None:
+        """The client says that it has no writes in flight (hello or goodbye)."""
+        for slab in self._core.allocator.awaited(client):
+            self._core.allocator.writer_left(slab, client)
+
+    def unmount(self, client: bytes, uuid: bytes) -> None:
+        """See `ManagerApi.unmount`."""
+        if uuid in self._core.allocator.by_uuid:
+            self._remove(self._owned(client, uuid))
+        if uuid in self._away and self._away[uuid].owner == client:
+            self._drop_away(uuid)
+
+    def lender_gone(self, client: bytes, *, goodbye: bool) -> None:
+        """A lender's session ended. Without goodbye its memory may live on, and it may come back with it."""
+        for segment in list(self._core.allocator.segments.values()):
+            if segment.info.owner == client:
+                self._remove(segment)
+                if goodbye:
+                    self._drop_away(segment.info.uuid)
+
+    def add_slabs(self, client: bytes, uuid: bytes, slabs: Iterable[SlabInfo]) -> None:
+        """See `ManagerApi.add_slabs`. Raises `ManagerRefusedError` for an index that was given back or has another size. A
+        known slab's address may change."""
+        segment, allocator = self._owned(client, uuid), self._core.allocator
+        fresh: dict[int, SlabInfo] = {}
+        changed: dict[int, SlabInfo] = {}
+        for info in slabs:
+            _check_slab(info)
+            known = segment.slabs.get(info.index)
+            size = known.nbytes if known is not None else fresh.setdefault(info.index, info).nbytes
+            if info.index in segment.dropped or size != info.nbytes:
+                raise ManagerRefusedError(f"add_slabs: slab {info.index} was given back before, or has another size")
+            if known is not None and known.address != info.address:
+                changed[info.index] = info
+        for info in fresh.values():
+            allocator.attach(segment, Slab(info.index, info.nbytes, allocator.floor + (allocator.floor & 1), info.address))
+        for info in changed.values():
+            allocator.readdress(segment.slabs[info.index], info.address)
+        if fresh or changed:
+            self._announce(segment)
+
+    def drop_slabs(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> list[int]:
+        """See `ManagerApi.drop_slabs`. Empty slabs first, then those with the fewest and coldest chunks. O(slots)."""
+        segment = self._owned(client, uuid)
+        chosen: list[Slab] = []
+        total = 0
+        for slab in sorted(segment.slabs.values(), key=_worth):
+            if total >= nbytes:
+                break
+            chosen.append(slab)
+            total += slab.nbytes
+        for slab in chosen:
+            segment.dropped.add(slab.index)
+            self._empty(slab)
+            self._core.allocator.detach(slab)
+            self._void(slab)
+        if chosen:
+            self._announce(segment)
+        return [slab.index for slab in chosen]
+
+    def importer_gone(self, client: bytes, uuid: bytes, importer: bytes, now: float) -> None:
+        """See `ManagerApi.importer_gone`. Ignored when the segment is not mounted."""
+        if uuid in self._core.allocator.by_uuid:
+            self._puts.importer_gone(self._owned(client, uuid), importer, now)
+
+    def request_resize(self, uuid: bytes, nbytes: int) -> None:
+        """See `ManagerApi.request_resize`. Raises `ManagerRefusedError` for an unknown segment."""
+        segment = self._core.allocator.by_uuid.get(uuid)
+        if segment is None:
+            raise ManagerRefusedError(f"request_resize: no segment {uuid.hex()} is mounted")
+        self._core.push(segment.info.owner, ResizeRequested(segment=uuid, nbytes=nbytes))
+
+    def wiped(self, client: bytes, token: int) -> None:
+        """See `ManagerApi.wiped`. Unknown tokens and those of other lenders are ignored."""
+        holders = self._core.wiping.get(token, {})
+        for wipe in list(holders):
+            segment = wipe.slab.segment
+            if segment is not None and segment.info.owner == client:
+                self._core.end_wipe(wipe)
+
+    def writer_lost(self, client: bytes) -> None:
+        """The client's session ended without goodbye: lenders tell when its writes are over."""
+        for segment in self._puts.writer_lost(client):
+            if segment.info.owner != client:
+                self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=client))
+
+    def away_slabs(self) -> Iterable[Slab]:
+        """Detached slabs in which somebody may still write."""
+        return (slab for away in self._away.values() for slab in away.slabs.values())
+
+    # Parts
+
+    def _owned(self, client: bytes, uuid: bytes) -> Segment:
+        segment = self._core.allocator.by_uuid.get(uuid)
+        if segment is None:
+            raise ManagerRefusedError(f"no segment {uuid.hex()} is mounted")
+        if segment.info.owner != client:
+            raise ManagerRefusedError(f"segment {uuid.hex()} is lent by another client")
+        return segment
+
+    def _announce(self, segment: Segment) -> None:
+        segment.info = segment.describe()
+        self._core.push(None, SegmentMounted(info=segment.info))
+
+    def _ask_for_writers(self, segment: Segment) -> None:
+        writers = {
+            writer
+            for writer, writes in self._core.writes.by_writer.items()
+            if writer not in self._core.sessions
+            and any(write.state == QUARANTINED and write.slab.segment is segment for write in writes.values())
+        }
+        for writer in sorted(writers):
+            self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=writer))
+
+    def _remove(self, segment: Segment) -> None:
+        self._away[segment.info.uuid] = self._vacate(segment)
+        if len(self._away) > MAX_AWAY:
+            self._drop_away(next(iter(self._away)))
+        self._core.allocator.remove_segment(segment)
+        if segment.info.host not in self._core.allocator.hosts:
+            self._core.chunks.policy.forget_sweeps(segment.info.host)
+        self._core.push(None, SegmentGone(number=segment.number, uuid=segment.info.uuid))
+
+    def _vacate(self, segment: Segment) -> _Away:
+        """Take all slabs out of the segment. Its chunks are misses; unfinished writes stay where they are."""
+        reading = self._reading.pop(segment.info.uuid, None)
+        if reading is not None:
+            reading.cancel(ManagerRefusedError("mount: taken back, or repeated, before all headers were read"))
+        away = _Away(segment.info.owner, {}, self._removal.done)
+        for slab in list(segment.slabs.values()):
+            if not self._empty(slab):
+                away.event = 0
+            self._core.allocator.detach(slab)
+            if slab.busy:
+                away.slabs[slab.index] = slab
+        return away
+
+    def _empty(self, slab: Slab) -> bool:
+        """Drop all that a slab holds, except unfinished writes, which lapse. False if removed chunks may be in its memory."""
+        core = self._core
+        clean = not slab.unread and None not in slab.stale.values() and None not in slab.buried.values()
+        slab.stale, slab.buried = {}, {}
+        # Where nobody writes the slots need not be freed one by one, which is most of the work.
+        quiet = not slab.counts[PROCESSING] and not slab.counts[QUARANTINED]
+        for slot, owner in enumerate(slab.owners):
+            if quiet and isinstance(owner, Record) and len(owner.packed) == LOCATION_BYTES:
+                core.counters.evictions += 1
+                core.hide(owner)
+            elif owner is UNREAD:
+                core.allocator.release(slab, slot)
+            elif isinstance(owner, Record):
+                if owner.packed:
+                    core.counters.evictions += 1
+                    core.forget(owner)
+            elif isinstance(owner, Write):
+                if owner.state == PROCESSING:
+                    self._puts.lapse(owner)
+                elif owner.state == USED:
+                    self._puts.release(owner)
+            elif isinstance(owner, Wipe):
+                clean = False
+                core.end_wipe(owner)
+        slab.unread = False
+        if quiet:
+            core.allocator.blank(slab)
+        return clean
+
+    def _void(self, slab: Slab) -> None:
+        """A detached slab's memory is gone: its unfinished writes are over."""
+        for owner in list(slab.owners):
+            if isinstance(owner, Write):
+                self._puts.release(owner)
+
+    def _drop_away(self, uuid: bytes) -> None:
+        away = self._away.pop(uuid, None)
+        if away is not None:
+            for slab in away.slabs.values():
+                self._void(slab)
+
+
+def _worth(slab: Slab) -> tuple[bool, bool, float, float]:
+    """Sort key: what is lost when this slab goes."""
+    used = [owner.used for owner in slab.owners if isinstance(owner, Record)]
+    writing = slab.counts[PROCESSING] + slab.counts[QUARANTINED]
+    pinned = any(isinstance(owner, Record) and owner.pins for owner in slab.owners)
+    return bool(writing), pinned, slab.busy / max(1, slab.slots), sum(used) / max(1, len(used))
+
+
+def _check_slab(slab: SlabInfo) -> None:
+    if not 0 <= slab.index < 2**16 or not 0 < slab.nbytes < 2**48 or not 0 <= slab.address < 2**64:
+        raise ProtocolError(f"slab {slab.index} of {slab.nbytes} bytes: index, size or address is out of range")
+
+
+def _check_info(client: bytes, info: SegmentInfo) -> None:
+    if len(info.uuid) != DIGEST_BYTES:
+        raise ProtocolError(f"mount: a segment's uuid is {DIGEST_BYTES} bytes, got {len(info.uuid)}")
+    if info.owner != client:
+        raise ManagerRefusedError("mount: the owner of a segment is the client that mounts it")
+    for slab in info.slabs:
+        _check_slab(slab)
+    if max(len(info.endpoint), len(info.host)) > MAX_NAME:
+        raise ProtocolError(f"mount: endpoint and host have at most {MAX_NAME} characters each")
+    if len({slab.index for slab in info.slabs}) != len(info.slabs):
+        raise ProtocolError("mount: a slab index comes twice")

@@ -1,0 +1,194 @@
+"""Rebuilding the directory from the headers of mounted slabs, slice by slice."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from itertools import chain
+
+from ...segment.slots import SlabInfo, SlotHeader, SlotLocation
+from .inventory import SlabHeaders, Verdict
+from .records import PROCESSING, QUARANTINED, UNREAD, USED, Owner, Record, Write
+from .removal import Removal
+from .slabs import Segment, Slab
+from .state import Core
+from .writing import PutDesk
+
+DEEPEST = 1 << 16
+"""Chunks at least so deep in their prompts are equally deep when it comes to the order of eviction."""
+
+
+class Recovery:
+    """Takes what `inventory.py` finds into the directory. Between two slices all is as it will be, but for slots that were not
+    read yet: nothing is given out in their slab, and a look-up does not find what is there."""
+
+    def __init__(self, core: Core, puts: PutDesk, removal: Removal) -> None:
+        self._core = core
+        self._puts = puts
+        self._removal = removal
+
+    def attach(self, segment: Segment, info: SlabInfo, held: Slab | None, headers: SlabHeaders | None) -> None:
+        """Attach a slab, closed while there are `headers` to be read. `held`: what we remember of it, because somebody may
+        still write there; its format stands even if the memory shows an older one: that writer may be about to write it."""
+        floor = self._core.allocator.floor
+        if held is not None:
+            slab = held
+            slab.address = info.address
+            if headers is not None:
+                slab.unread_all()
+        else:
+            slab = Slab(info.index, info.nbytes, 0, info.address)
+            if headers is not None:
+                slab.layout(headers.geometry, headers.format_generation, unread=True)
+        _raise_counter(slab, max(floor, headers.format_generation if headers is not None else 0))
+        slab.stale, slab.buried = {}, {}
+        self._core.allocator.attach(segment, slab)
+
+    def read(self, segment: Segment, inventory: dict[int, SlabHeaders], since: int) -> Generator[None, None, int]:
+        """Take in what the headers of attached slabs say, and open the slabs; the segment's number. Chunks that were removed
+        after removal number `since` are not believed but zeroed. Pauses after each slice of slots."""
+        step, reader = self._core.slice_size, _Reader(self._core, self._puts, self._removal, since)
+        for index, headers in inventory.items():
+            slab = segment.slabs.get(index)
+            count = max(headers.geometry.slots, slab.slots) if slab is not None else 0
+            # From the last on, so that the first free slot is given out first.
+            for end in range(count, 0, -step):
+                if slab is None or slab.segment is not segment:
+                    break  # It was given back meanwhile.
+                reader.read(slab, headers, range(end - 1, max(0, end - step) - 1, -1))
+                if end <= step:
+                    slab.unread = False
+                    self._core.allocator.refresh(slab)
+                yield
+        yield from reader.sort()
+        return segment.number
+
+
+def _raise_counter(slab: Slab, generation: int) -> None:
+    """Generations given out in the slab from now on lie above this one (rule I4)."""
+    if generation > slab.counter:
+        slab.counter = generation + (generation & 1)
+
+
+class _Reader:
+    """Judges the slots of one inventory."""
+
+    def __init__(self, core: Core, puts: PutDesk, removal: Removal, since: int) -> None:
+        self._core = core
+        self._puts = puts
+        self._removal = removal
+        self._since = since
+        self._cold: dict[int, dict[int, list[Record]]] = {}
+        """Chunks that became visible, by slot size and chunk index."""
+
+    def read(self, slab: Slab, headers: SlabHeaders, slots: range) -> None:
+        """Each of these slots has a holder afterwards, or is free. `headers` may have more slots than the slab, or fewer, when
+        they are of another format."""
+        core = self._core
+        wipes: list[tuple[Slab, int]] = []
+        same = slab.format_generation == headers.format_generation
+        for slot in slots:
+            verdict, header = headers.judge(slot) if slot < headers.geometry.slots else (Verdict.EMPTY, None)
+            unread = slot < slab.slots and slab.owners[slot] is UNREAD
+            if header is not None:
+                _raise_counter(slab, header.generation)
+            if verdict is Verdict.CHUNK and header is not None:
+                doomed = self._removal.was_removed(header, self._since)
+                if not same:
+                    slab.buried[slot] = None if doomed else ((header.key, header.namespace),)
+                elif unread and doomed:
+                    wipes.append((slab, slot))
+                    continue
+                elif not (unread and self._believe(slab, slot, header)):
+                    slab.stale[slot] = None if doomed else ((header.key, header.namespace),)
+            elif same and unread and verdict is Verdict.BROKEN:
+                wipes.append((slab, slot))
+                unread = False
+            elif (
+                same and unread and verdict is Verdict.WRITING and header is not None and header.namespace not in core.sessions
+            ):
+                # A client that has said hello has no unfinished writes but those that we know.
+                self._suspect(slab, slot, header)
+            if same and verdict in (Verdict.STRANGE, Verdict.BROKEN):
+                core.counters.inventory_ignored += 1
+            if unread and slab.owners[slot] is UNREAD:
+                core.allocator.release(slab, slot)
+        core.wipe(wipes)
+
+    def sort(self) -> Iterator[None]:
+        """What became visible goes before all that was used, a prompt's tail before its head."""
+        for slot_bytes, by_index in self._cold.items():
+            records = chain.from_iterable(by_index[index] for index in sorted(by_index, reverse=True))
+            yield from self._core.chunks.policy.sort_cold(records, slot_bytes, self._core.slice_size)
+
+    def _suspect(self, slab: Slab, slot: int, header: SlotHeader) -> None:
+        """Wait for the client that signed this unfinished write."""
+        write = Write(slab, slot, header.key, header.shard, header.generation + 1, writer=header.namespace)
+        write.state = QUARANTINED
+        write.ticket = (b"%x/%x" % (id(slab), slot), header.shard, header.generation)
+        slab.owners[slot] = write
+        self._core.writes.add(write)
+        self._core.counters.quarantines += 1
+
+    def _believe(self, slab: Slab, slot: int, header: SlotHeader) -> bool:
+        """Take a complete shard in, unless there is a better copy."""
+        core, chunks = self._core, self._core.chunks
+        packed = slab.location(slot, header.tokens, header.generation).pack()
+        record = chunks.visible.get(header.key)
+        if record is not None:
+            if not self._replace(record, header, packed):
+                return False
+            self._hold(slab, slot, record)
+            return True
+        space = chunks.space(header.namespace)
+        pending = chunks.pending.get(header.key)
+        if pending is None and header.num_shards == 1:
+            record = chunks.recover(header.key, header.chunk_index, space, packed)
+            self._hold(slab, slot, record)
+            core.counters.recovered += 1
+            self._add_cold(record)
+            return True
+        if pending is None:
+            pending = chunks.begin(header.key, header.chunk_index, space, header.num_shards)
+        part = pending.parts.get(header.shard)
+        if pending.num_shards != header.num_shards or (
+            part is not None and (part.state == PROCESSING or part.generation >= header.generation)
+        ):
+            return False
+        write = Write(slab, slot, header.key, header.shard, header.generation, space=space, packed=packed)
+        write.state = USED
+        self._hold(slab, slot, write)
+        pending.parts[header.shard] = write
+        core.writes.await_others(write, core.now + core.config.ticket_ttl)
+        core.counters.recovered += 1
+        if part is not None:
+            core.writes.remove(part)
+            self._supersede(part.slab, part.slot, part.key, space.name)
+        record = self._puts.complete(header.key)
+        if record is not None:
+            self._add_cold(record)
+        return True
+
+    def _hold(self, slab: Slab, slot: int, owner: Owner) -> None:
+        slab.owners[slot] = owner
+        self._core.allocator.change(slab, slot, QUARANTINED)
+
+    def _add_cold(self, record: Record) -> None:
+        slot_bytes = next(record.places()).slot_bytes
+        self._cold.setdefault(slot_bytes, {}).setdefault(min(record.index, DEEPEST), []).append(record)
+        self._core.chunks.policy.add_cold(record, slot_bytes)
+
+    def _replace(self, record: Record, header: SlotHeader, packed: bytes) -> bool:
+        """Whether a second copy of a visible shard takes the place of the first: the higher generation wins, but nothing moves
+        under a lease."""
+        places = list(record.places())
+        if record.pins or len(places) != header.num_shards:
+            return False
+        old, new = places[header.shard], SlotLocation.unpack_many(packed)[0]
+        if old.generation >= new.generation or old.slot_bytes != new.slot_bytes:
+            return False
+        self._core.replace(record, header.shard, packed)
+        return True
+
+    def _supersede(self, slab: Slab, slot: int, key: bytes, namespace: bytes) -> None:
+        slab.trace(slot, key, namespace)
+        self._core.free(slab, slot)

@@ -1,0 +1,168 @@
+"""`remove` and `clear`: chunks that must not come back, neither after a manager restart nor with a lender that was away.
+
+A slot header outlives its chunk's eviction, so what was removed is zeroed in the lender's memory, evicted copies included. Both
+are done slice by slice (`jobs.py`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+
+from ...segment.slots import SlotHeader
+from .records import Record
+from .slabs import Slab, Traces
+from .state import Core, name_of
+
+MAX_FORGOTTEN = 1 << 16
+"""Removed keys and namespaces remembered for lenders that were not there."""
+
+
+class Removal:
+    """Forgets chunks for good."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._forgotten: OrderedDict[bytes, int] = OrderedDict()
+        """Key or namespace (empty: all) -> number of its last removal."""
+        self._under_way: dict[int, int] = {}
+        """Removals that were begun and are not at their end -> number of the last one before."""
+        self._serial = 0
+        self.event = 0
+        """Number of the last removal."""
+
+    @property
+    def done(self) -> int:
+        """Number of the last removal that has reached all mounted memory: those after it may be under way."""
+        return min(self._under_way.values(), default=self.event)
+
+    def remove(self, keys: Sequence[bytes]) -> Generator[None, None, tuple[int, list[int]]]:
+        """Forget unleased chunks, after the last pause: their number, and the tokens of the wipes to wait for."""
+        step = self._core.slice_size
+        with self._begun():
+            visible = self._core.chunks.visible
+            names: set[bytes] = set()
+            tokens: list[int] = []
+            removed = 0
+            for start in range(0, len(keys), step):
+                victims = []
+                for key in keys[start : start + step]:
+                    record = visible.get(key)
+                    if key not in names and (record is None or not record.pins):
+                        names.add(key)
+                        self._note(key)
+                        if record is not None:
+                            victims.append(record)
+                removed += len(victims)
+                tokens += self._hide(victims)
+                yield
+            tokens += yield from self._erase(names, b"")
+            return removed, tokens
+
+    def clear(self, namespace: bytes) -> Generator[None, None, tuple[int, list[int]]]:
+        """Forget all chunks (of one namespace) that are there now, leased ones too, after the last pause: their number, and
+        the tokens of the wipes to wait for."""
+        step = self._core.slice_size
+        with self._begun():
+            self._note(namespace)
+            every = list(self._core.chunks.visible.values())
+            every.reverse()
+            tokens: list[int] = []
+            removed = 0
+            while every:
+                victims = [
+                    record
+                    for record in every[-step:]
+                    if record.packed and (not namespace or name_of(record.space) == namespace)
+                ]
+                del every[-step:]  # So that their memory is not given back all at once either.
+                removed += len(victims)
+                tokens += self._hide(victims)
+                yield
+            tokens += yield from self._erase(None, namespace)
+            return removed, tokens
+
+    def was_removed(self, header: SlotHeader, since: int) -> bool:
+        """Whether this chunk was removed after removal number `since`."""
+        forgotten = self._forgotten
+        return bool(forgotten) and any(forgotten.get(name, 0) > since for name in (header.key, header.namespace, b""))
+
+    def _note(self, name: bytes) -> None:
+        self.event += 1
+        self._forgotten[name] = self.event
+        self._forgotten.move_to_end(name)
+        if len(self._forgotten) > MAX_FORGOTTEN:
+            self._forgotten.popitem(last=False)
+
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        self._serial = serial = self._serial + 1
+        self._under_way[serial] = self.event
+        try:
+            yield
+        finally:
+            del self._under_way[serial]
+
+    def _hide(self, victims: list[Record]) -> list[int]:
+        core = self._core
+        slots: list[tuple[Slab, int]] = []
+        for record in victims:
+            slots += [(core.allocator.slab_at(place), place.slot) for place in record.places()]
+            core.hide(record)
+        core.counters.removed += len(victims)
+        return core.wipe(slots)
+
+    def _erase(self, keys: set[bytes] | None, namespace: bytes) -> Generator[None, None, list[int]]:
+        """What is left in memory of chunks that the directory does not have, or has no longer; the tokens."""
+        core = self._core
+        tokens: list[int] = []
+        deferred: list[Slab] = []
+        for write in core.writes.moves:
+            # The copy may be complete before its mover hears that the chunk is gone.
+            if write.key in keys if keys is not None else not namespace or name_of(write.space) in (namespace, b""):
+                write.slab.stale[write.slot] = None
+                if write.slab.segment is not None:
+                    deferred.append(write.slab)
+        slabs = [slab for slab in core.allocator.slabs.values() if slab.stale or slab.buried]
+        steps = 0
+        for slab in slabs:
+            doomed = False
+            for traces in (slab.stale, slab.buried):
+                for slot in list(traces):
+                    if _matches(traces.get(slot, ()), keys, namespace):
+                        traces[slot] = None
+                        doomed = True
+                    steps += 1
+                    if steps % core.slice_size == 0:
+                        yield
+            if doomed and slab.segment is not None:
+                tokens += yield from self._wipe_doomed(slab)
+                if slab.segment is not None and slab.is_doomed():
+                    deferred.append(slab)
+        return tokens + core.defer_wipe(deferred)
+
+    def _wipe_doomed(self, slab: Slab) -> Generator[None, None, list[int]]:
+        """Zero what can be zeroed now of the headers in an attached slab that must go; the tokens."""
+        core = self._core
+        buried = [slot for slot, traces in slab.buried.items() if traces is None]
+        stale = [slot for slot, traces in slab.stale.items() if traces is None]
+        if buried and not slab.busy:
+            return core.wipe_slab(slab, sorted({*stale, *buried}))
+        tokens: list[int] = []
+        for start in range(0, len(stale), core.slice_size):
+            if slab.segment is None:
+                break
+            slots = stale[start : start + core.slice_size]
+            tokens += core.wipe(
+                (slab, slot)
+                for slot in slots
+                if slot < slab.slots and slab.owners[slot] is None and slab.stale.get(slot, ()) is None
+            )
+            yield
+        return tokens
+
+
+def _matches(traces: Traces, keys: set[bytes] | None, namespace: bytes) -> bool:
+    """Whether a header may say one of these keys, or this namespace. What is not known is taken for a match."""
+    return any(key in keys if keys is not None else not namespace or space in (namespace, b"") for key, space in traces or ())

@@ -1,0 +1,103 @@
+"""Spilling: which chunks an engine shall write to storage before they are evicted, and which are there already."""
+
+from __future__ import annotations
+
+import heapq
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+
+from ..api import Spill, SpillPlan
+from .hosts import DRAM, VRAM, HostMemory
+from .records import Record
+from .state import Core, Session
+
+MAX_SPILLS = 4096
+"""Shards in one plan at most: its answer must fit into a frame."""
+MAX_STEPS = 1 << 14
+"""Records of one slot size looked at for one plan at most."""
+RETRY_SECONDS = 2.0
+"""How long a chunk is left alone that was planned and not written."""
+
+
+class SpillDesk:
+    """Plans what is written and remembers what was."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._plans: dict[int, tuple[HostMemory, int, int]] = {}
+        """Lease of a plan under way -> host, bytes, and the clock when it was made."""
+        self._failed: OrderedDict[bytes, float] = OrderedDict()
+        """Key -> until when it is left alone; in that order."""
+
+    def plan(self, session: Session, nbytes: int, avoid: frozenset[int], now: float) -> SpillPlan:
+        """See `ManagerApi.spill`: until what is used on that host and is not in storage is at the low watermark."""
+        core = self._core
+        memory = core.allocator.hosts.get(session.host) if session.host else None
+        if memory is None:
+            return SpillPlan()
+        core.check_leases(session.client)
+        self._forget(now)
+        under_way = sum(size for host, size, _ in self._plans.values() if host is memory)
+        excess = memory.unspilled() - under_way - core.config.low_watermark * sum(memory.nbytes)
+        spills: list[Spill] = []
+        records: list[Record] = []
+        total = 0
+        for record in self._candidates(session.host, memory, avoid) if excess > 0 else ():
+            places = list(record.places())
+            size = sum(place.slot_bytes for place in places)
+            if total >= excess or len(spills) + len(places) > MAX_SPILLS or (spills and size > nbytes):
+                break
+            spills += [Spill(record.key, shard, place) for shard, place in enumerate(places)]
+            records.append(record)
+            total += sum(core.allocator.slab_at(place).share for place in places)
+            nbytes -= size
+        if not spills:
+            memory.spilled_all()
+            return SpillPlan()
+        lease = core.leases.grant(session.client, records, now)
+        core.counters.leases += 1
+        self._plans[lease.number] = memory, total, core.tick_clock(now)
+        return SpillPlan(lease=lease.number, spills=spills)
+
+    def done(self, client: bytes, number: int, keys: Sequence[bytes], now: float) -> None:
+        """See `ManagerApi.spilled`. What is in storage goes first when room is needed, unless it was used meanwhile."""
+        core = self._core
+        written = dict.fromkeys(keys)
+        for key in written:
+            record = core.chunks.visible.get(key)
+            if record is not None and not record.spilled:
+                core.mark_spilled(record, True)
+                core.counters.spills += 1
+        if core.leases.get(number, client, now) is None or number not in self._plans:
+            return
+        _, _, planned = self._plans.pop(number)
+        records = core.leases.drop(number, client)
+        for record in records:
+            if record.key not in written:
+                self._failed.pop(record.key, None)
+                self._failed[record.key] = now + RETRY_SECONDS
+        core.unpinned(records)
+        core.chunks.policy.cool([record for record in records if record.spilled and record.used < planned])
+
+    def _candidates(self, host: str, memory: HostMemory, avoid: frozenset[int]) -> Iterator[Record]:
+        """Chunks that lie in the lowest tier of this host altogether, in about the order of their eviction."""
+        core = self._core
+        lowest = DRAM if memory.nbytes[DRAM] else VRAM
+        allowed = {
+            number
+            for number, segment in core.allocator.segments.items()
+            if segment.info.host == host and segment.tier == lowest and number not in avoid
+        }
+        policy = core.chunks.policy
+        queues = [policy.next_victims(queue, MAX_STEPS) for queue in policy.queues.values()]
+        for record in heapq.merge(*queues, key=lambda record: record.used):
+            idle = not record.pins and not record.spilled and record.key not in self._failed
+            if idle and all(place.segment in allowed for place in record.places()):
+                yield record
+
+    def _forget(self, now: float) -> None:
+        """Plans whose lease has ended otherwise, failures that were long ago."""
+        leases = self._core.leases.leases
+        self._plans = {number: plan for number, plan in self._plans.items() if number in leases}
+        while self._failed and next(iter(self._failed.values())) <= now:
+            self._failed.popitem(last=False)

@@ -1,0 +1,410 @@
+"""Two-phase puts: tickets, placement and eviction, what becomes of writes that do not end well (rules I2, I3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Sequence
+
+from ...errors import ManagerRefusedError, ProtocolError
+from ...keys import DIGEST_BYTES
+from ...segment.slots import ALIGNMENT
+from ..api import PutGrant, PutRequest, Ticket
+from .chunks import deepest_first
+from .demoting import MoveDesk
+from .records import PROCESSING, QUARANTINED, USED, Record, Write
+from .slabs import MAX_SLOTS, Segment, Slab, geometry_of
+from .state import Core, name_of, stride_of
+
+EVICTION_ATTEMPTS = 64
+"""Chunks evicted for one slot at most (a chunk may free slots of other sizes only)."""
+STRAGGLER_SECONDS = 2.0
+"""How long a shard may wait for the others of its chunk before it goes first when room is needed."""
+PARTIAL_SHARE = 0.25
+"""Part of the memory that one client may hold, at the cost of what others can read, for chunks of which the other shards are
+not complete."""
+RECLAIM_BUDGET = 1 << 16
+"""Slots looked at in search of a slab to empty, for one request."""
+
+
+def check_request(request: PutRequest) -> None:
+    """Raises `ProtocolError` for values that no conforming client sends."""
+    if len(request.tokens) != len(request.keys):
+        raise ProtocolError(f"put_start: {len(request.tokens)} token counts for {len(request.keys)} keys")
+    if any(len(key) != DIGEST_BYTES for key in request.keys) or len(request.namespace) != DIGEST_BYTES:
+        raise ProtocolError(f"put_start: keys and namespace are {DIGEST_BYTES} bytes each")
+    if len(request.parent) not in (0, DIGEST_BYTES):
+        raise ProtocolError(f"put_start: parent is empty or {DIGEST_BYTES} bytes, got {len(request.parent)}")
+    if any(not 0 < count < 2**16 for count in request.tokens):
+        raise ProtocolError("put_start: tokens of a chunk are in [1, 65535]")
+    if not 0 <= request.first_index < 2**32 - len(request.keys):
+        raise ProtocolError(f"put_start: first_index {request.first_index} is out of range")
+    if not 0 <= request.shard < request.num_shards < 2**16:
+        raise ProtocolError(f"put_start: shard {request.shard} of {request.num_shards}")
+    if not 0 < request.slot_bytes < 2**32 * ALIGNMENT:
+        raise ProtocolError(f"put_start: slot_bytes {request.slot_bytes} is out of range")
+
+
+class _Placer:
+    """Finds slots for one request."""
+
+    def __init__(self, core: Core, client: bytes, request: PutRequest, release: Callable[[Write], None]) -> None:
+        """`release`: gives up a shard that waits for others."""
+        self._core = core
+        self._client = client
+        self._request = request
+        self._release = release
+        self._avoid = frozenset(request.avoid)
+        self.stride = stride_of(request.slot_bytes)
+        self._order = self._candidates()
+        self._exhausted = not self._order
+        self._budget = RECLAIM_BUDGET
+
+    def again(self) -> _Placer:
+        """A placer for the rest of the request after a pause: segments may have come and gone, but the effort is bounded for
+        all of it together."""
+        placer = _Placer(self._core, self._client, self._request, self._release)
+        placer._exhausted, placer._budget = self._exhausted or placer._exhausted, self._budget
+        return placer
+
+    def _candidates(self) -> list[Segment]:
+        return self._core.allocator.candidates(self._request.placement, self._request.device, self._avoid)
+
+    def place(self, key: bytes) -> Slab | None:
+        """A slab with a free slot for a shard of `key`, after making room if need be; None when there is none (then for the
+        whole request)."""
+        if self._exhausted:
+            return None
+        if self._request.placement == "spread":
+            self._order = self._candidates()
+        slab = self._core.allocator.find_free(self._order, self.stride) or self._make_room(key)
+        self._exhausted = slab is None
+        return slab
+
+    def _make_room(self, key: bytes) -> Slab | None:
+        """Shards whose chunk nobody can read yet go before chunks that somebody can: those that have waited for the others
+        for long, and those of a client that holds too many of them."""
+        core = self._core
+        stale = core.now + core.config.ticket_ttl - STRAGGLER_SECONDS
+        for _ in range(EVICTION_ATTEMPTS):
+            greedy = self._holds_much()
+            write = core.writes.own_partial(self._client, key) if greedy else core.writes.oldest_partial(stale, key)
+            if write is None:
+                return None if greedy else self._evict()
+            core.counters.incomplete += 1
+            self._release(write)
+            found = core.allocator.find_free(self._order, self.stride)
+            if found is not None:
+                return found
+        return None
+
+    def _holds_much(self) -> bool:
+        if self._request.num_shards == 1:
+            return False
+        room = sum(segment.nbytes for segment in self._order)
+        return self._core.writes.held(self._client) * self.stride >= PARTIAL_SHARE * room
+
+    def _evict(self) -> Slab | None:
+        core, policy = self._core, self._core.chunks.policy
+        allowed = frozenset(segment.number for segment in self._order) if self._avoid else None
+        for _ in range(EVICTION_ATTEMPTS):
+            victim = policy.victim(self.stride, allowed)
+            slab = self._other_slab(victim, allowed)
+            if slab is not None:
+                core.counters.slab_reclaims += 1
+                for owner in list(slab.owners):
+                    if isinstance(owner, Record) and owner.packed:
+                        core.counters.evictions += 1
+                        core.forget(owner)
+            elif victim is not None:
+                core.counters.evictions += 1
+                core.forget(victim)
+            else:
+                return None
+            found = core.allocator.find_free(self._order, self.stride)
+            if found is not None:
+                return found
+        return None
+
+    def _other_slab(self, victim: Record | None, allowed: frozenset[int] | None) -> Slab | None:
+        """A slab of another slot size to empty rather than evict `victim`: one that holds something colder, and mostly so.
+        Without a victim: the coldest slab that can be emptied."""
+        policy = self._core.chunks.policy
+        if victim is None:
+            return self._any_slab()
+        for stride, queue in policy.queues.items():
+            if stride == self.stride or not queue.size:
+                continue
+            colder = policy.victim(stride, allowed)
+            if colder is None or colder.used >= victim.used:
+                continue
+            for place in colder.places():
+                slab = self._core.allocator.slab_at(place)
+                if place.slot_bytes == stride and self._usable(slab):
+                    hot = self._hot_slots(slab, victim.used)
+                    if hot is not None and 2 * hot <= slab.counts[USED]:
+                        return slab
+        return None
+
+    def _any_slab(self) -> Slab | None:
+        best: tuple[float, Slab] | None = None
+        for segment in self._order:
+            for slab in segment.slabs.values():
+                if self._budget < 0:
+                    break
+                if self._usable(slab):
+                    heat = self._heat(slab)
+                    if heat is not None and (best is None or heat < best[0]):
+                        best = heat, slab
+        return best[1] if best is not None else None
+
+    def _usable(self, slab: Slab) -> bool:
+        """Whether it could hold our slots once empty, and nobody writes there."""
+        return (
+            slab.segment is not None
+            and slab.segment.number not in self._avoid
+            and not slab.closed
+            and slab.counts[PROCESSING] == slab.counts[QUARANTINED] == 0
+            and slab.counts[USED] > 0
+            and 0 < geometry_of(slab.nbytes, self.stride).slots <= MAX_SLOTS
+        )
+
+    def _hot_slots(self, slab: Slab, used: int) -> int | None:
+        """Slots used since `used`; None when one of them must stay. Emptying a slab of another slot size may part a prompt's
+        tail from its head; of our own it would be the prompt that we are asked to extend."""
+        hot, own = 0, slab.geometry is not None and slab.geometry.stride == self.stride
+        for owner in slab.owners:
+            self._budget -= 1
+            if isinstance(owner, Record):
+                if owner.pins or (own and owner.children):
+                    return None
+                hot += owner.used >= used
+            elif owner is not None:
+                return None
+        return hot
+
+    def _heat(self, slab: Slab) -> float | None:
+        """Mean time of last use; None when one of the slots must stay."""
+        if self._hot_slots(slab, 0) is None:
+            return None
+        return sum(owner.used for owner in slab.owners if isinstance(owner, Record)) / slab.counts[USED]
+
+
+class PutDesk:
+    """Grants and ends writes."""
+
+    def __init__(self, core: Core, moves: MoveDesk) -> None:
+        """`moves`: asked when a ticket of its plans ends."""
+        self._core = core
+        self._moves = moves
+
+    # Verbs
+
+    def start(self, client: bytes, request: PutRequest) -> Generator[None, None, list[PutGrant]]:
+        """See `ManagerApi.put_start`. Pauses after each slice of keys. Raises `ManagerRefusedError` when the session ends in a
+        pause; what was granted is then dealt with as what every lost session leaves."""
+        core, session = self._core, self._core.sessions[client]
+        placer = _Placer(core, client, request, self.release)
+        chunks = core.chunks
+        space = chunks.space(request.namespace)
+        previous: Record | None = None
+        anchor: Record | None = None
+        if request.parent and request.first_index:
+            anchor = previous = chunks.ghost(request.parent, request.first_index - 1, space)
+        grants: list[PutGrant] = []
+        for offset, key in enumerate(request.keys):
+            if offset and offset % core.slice_size == 0:
+                if anchor is not None:
+                    chunks.settle(anchor)
+                    anchor = None
+                yield
+                if core.sessions.get(client) is not session:
+                    raise ManagerRefusedError("put_start: the session is over")
+                placer = placer.again()
+                previous = chunks.any(request.keys[offset - 1])
+            grant = self._grant(client, request, offset, previous, placer, core.now)
+            grants.append(grant)
+            previous = chunks.any(key)
+        if anchor is not None:
+            chunks.settle(anchor)
+        return grants
+
+    def _grant(
+        self, client: bytes, request: PutRequest, offset: int, previous: Record | None, placer: _Placer, now: float
+    ) -> PutGrant:
+        core, chunks, counters = self._core, self._core.chunks, self._core.counters
+        key, index = request.keys[offset], request.first_index + offset
+        record = chunks.visible.get(key)
+        if record is not None:
+            if previous is not None and record.parent is None and record.index:
+                chunks.link(record, previous)
+            counters.puts_exist += 1
+            return PutGrant("exists")
+        pending = chunks.pending.get(key)
+        if pending is not None and pending.num_shards != request.num_shards and pending.is_found():
+            for found in list(pending.parts.values()):
+                counters.incomplete += 1
+                self.release(found)
+            pending = None
+        if pending is not None:
+            part = pending.parts.get(request.shard)
+            if part is not None and part.state == USED:
+                counters.puts_exist += 1
+                return PutGrant("exists")
+            if part is not None or pending.num_shards != request.num_shards:
+                counters.puts_busy += 1
+                return PutGrant("busy")
+        else:
+            pending = chunks.begin(key, index, chunks.space(request.namespace), request.num_shards)
+            if previous is not None:
+                # Before room is made: what we append to must not go to make it.
+                chunks.link(pending.record, previous)
+        slab = placer.place(key)
+        if slab is None:
+            if not pending.parts:
+                chunks.abandon(pending)
+            counters.puts_no_space += 1
+            return PutGrant("no_space")
+        write, grant = core.begin_write(slab, client, key, request.shard, request.tokens[offset], pending.record.space, now)
+        pending.parts[request.shard] = write
+        counters.puts += 1
+        return grant
+
+    def end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
+        """See `ManagerApi.put_end`. Idempotent: a ticket whose bytes are published is True again."""
+        core = self._core
+        published: list[Record] = []
+        results: list[bool] = []
+        for ticket in tickets:
+            write = core.writes.get(client, ticket.key, ticket.shard, ticket.generation)
+            if write is None:
+                done = self._is_published(ticket)
+            elif write.state == QUARANTINED:
+                write.slab.buried.clear()
+                self.release(write)
+                done = False
+            elif write.source:
+                done = self._moves.end(write)
+                if not done:
+                    self.release(write)
+            else:
+                done = True
+                record = self._finish(write, now)
+                if record is not None:
+                    published.append(record)
+            if not done and write is not None and write.source:
+                core.counters.demotions_refused += 1
+            else:
+                core.counters.late_ends += not done
+            results.append(done)
+        self.enqueue(published, now)
+        return results
+
+    def revoke(self, client: bytes, tickets: Iterable[Ticket]) -> None:
+        """See `ManagerApi.put_revoke`."""
+        for ticket in tickets:
+            write = self._core.writes.get(client, ticket.key, ticket.shard, ticket.generation)
+            if write is not None:
+                self._core.counters.revocations += 1
+                self.release(write)
+
+    def _is_published(self, ticket: Ticket) -> bool:
+        record = self._core.chunks.visible.get(ticket.key)
+        if record is not None:
+            place = record.place(ticket.shard)
+            return bool(place) and int.from_bytes(place[16:24], "little") == ticket.generation
+        pending = self._core.chunks.pending.get(ticket.key)
+        part = pending.parts.get(ticket.shard) if pending is not None else None
+        return part is not None and part.state == USED and part.generation == ticket.generation
+
+    def _finish(self, write: Write, now: float) -> Record | None:
+        """The bytes landed. The record if its chunk is now complete."""
+        core, slab = self._core, write.slab
+        write.state = USED
+        core.allocator.change(slab, write.slot, PROCESSING)
+        slab.confirm(write.slot)
+        core.counters.stored += 1
+        core.writes.await_others(write, now + core.config.ticket_ttl)
+        return self.complete(write.key)
+
+    # What recovery needs too
+
+    def complete(self, key: bytes) -> Record | None:
+        """Publish a pending chunk if all its shards are there. The caller enqueues it for eviction."""
+        core = self._core
+        pending = core.chunks.pending[key]
+        if not pending.complete():
+            return None
+        record = core.chunks.publish(pending)
+        for part in pending.parts.values():
+            core.writes.remove(part)
+            part.slab.owners[part.slot] = record
+        return record
+
+    def enqueue(self, records: list[Record], now: float) -> None:
+        """Published records enter the eviction queue of their first shard's slot size, tails first."""
+        clock = self._core.tick_clock(now)
+        for record in deepest_first(records) if len(records) > 1 else records:
+            record.used = clock
+            self._core.chunks.policy.add(record, next(record.places()).slot_bytes)
+
+    # Writes that do not end well
+
+    def lapse(self, write: Write) -> None:
+        """PROCESSING -> QUARANTINED: others may write the key now, nobody the slot."""
+        core = self._core
+        self._leave(write)
+        write.state = QUARANTINED
+        core.allocator.change(write.slab, write.slot, PROCESSING)
+        core.writes.untime(write)
+        core.counters.quarantines += 1
+
+    def release(self, write: Write) -> None:
+        """The slot is free: its writer has finished with it, or is gone and the quarantine has passed."""
+        if write.state != QUARANTINED:
+            self._leave(write)
+        self._core.writes.remove(write)
+        write.slab.trace(write.slot, write.key, name_of(write.space))
+        self._core.free(write.slab, write.slot)
+
+    def _leave(self, write: Write) -> None:
+        """Take a write out of its pending chunk."""
+        pending = self._core.chunks.pending.get(write.key)
+        if pending is not None and pending.parts.get(write.shard) is write:
+            del pending.parts[write.shard]
+            if not pending.parts:
+                self._core.chunks.abandon(pending)
+
+    def writer_lost(self, client: bytes) -> list[Segment]:
+        """A session ended without goodbye: its writes wait in quarantine. Segments in which any wait."""
+        waiting: dict[Segment, None] = {}
+        for write in self._core.writes.of(client):
+            if write.state == PROCESSING:
+                self.lapse(write)
+            if write.slab.segment is not None:
+                waiting[write.slab.segment] = None
+        return list(waiting)
+
+    def writer_idle(self, client: bytes) -> None:
+        """The client says that it has no writes in flight (hello or goodbye)."""
+        for write in self._core.writes.of(client):
+            self.release(write)
+
+    def importer_gone(self, segment: Segment, client: bytes, now: float) -> None:
+        """See `ManagerApi.importer_gone`."""
+        for write in self._core.writes.of(client):
+            if write.slab.segment is segment:
+                if write.state == PROCESSING:
+                    self.lapse(write)
+                self._core.writes.rest(write, now + self._core.config.quarantine)
+
+    def expire(self, now: float) -> None:
+        """Tickets that lapsed, shards whose chunk was not completed in time, quarantines that are over."""
+        core = self._core
+        for write in core.writes.lapsed(now):
+            if write.state == PROCESSING:
+                core.counters.ticket_expiries += 1
+                self.lapse(write)
+            else:
+                core.counters.incomplete += 1
+                self.release(write)
+        for write in core.writes.rested(now):
+            self.release(write)

@@ -1,0 +1,1 @@
+"""The directory as a process: sockets, sessions, a clock."""

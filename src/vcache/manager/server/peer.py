@@ -1,0 +1,294 @@
+"""One client's connection at the manager: bytes to frames, hello, back-pressure, and the packed verbs."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from ...errors import ManagerRefusedError, ProtocolError, VCacheError
+from .. import wire
+from ..api import Push
+from ..socket_transport import peer_uid
+
+if TYPE_CHECKING:
+    from .sessions import Service
+
+logger = logging.getLogger("vcache.manager")
+
+_HELLO_FRAME = 8192
+"""Bytes of the largest frame accepted before hello: a stranger gets no more memory than that."""
+_FLUSH = 2**18
+"""Bytes of replies gathered before they are written, and checked against back-pressure."""
+_HIGH_WATER = 2**20
+_TURN_SECONDS = 0.0005
+"""How long the requests of one peer that lie ready are answered before it is the others' turn."""
+_SMALL_FRAME = 2**16
+"""Bytes of a frame whose rest may be waited for without being counted."""
+_WRONG_TOKEN_SECONDS = 0.25
+"""How long a peer with a wrong token waits for the refusal, so that it cannot try many; less than a client's deadline."""
+_LINGER = 1.0
+"""Seconds that the last words to a peer may take."""
+_DECODERS: Mapping[int, Callable[[bytes | bytearray], Any]] = {
+    wire.ACQUIRE: wire.decode_acquire,
+    wire.LOOKUP: wire.split_keys,
+    wire.RELEASE: wire.decode_lease,
+    wire.CALL: wire.decode_request,
+}
+
+
+class Peer(asyncio.Protocol):
+    """Runs on the manager's loop only. Whatever its bytes are, at worst this one connection ends, with one line in the log.
+
+    A peer that does not read its replies is not read from either; when it has not caught up within half the session timeout,
+    or what waits for it outgrows the limit, it is disconnected.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._transport: asyncio.Transport | None = None
+        self._buffer = wire.FrameBuffer(min(_HELLO_FRAME, service.max_frame))
+        self._where = "?"
+        self._paused = False
+        self._draining = False
+        self._closing = False
+        self._refused = False
+        """It had a wrong token, and will be told so; nothing of what it says counts any more."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._turn: asyncio.Handle | None = None
+        """Set while frames wait for this peer's next turn; nothing is read from it then."""
+        self.client = b""
+        """Client id after hello; empty before, and again once the session is over."""
+        self.name = ""
+
+    # -- asyncio.Protocol --------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=_HIGH_WATER)
+        self._service.peer_came(self)
+        sock: socket.socket = transport.get_extra_info("socket")
+        if sock.family == socket.AF_UNIX:
+            uid = peer_uid(sock)
+            self._where = f"user {uid}"
+            if uid != os.geteuid():
+                self.reject(ManagerRefusedError(f"user {uid} may not use the manager of user {os.geteuid()}"))
+                return
+        else:
+            self._where = str(transport.get_extra_info("peername"))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._arm(self._service.session_timeout, lambda: self.reject(ProtocolError("no hello in time")))
+
+    def data_received(self, data: bytes) -> None:
+        if not self._closing and not self._refused:
+            self._buffer.feed(data)
+            if self._turn is None:
+                self._drain()
+            if not self._closing:
+                self._service.peer_waits(self, len(self._buffer) if len(self._buffer) > _SMALL_FRAME else 0)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        if self._turn is not None:
+            self._turn.cancel()
+        self._closing = True
+        self._transport = None
+        self._service.peer_gone(self)
+
+    def pause_writing(self) -> None:
+        self._paused = True
+        if self._transport is not None and not self._closing:
+            self._transport.pause_reading()
+            self._arm(self._service.session_timeout / 2, self._too_slow)
+
+    def resume_writing(self) -> None:
+        self._paused = False
+        if self._transport is not None and not self._closing:
+            self._disarm()
+            if self._turn is None:
+                self._next_turn()
+
+    # -- for the service ---------------------------------------------------------------------------------------------
+
+    def push(self, push: Push) -> None:
+        self.send(wire.frame(0, wire.PUSH, wire.encode_push(push)))
+
+    def reply(self, request: int, payload: bytes) -> None:
+        self.send(self._reply(request, payload))
+
+    def refuse(self, request: int, error: VCacheError) -> None:
+        self.send(wire.frame(request, wire.ERROR, wire.encode_error(error)))
+
+    def send(self, data: bytes) -> None:
+        """Write, unless too much waits already: then the peer is too slow and is disconnected."""
+        transport = self._transport
+        if transport is None or self._closing:
+            return
+        if transport.get_write_buffer_size() + len(data) > _HIGH_WATER + 2 * self._service.max_frame:
+            self._too_slow()
+        else:
+            transport.write(data)
+
+    def close(self, reason: VCacheError | None = None) -> None:
+        """Say why, if there is a reason, and close. What is already written still goes out, for a second at most."""
+        transport = self._transport
+        if self._closing or transport is None:
+            return
+        if reason is not None and not self._paused:
+            transport.write(wire.frame(0, wire.ERROR, wire.encode_error(reason)))
+        self._closing = True
+        self._disarm()
+        self._buffer = wire.FrameBuffer(_HELLO_FRAME)
+        transport.close()
+        self._timer = asyncio.get_running_loop().call_later(_LINGER, transport.abort)
+
+    def reject(self, reason: VCacheError) -> None:
+        """Close for a fault of the peer: counted, and logged unless there were many of late."""
+        if not self._closing:
+            self._service.count("connections_rejected")
+            self._log_end(type(reason).__name__, str(reason))
+            self.close(reason)
+
+    def _log_end(self, kind: str, reason: str) -> None:
+        left_out = self._service.log_throttle.allows(kind)
+        if left_out is not None:
+            more = f" (and {left_out} more in a similar way since the last such line)" if left_out else ""
+            logger.warning("connection of %s closed: %s%s", self, reason, more)
+
+    def __str__(self) -> str:
+        return f"{self.name!r} ({self._where})"
+
+    # -- frames ------------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        """Answer complete frames for as long as this turn is, and as the peer takes the answers."""
+        if self._draining:
+            return
+        self._draining = True
+        out: list[bytes] = []
+        size = 0
+        end = time.perf_counter() + _TURN_SECONDS
+        try:
+            if not self._paused:
+                for request, code, payload in self._buffer.frames():
+                    answer = self._answer(request, code, payload)
+                    if answer:
+                        out.append(answer)
+                        size += len(answer)
+                    if size > _FLUSH:
+                        self._write(out)
+                        out, size = [], 0
+                    if self._paused or self._closing or self._refused:
+                        break
+                    if time.perf_counter() >= end:
+                        self._await_turn()
+                        break
+        except ProtocolError as error:
+            self._write(out)
+            out = []
+            self.reject(error)
+        finally:
+            self._draining = False
+        self._write(out)
+        self._service.settle()
+
+    def _await_turn(self) -> None:
+        if self._transport is not None:
+            self._transport.pause_reading()
+        self._turn = asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        """Go on where the last turn, or the peer's own slowness, made us stop."""
+        self._turn = None
+        if self._transport is not None and not self._closing:
+            self._transport.resume_reading()
+            self._drain()
+
+    def _write(self, out: list[bytes]) -> None:
+        if out and self._transport is not None and not self._closing:
+            self._transport.write(b"".join(out))
+
+    def _answer(self, request: int, code: int, payload: bytes | bytearray) -> bytes:
+        """The reply frame; empty when there is none, or none yet. Raises `ProtocolError` for what is no request."""
+        if not self.client:
+            return self._hello(request, code, payload)
+        if not request:
+            raise ProtocolError("request id 0")
+        decode = _DECODERS.get(code)
+        if decode is None:
+            raise ProtocolError(f"unknown verb {code}")
+        return self._perform(request, code, decode(payload))
+
+    def _perform(self, request: int, code: int, body: Any) -> bytes:
+        """`body`: what the decoder of `code` gave."""
+        service = self._service
+        try:
+            if code == wire.ACQUIRE:
+                return self._reply(request, service.acquire(self.client, body.keys, body.shard, body.lease))
+            if code == wire.LOOKUP:
+                return self._reply(request, service.lookup(self.client, body))
+            if code == wire.RELEASE:
+                service.release(self.client, body)
+                return b""
+            answer = service.call(self, request, body)
+            return b"" if answer is None else self._reply(request, answer)
+        except VCacheError as error:
+            refusal: VCacheError = error
+        except Exception:
+            logger.exception("a request of %s failed inside the manager", self)
+            refusal = service.failure()
+        return b"" if code == wire.RELEASE else wire.frame(request, wire.ERROR, wire.encode_error(refusal))
+
+    def _reply(self, request: int, payload: bytes) -> bytes:
+        if len(payload) + wire.HEADER_BYTES > self._service.max_frame:
+            refusal = ManagerRefusedError(f"an answer of {len(payload)} bytes exceeds manager.max_frame; ask for less at once")
+            return wire.frame(request, wire.ERROR, wire.encode_error(refusal))
+        return wire.frame(request, wire.OK, payload)
+
+    def _hello(self, request: int, code: int, payload: bytes | bytearray) -> bytes:
+        if code != wire.HELLO:
+            raise ProtocolError("the first frame must be a hello")
+        hello = wire.decode_hello(payload)
+        token = self._service.token
+        if token and not hmac.compare_digest(token, hello.token):
+            refusal = ManagerRefusedError("wrong token; set manager.token_file or VCACHE_TOKEN to the manager's secret")
+            self._refused = True
+            self._arm(_WRONG_TOKEN_SECONDS, lambda: self.reject(refusal))
+            return b""
+        self._disarm()
+        self.name = hello.name
+        try:
+            answer = self._service.hello(self, hello)
+        except VCacheError as error:
+            self.reject(error)
+            return b""
+        self.client = hello.client
+        self._buffer.max_frame = self._service.max_frame
+        return self._reply(request, answer)
+
+    # -- slow peers --------------------------------------------------------------------------------------------------
+
+    def _arm(self, delay: float, action: Callable[[], None]) -> None:
+        self._disarm()
+        self._timer = asyncio.get_running_loop().call_later(delay, action)
+
+    def _disarm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        self._service.count("slow_peers")
+        self._log_end("too slow", "it does not read what it is sent")
+        self._closing = True
+        self._disarm()
+        if self._transport is not None:
+            self._transport.abort()
