@@ -130,10 +130,10 @@ def writer(number: int, load: str, order: str, dry: bool) -> None:
 
 def gpu_stores(fds: list[int], load: str) -> Iterator[None]:
     """First gets ready; then, for each step, queues two kernels, which store to VRAM `fds[0]` and to host memory `fds[1]`."""
-    from vcache.segment.cuda import CudaBacking, HostPinning
+    from vcache.segment.cuda import CudaBacking, PageLock
 
     backing = CudaBacking()
-    pinning = HostPinning()
+    pinning = PageLock()
     host = HostBacking(register=pinning.register, unregister=pinning.unregister)
     slabs = [backing.map(fds[0], BYTES), host.map(fds[1], BYTES)]
     call = backing.gpu.driver.call

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from vcache.errors import VCacheError
 from vcache.segment.backing import MappedSlab
-from vcache.segment.cuda import CudaBacking, HostPinning, gpu_uuid
+from vcache.segment.cuda import CudaBacking, PageLock, gpu_uuid
 from vcache.segment.cuda_driver import CudaDriver
 
 MIB = 2**20
@@ -247,7 +247,7 @@ def host_slab() -> dict[str, Any]:
     memory = mmap.mmap(fd, nbytes)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     slab = MappedSlab("host", "host", nbytes, address, buffer=memoryview(memory))
-    pinning = HostPinning()
+    pinning = PageLock()
     first, device_address = milliseconds(lambda: pinning.register(slab))
     again, same = milliseconds(lambda: pinning.register(slab))
     memory[0:MIB] = pattern(MIB, 1)

@@ -38,13 +38,13 @@ def test_a_line_holds_time_level_logger_message_and_extras(logger: logging.Logge
     out = io.StringIO()
     configure_logging({"VCACHE_LOG_LEVEL": "info"}, stream=out)
     extra = {"segment": b"\x01\xff", "nbytes": 42, "seconds": 0.12345678, "path": "/a b"}
-    logging.getLogger("vcache.cache.pool").info("stored %d chunks", 3, extra=extra)
+    logging.getLogger("vcache.pool").info("stored %d chunks", 3, extra=extra)
     (line,) = out.getvalue().splitlines()
     fields = parse(line)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", fields.pop("time"))
     assert fields == {
         "level": "info",
-        "logger": "vcache.cache.pool",
+        "logger": "vcache.pool",
         "message": "stored 3 chunks",
         "nbytes": "42",
         "path": "/a b",

@@ -18,7 +18,7 @@ from .cache.transfer import StreamFollower, TransferHandle
 from .config import VCacheConfig
 from .errors import ArgumentError, VCacheError
 from .keys import CacheKey, TokenDatabase, skipped_tokens, token_array
-from .manager.api import ManagerApi
+from .manager.api import Manager
 from .metrics import EngineMetrics
 from .paged.checksum import slot_bytes_for
 from .prompt import Prompt, RecentPrompts
@@ -240,7 +240,7 @@ class VCacheEngine:
         self.close()
 
     @property
-    def manager(self) -> ManagerApi:
+    def manager(self) -> Manager:
         """The manager this engine talks to, for tools and integrations."""
         return self._resources.manager
 

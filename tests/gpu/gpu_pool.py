@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from vcache.bench.end_to_end import lender_process
 from vcache.bench.pool_worker import PoolWorker, WorkerSettings
 from vcache.config import VCacheConfig
-from vcache.manager.api import ManagerApi
+from vcache.manager.api import Manager
 from vcache.spec import KVCacheSpec
 
 MIB = 2**20
@@ -48,7 +48,7 @@ class Pool(NamedTuple):
         return lender_process(self.address, self.place.kind, nbytes, slab_bytes=slab_bytes)
 
     @contextmanager
-    def api(self) -> Iterator[ManagerApi]:
+    def api(self) -> Iterator[Manager]:
         from vcache.manager.connect import connect
 
         api = connect(VCacheConfig.from_env(env={}, manager={"address": self.address}), name="test", role="tool")

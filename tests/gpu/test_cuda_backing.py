@@ -12,7 +12,7 @@ from fake_driver import GRANULARITY, FakeDriver
 from vcache.cli import doctor_gpu
 from vcache.errors import DeviceUnavailableError, SegmentError
 from vcache.segment.backing import MappedSlab, SlabBacking
-from vcache.segment.cuda import CudaBacking, HostPinning
+from vcache.segment.cuda import CudaBacking, PageLock
 from vcache.segment.cuda_driver import CudaCallError, CudaDriver
 from vcache.segment.host import HostBacking
 
@@ -206,7 +206,7 @@ def test_close_gives_everything_back(fake: FakeDriver, backing: CudaBacking) -> 
 
 
 def test_host_slabs_are_registered_once(fake: FakeDriver) -> None:
-    pinning = HostPinning(driver=CudaDriver(fake))
+    pinning = PageLock(driver=CudaDriver(fake))
     slab = MappedSlab("host", "host", 4096, 2**30)
     assert pinning.register(slab) == slab.device_address == 2**30 + 2**40
     assert pinning.register(slab) == slab.device_address
@@ -220,7 +220,7 @@ def test_host_slabs_are_registered_once(fake: FakeDriver) -> None:
     assert not fake.registered
 
 
-def host_backing(pinning: HostPinning) -> HostBacking:
+def host_backing(pinning: PageLock) -> HostBacking:
     return HostBacking(register=pinning.register, unregister=pinning.unregister)
 
 
@@ -233,7 +233,7 @@ def mapped_addresses() -> set[int]:
 def test_registered_memory_stays_mapped_until_it_is_unregistered(fake: FakeDriver) -> None:
     """A slab that was dropped without being released was unmapped while the driver still had it registered; the next slab
     that came to lie there was refused: CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED."""
-    pinning = HostPinning(driver=CudaDriver(fake))
+    pinning = PageLock(driver=CudaDriver(fake))
     owner, importer = HostBacking(), host_backing(pinning)
     slab = owner.create(4096)
     for _ in range(3):
@@ -254,7 +254,7 @@ def test_a_driver_that_refuses_to_unregister_costs_memory_and_nothing_else(fake:
     """The slab's descriptor and pages were kept for good, and its memory went as soon as the slab was dropped, registered as
     it was."""
     before = open_fds()
-    pinning = HostPinning(driver=CudaDriver(fake))
+    pinning = PageLock(driver=CudaDriver(fake))
     backing = host_backing(pinning)
     slab = backing.create(4096)
     address, observer = slab.address, os.dup(slab.fd)
@@ -272,7 +272,7 @@ def test_a_driver_that_refuses_to_unregister_costs_memory_and_nothing_else(fake:
 
 def test_a_forked_child_unregisters_nothing(fake: FakeDriver) -> None:
     """The child's copies are dropped, too, but CUDA cannot be called there."""
-    pinning = HostPinning(driver=CudaDriver(fake))
+    pinning = PageLock(driver=CudaDriver(fake))
     backing = host_backing(pinning)
     backing.create(4096)
     child = os.fork()
@@ -290,9 +290,9 @@ def test_slabs_that_a_transfer_still_uses_outlive_close(fake: FakeDriver, kind: 
     before = open_fds()
     if kind == "cuda":
         backing: SlabBacking = CudaBacking(driver=CudaDriver(fake))
-        gpu_user: CudaBacking | HostPinning = backing  # type: ignore[assignment]
+        gpu_user: CudaBacking | PageLock = backing  # type: ignore[assignment]
     else:
-        gpu_user = HostPinning(driver=CudaDriver(fake))
+        gpu_user = PageLock(driver=CudaDriver(fake))
         backing = host_backing(gpu_user)
     slab = backing.create(GRANULARITY)
     gpu_user.close()

@@ -13,7 +13,7 @@ from gpu_pool import Place
 
 from vcache.errors import SegmentError
 from vcache.segment.backing import OwnedSlab, SlabBacking
-from vcache.segment.cuda import CudaBacking, HostPinning
+from vcache.segment.cuda import CudaBacking, PageLock
 from vcache.segment.cuda_driver import CudaDriver
 from vcache.segment.host import HostBacking
 from vcache.segment.mapping import PinnedSlot, SegmentMap
@@ -155,7 +155,7 @@ def test_slots_are_copied_on_a_gpu(place: Place, source: str, target: str) -> No
     if not place.on_gpu:
         pytest.skip("needs a CUDA GPU")
     backing = CudaBacking()
-    pinning = HostPinning(backing.gpu.uuid)
+    pinning = PageLock(backing.gpu.uuid)
     pool = Pool(backing, HostBacking(register=pinning.register, unregister=pinning.unregister))
     copy_and_check(pool, source, target)
     pool.close()
@@ -171,7 +171,7 @@ def test_slabs_dropped_on_a_gpu_do_not_stand_in_the_way_of_others(place: Place) 
     owner = HostBacking()
     slab = owner.create(SLAB_BYTES)
     for _ in range(3):
-        pinning = HostPinning()
+        pinning = PageLock()
         importer = HostBacking(register=pinning.register, unregister=pinning.unregister)
         for _ in range(3):
             assert importer.map(slab.fd, slab.nbytes).device_address  # and dropped
@@ -185,7 +185,7 @@ def test_speed_of_payloads_to_host_memory(place: Place, record: Callable[..., No
     if not place.on_gpu:
         pytest.skip("needs a CUDA GPU")
     backing = CudaBacking()
-    pinning = HostPinning(backing.gpu.uuid)
+    pinning = PageLock(backing.gpu.uuid)
     slab = backing.create(256 * 2**20)
     gbps = {}
     for name, host in (

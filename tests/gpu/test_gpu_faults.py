@@ -14,7 +14,7 @@ import pytest
 from gpu_pool import MIB, SPEC, Place, Pool, wait_until
 
 from vcache.errors import VCacheError
-from vcache.manager.api import ManagerApi
+from vcache.manager.api import Manager
 
 pytestmark = [pytest.mark.gpu, pytest.mark.processes, pytest.mark.slow]
 
@@ -36,7 +36,7 @@ FIRST = 100_000
 """Prompt with which `store_forever` begins; all of its prompts carry this one's KV."""
 
 
-def unfinished(api: ManagerApi) -> int:
+def unfinished(api: Manager) -> int:
     """Slots that wait for their writer's end."""
     return sum(each.slots_processing + each.slots_quarantined for each in api.stats().segments)
 

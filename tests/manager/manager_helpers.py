@@ -19,7 +19,7 @@ import uvloop
 from vcache.config import ManagerConfig, VCacheConfig
 from vcache.manager import wire
 from vcache.manager.address import Address, parse_address
-from vcache.manager.api import ManagerApi, Push, PutRequest, SessionInfo, Ticket
+from vcache.manager.api import Manager, Push, PutRequest, SessionInfo, Ticket
 from vcache.manager.client import ManagerClient
 from vcache.manager.server.server import ManagerServer
 from vcache.segment.hostinfo import host_id
@@ -49,7 +49,7 @@ def wait_until(condition: Callable[[], bool], timeout: float = 5.0, what: str = 
         time.sleep(0.002)
 
 
-def segment_of(manager: ManagerApi, number: int = 1, slots: int = 64, kind: Any = "host") -> SegmentInfo:
+def segment_of(manager: Manager, number: int = 1, slots: int = 64, kind: Any = "host") -> SegmentInfo:
     return SegmentInfo(
         uuid=number.to_bytes(16, "little"),
         kind=kind,
@@ -73,7 +73,7 @@ def put_request(digests: Sequence[bytes], **changes: Any) -> PutRequest:
     return PutRequest(**{**fields, **changes})
 
 
-def store(manager: ManagerApi, digests: Sequence[bytes]) -> list[Ticket]:
+def store(manager: Manager, digests: Sequence[bytes]) -> list[Ticket]:
     """Put as a writer would whose copies take no time."""
     grants = manager.put_start(put_request(digests))
     tickets = [
@@ -234,7 +234,7 @@ class RawClient:
 _SERVE = """
 import sys
 from vcache.config import ManagerConfig, VCacheConfig
-from vcache.manager.server import run_server
+from vcache.manager.server.server import run_server
 import msgspec
 manager = msgspec.json.decode(sys.argv[1].encode(), type=ManagerConfig, dec_hook=lambda kind, value: kind(value))
 run_server(VCacheConfig(manager=manager), ready=lambda address: print("ready", address, flush=True))

@@ -14,7 +14,7 @@ from vcache.config import ByteSize, ManagerConfig
 from vcache.errors import ManagerRefusedError, ProtocolError
 from vcache.manager.api import (
     AcquireReply,
-    ManagerApi,
+    Manager,
     MovePlan,
     ResizeRequested,
     RoomWanted,
@@ -30,7 +30,7 @@ from vcache.segment.slots import HEADER_BYTES, SlabHeader, SlabInfo, SlabInvento
 
 
 @pytest.fixture(params=["unix", "tcp", "embedded"])
-def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ManagerApi]:
+def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
     if request.param == "embedded":
         embedded = EmbeddedManager(ManagerConfig(), name="writer", host=host_id())
         yield embedded
@@ -45,7 +45,7 @@ def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         client.close()
 
 
-def test_put_then_read_then_remove(manager: ManagerApi) -> None:
+def test_put_then_read_then_remove(manager: Manager) -> None:
     number = manager.mount(segment_of(manager))
     assert number > 0
     chunk = keys(1, 5)
@@ -75,7 +75,7 @@ def test_put_then_read_then_remove(manager: ManagerApi) -> None:
     assert manager.lookup(chunk) == 3
 
 
-def test_chunks_move_down_and_are_spilled(manager: ManagerApi) -> None:
+def test_chunks_move_down_and_are_spilled(manager: Manager) -> None:
     listener = Recorder()
     manager.subscribe(listener)
     vram = manager.mount(segment_of(manager, 1, slots=10, kind="cuda"))
@@ -118,7 +118,7 @@ def test_chunks_move_down_and_are_spilled(manager: ManagerApi) -> None:
     assert (counters["demotions"], counters["demotions_refused"], counters["spills"]) == (2, 0, 2)
 
 
-def test_remove_and_clear_wait_for_the_lender(manager: ManagerApi) -> None:
+def test_remove_and_clear_wait_for_the_lender(manager: Manager) -> None:
     def wipe(event: object) -> None:
         if isinstance(event, WipeSlots):
             manager.wiped(event.token)
@@ -136,7 +136,7 @@ def test_remove_and_clear_wait_for_the_lender(manager: ManagerApi) -> None:
     wait_until(lambda: manager.stats().gauges["wipes_outstanding"] == 0)
 
 
-def test_segments_grow_shrink_and_go(manager: ManagerApi) -> None:
+def test_segments_grow_shrink_and_go(manager: Manager) -> None:
     listener = Recorder()
     manager.subscribe(listener)
     info = segment_of(manager)
@@ -158,7 +158,7 @@ def test_segments_grow_shrink_and_go(manager: ManagerApi) -> None:
     assert listener.of(SegmentGone) == [SegmentGone(number, info.uuid)]
 
 
-def test_late_subscriber_hears_what_is_mounted(manager: ManagerApi) -> None:
+def test_late_subscriber_hears_what_is_mounted(manager: Manager) -> None:
     number = manager.mount(segment_of(manager, 1))
     manager.mount(segment_of(manager, 2))
     manager.unmount(segment_of(manager, 2).uuid)
@@ -169,7 +169,7 @@ def test_late_subscriber_hears_what_is_mounted(manager: ManagerApi) -> None:
     assert number in [each.info.number for each in first.of(SegmentMounted)]
 
 
-def test_inventory_larger_than_a_frame(manager: ManagerApi) -> None:
+def test_inventory_larger_than_a_frame(manager: Manager) -> None:
     info = segment_of(manager, slots=1000)
     size = info.slabs[0].nbytes
     count = slab_geometry(size, SLOT).slots
@@ -190,7 +190,7 @@ def test_inventory_larger_than_a_frame(manager: ManagerApi) -> None:
     assert manager.lookup([key(chunks)]) == 1
 
 
-def test_stats_and_identity(manager: ManagerApi) -> None:
+def test_stats_and_identity(manager: Manager) -> None:
     manager.mount(segment_of(manager))
     store(manager, keys(1, 3))
     stats = manager.stats()
@@ -201,7 +201,7 @@ def test_stats_and_identity(manager: ManagerApi) -> None:
     assert stats.segments[0].slots_used == 3
 
 
-def test_refusals_are_raised_and_harm_nothing(manager: ManagerApi) -> None:
+def test_refusals_are_raised_and_harm_nothing(manager: Manager) -> None:
     with pytest.raises(ProtocolError, match="token counts"):
         manager.put_start(put_request(keys(1, 2), tokens=[1]))
     with pytest.raises(ManagerRefusedError):
@@ -209,7 +209,7 @@ def test_refusals_are_raised_and_harm_nothing(manager: ManagerApi) -> None:
     assert manager.lookup(keys(1, 2)) == 0
 
 
-def test_eight_threads_at_once(manager: ManagerApi) -> None:
+def test_eight_threads_at_once(manager: Manager) -> None:
     manager.mount(segment_of(manager, slots=400))
     failures: list[BaseException] = []
 
@@ -235,7 +235,7 @@ def test_eight_threads_at_once(manager: ManagerApi) -> None:
     wait_until(lambda: manager.stats().gauges["leases"] == 0)
 
 
-def test_closed_manager_says_so(manager: ManagerApi) -> None:
+def test_closed_manager_says_so(manager: Manager) -> None:
     manager.close()
     manager.close()
     manager.release(1)

@@ -39,7 +39,7 @@ def client_id(name: str) -> bytes:
 
 
 class Process:
-    """A client: its session, its map of segments, its mappings. The `ManagerApi` and the `SegmentMap` of what runs in it."""
+    """A client: its session, its map of segments, its mappings. The `Manager` and the `SegmentMap` of what runs in it."""
 
     def __init__(self, world: World, name: str) -> None:
         self.world = world

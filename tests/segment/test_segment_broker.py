@@ -328,7 +328,7 @@ def test_decoders_accept_only_their_direction() -> None:
 FOREIGN_USER = """
 import os, socket, sys
 sys.path[:0] = {path!r}
-from vcache.segment import broker_protocol as protocol
+from vcache.segment import handover as protocol
 os.setgroups([]); os.setgid(65534); os.setuid(65534)
 sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 sock.settimeout(5)

@@ -14,7 +14,7 @@ from segment_support import MiB, eventually, segment_config
 
 from vcache.config import ManagerConfig, VCacheConfig
 from vcache.lender.lender import Lender
-from vcache.manager.api import ManagerApi, Push, PutGrant, PutRequest, SegmentGone, SegmentMounted, SessionInfo, Ticket
+from vcache.manager.api import Manager, Push, PutGrant, PutRequest, SegmentGone, SegmentMounted, SessionInfo, Ticket
 from vcache.manager.client import ManagerClient
 from vcache.manager.loopback import EmbeddedManager
 from vcache.segment.host import HostBacking
@@ -51,7 +51,7 @@ class Watcher:
 class Client:
     """Writes and reads chunks by hand, header protocol included."""
 
-    def __init__(self, manager: ManagerApi) -> None:
+    def __init__(self, manager: Manager) -> None:
         self.manager = manager
         self.map = SegmentMap(manager.client_id, "here", {"host": lambda device: HostBacking()})
         manager.subscribe(Watcher(self.map))
@@ -182,7 +182,7 @@ def served(folder: Path) -> Iterator[ManagerConfig]:
         f"manager: {{address: 'unix://{folder}/manager.sock', heartbeat_interval: 0.2, session_timeout: 2, quarantine: 0.1}}"
     )
     script = (
-        "import sys\nfrom vcache.config import VCacheConfig\nfrom vcache.manager.server import run_server\n"
+        "import sys\nfrom vcache.config import VCacheConfig\nfrom vcache.manager.server.server import run_server\n"
         "run_server(VCacheConfig.from_file(sys.argv[1], env={}), ready=lambda address: print('ready', flush=True))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(file)], stdout=subprocess.PIPE, text=True)

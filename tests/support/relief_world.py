@@ -44,7 +44,7 @@ NAMESPACE = b"n" * 16
 
 
 class PlannedManager:
-    """As much of `ManagerApi` as a `RoomMaker` uses. `plans`: what `demote` and `spill` answer, in order; an exception is
+    """As much of `Manager` as a `RoomMaker` uses. `plans`: what `demote` and `spill` answer, in order; an exception is
     raised; nothing left: an empty plan."""
 
     def __init__(self) -> None:

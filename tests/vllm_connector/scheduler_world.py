@@ -17,7 +17,7 @@ BLOCK, CHUNK = 16, 32
 
 
 class Manager:
-    """`ManagerApi`, as far as the scheduler's side uses it. Everything in `keys` is present."""
+    """`Manager`, as far as the scheduler's side uses it. Everything in `keys` is present."""
 
     def __init__(self) -> None:
         self.keys: set[bytes] = set()

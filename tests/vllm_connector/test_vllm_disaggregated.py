@@ -21,7 +21,7 @@ from vcache.manager.connect import connect
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vcache.manager.api import ManagerApi
+    from vcache.manager.api import Manager
 
 require_vllm()
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -32,7 +32,7 @@ class Apart(NamedTuple):
     """Lends the memory; prefills in pieces of 96 tokens, so that a prompt is saved in several steps."""
     consumer: EngineProcess
     """Lends nothing, so that what it loads lies in the producer's memory. Waits as long as a consumer does by default."""
-    manager: ManagerApi
+    manager: Manager
 
     def chunks(self) -> int:
         """Chunks in the pool, of whomever."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..keys import TokenDatabase
-from ..manager.api import ManagerApi
+from ..manager.api import Manager
 from ..manager.connect import connect
 from .population import mount_population, random_keys
 from .processes import choose_cores, manager_process, pinned
@@ -62,7 +62,7 @@ def bench_lookup(tokens: int, chunk_size: int, progress: Callable[[str], None]) 
     return report
 
 
-def _ask(api: ManagerApi, database: TokenDatabase, prompt: Any) -> int:
+def _ask(api: Manager, database: TokenDatabase, prompt: Any) -> int:
     return api.lookup([span.digest for span in database.spans(prompt)])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from ..manager.api import ManagerApi
+from ..manager.api import Manager
 from ..segment.hostinfo import host_id
 from ..segment.slots import ALIGNMENT, SegmentInfo, SlabHeader, SlabInfo, SlabInventory, SlotHeader, slab_bytes_for
 
@@ -23,7 +23,7 @@ def random_keys(count: int, seed: int = 1) -> list[bytes]:
 
 
 def mount_population(
-    api: ManagerApi, keys: list[bytes], *, first_segment: int = 0, slabs_per_segment: int = _SLABS_PER_SEGMENT
+    api: Manager, keys: list[bytes], *, first_segment: int = 0, slabs_per_segment: int = _SLABS_PER_SEGMENT
 ) -> int:
     """Mount segments of minimal slots whose headers carry `keys`, as lenders do after a manager restart. Blocks.
 

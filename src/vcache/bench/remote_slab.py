@@ -33,9 +33,9 @@ def open_backing(kind: str, device: str, through: str = "") -> SlabBacking:
 
     if not through.startswith("GPU-"):
         return HostBacking()
-    from ..segment.cuda import HostPinning
+    from ..segment.cuda import PageLock
 
-    pinning = HostPinning(through)
+    pinning = PageLock(through)
     return HostBacking(register=pinning.register, unregister=pinning.unregister)
 
 

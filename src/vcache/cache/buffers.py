@@ -31,7 +31,7 @@ class StagingBuffer:
 
 
 class Pinning(Protocol):
-    """Makes host memory reachable for a GPU (`segment.cuda.HostPinning`)."""
+    """Makes host memory reachable for a GPU (`segment.cuda.PageLock`)."""
 
     def register(self, slab: MappedSlab) -> int: ...
 

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..lender.export import open_export
 from ..lender.lender import Lender
 from ..manager.address import parse_address
-from ..manager.api import ManagerApi, Push, SegmentGone, SegmentMounted, SessionInfo
+from ..manager.api import Manager, Push, SegmentGone, SegmentMounted, SessionInfo
 from ..manager.connect import connect
 from ..metrics import EngineMetrics
 from ..segment.backing import SlabBacking
@@ -32,7 +32,7 @@ from .spill import SPILL_BUFFERS, Spiller
 from .storage_tier import LowerTier
 
 if TYPE_CHECKING:
-    from ..segment.cuda import HostPinning
+    from ..segment.cuda import PageLock
 
 
 class SegmentWatcher:
@@ -60,7 +60,7 @@ class Resources:
 
     def __init__(
         self,
-        manager: ManagerApi,
+        manager: Manager,
         segments: SegmentMap,
         lender: Lender | None,
         stack: ExitStack,
@@ -139,12 +139,12 @@ class Resources:
         """Idempotent; bounded."""
         self._stack.close()
 
-    def _pinning(self) -> HostPinning | None:
+    def _pinning(self) -> PageLock | None:
         if not self.gpu:
             return None
-        from ..segment.cuda import HostPinning
+        from ..segment.cuda import PageLock
 
-        pinning = HostPinning(self.gpu)
+        pinning = PageLock(self.gpu)
         self._stack.callback(pinning.close)
         return pinning
 
@@ -199,9 +199,9 @@ def open_remote(config: VCacheConfig, slot_bytes: int, segments: SegmentMap, gpu
     kind = load_engine(protocol, "cache.remote", timeout=deadline)
     pinning = None
     if gpu:
-        from ..segment.cuda import HostPinning
+        from ..segment.cuda import PageLock
 
-        pinning = HostPinning(gpu)
+        pinning = PageLock(gpu)
         stack.callback(pinning.close)
 
     def make_engine(endpoint: str) -> MooncakeEngine:
@@ -243,9 +243,9 @@ def backing_factories(gpu: str, stack: ExitStack) -> Mapping[SegmentKind, Backin
     """How this process maps slabs of each kind. `gpu`: UUID of the GPU that accesses them, "" for none."""
     if not gpu:
         return {"host": lambda device: HostBacking()}
-    from ..segment.cuda import CudaBacking, HostPinning
+    from ..segment.cuda import CudaBacking, PageLock
 
-    pinning = HostPinning(gpu)
+    pinning = PageLock(gpu)
     stack.callback(pinning.close)
 
     def host(device: str) -> SlabBacking:

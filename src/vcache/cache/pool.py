@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 from ..devices import device_name
 from ..errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError
-from ..manager.api import ManagerApi, Placement, PutGrant, PutRequest, Ticket
+from ..manager.api import Manager, Placement, PutGrant, PutRequest, Ticket
 from ..metrics import EngineMetrics
 from ..paged.checksum import TRAILER_BYTES, ChecksumMode, contradicts, slot_bytes_for, trailer_offset
 from ..paged.mover import Mover, SlotTransfer, Transfer
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from ..paged.layout import PagedCache
 
-logger = logging.getLogger("vcache.cache.pool")
+logger = logging.getLogger("vcache.pool")
 
 T = TypeVar("T")
 MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
@@ -205,7 +205,7 @@ class ChunkPool:
 
     def __init__(
         self,
-        manager: ManagerApi,
+        manager: Manager,
         segments: SegmentMap,
         spec: KVCacheSpec,
         chunk_size: int,

@@ -16,7 +16,7 @@ from ..segment.slots import SlabHeader
 from .pool import MANAGER_ERRORS, TRANSFER_ERRORS, ChunkPool
 from .spill import Spiller
 
-logger = logging.getLogger("vcache.cache.room_maker")
+logger = logging.getLogger("vcache.relief")
 
 PLAN_BYTES = 256 * 2**20
 """Payload of one plan at most: what is moved becomes visible this often, and the sources' lease is held no longer."""

@@ -10,7 +10,7 @@ import typer
 from ..config import ByteSize, VCacheConfig
 from ..errors import ArgumentError, VCacheError
 from ..keys import DIGEST_BYTES
-from ..manager.api import ManagerApi
+from ..manager.api import Manager
 from ..segment.slots import SegmentInfo
 from .session import tool_session
 
@@ -64,7 +64,7 @@ def _namespace(text: str) -> bytes:
     return digest
 
 
-def _follow(api: ManagerApi, before: SegmentInfo, target: int, deadline: float) -> SegmentInfo:
+def _follow(api: Manager, before: SegmentInfo, target: int, deadline: float) -> SegmentInfo:
     """Poll until the segment has the size asked for, saying each change."""
     from rich.console import Console
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..config import VCacheConfig
-from ..manager.api import ManagerApi
+from ..manager.api import Manager
 
 
 @contextmanager
-def tool_session(config: VCacheConfig, name: str = "vcache") -> Iterator[ManagerApi]:
+def tool_session(config: VCacheConfig, name: str = "vcache") -> Iterator[Manager]:
     """Connect to `config.manager.address` as a tool, and say goodbye at the end. Raises `ManagerUnavailableError` when nobody
     answers within `manager.connect_timeout`, `ManagerRefusedError` when the manager will not have us."""
     from ..manager.connect import connect

@@ -12,7 +12,7 @@ import msgspec
 
 from ..config import VCacheConfig
 from ..errors import ManagerUnavailableError
-from ..manager.api import ManagerApi, SegmentStats, SessionStats, StatsReply
+from ..manager.api import Manager, SegmentStats, SessionStats, StatsReply
 from .session import tool_session
 from .signals import stop_signals
 
@@ -42,7 +42,7 @@ def show_status(config: VCacheConfig, *, interval: float | None, as_json: bool) 
             _watch(api, address, interval, as_json)
 
 
-def _watch(api: ManagerApi, address: str, interval: float, as_json: bool) -> None:
+def _watch(api: Manager, address: str, interval: float, as_json: bool) -> None:
     """Refresh in place on a terminal; elsewhere print one after the other."""
     from rich.live import Live
     from rich.text import Text

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from ..config import SegmentConfig
 from ..errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, SegmentError
-from ..manager.api import GateReport, GateWriter, ManagerApi, Push, ResizeRequested, SessionInfo, WipeSlots, WriterLost
+from ..manager.api import GateReport, GateWriter, Manager, Push, ResizeRequested, SessionInfo, WipeSlots, WriterLost
 from ..segment.backing import OwnedSlab, SlabBacking
 from ..segment.gate import Gate
 from ..segment.handover import prepare_broker_dir
@@ -52,7 +52,7 @@ class Lender:
 
     def __init__(
         self,
-        manager: ManagerApi,
+        manager: Manager,
         backing: SlabBacking,
         config: SegmentConfig,
         *,

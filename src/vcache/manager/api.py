@@ -222,7 +222,7 @@ class Listener(Protocol):
     def on_push(self, push: Push) -> None: ...
 
 
-class ManagerApi(Protocol):
+class Manager(Protocol):
     """The manager as its clients see it. Implemented by `client.ManagerClient` (remote) and `embedded.EmbeddedManager`.
 
     Thread-safe. Every call blocks at most for its deadline, then raises `DeadlineExceededError`; without a connection it

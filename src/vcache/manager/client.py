@@ -50,7 +50,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
 
 
 class ManagerClient:
-    """`ManagerApi` over a unix or TCP socket. Thread-safe.
+    """`Manager` over a unix or TCP socket. Thread-safe.
 
     Three daemon threads: one connects and reads, one sends heartbeats, one calls the listeners. Without a connection every
     call raises `ManagerUnavailableError` at once; the connection is retried in the background, with pauses that double up to

@@ -8,7 +8,7 @@ from ..config import VCacheConfig
 from ..errors import ManagerUnavailableError
 from ..segment.hostinfo import host_id
 from .address import parse_address
-from .api import ManagerApi, Role
+from .api import Manager, Role
 from .client import ManagerClient
 from .loopback import EmbeddedManager
 
@@ -23,7 +23,7 @@ def connect(
     role: Role = "engine",
     require: bool = False,
     timeout: float | None = None,
-) -> ManagerApi:
+) -> Manager:
     """The embedded manager, or a client of the one at `config.manager.address`. The caller closes it.
 
     Blocks until connected, at most `timeout` seconds (default `manager.connect_timeout`). When there is no manager by then:

@@ -30,7 +30,7 @@ from .wire import WIPE_TIMEOUT
 
 
 class EmbeddedManager:
-    """`ManagerApi` on a `Directory` of its own, with one session: this client's. Thread-safe.
+    """`Manager` on a `Directory` of its own, with one session: this client's. Thread-safe.
 
     No thread watches the clock: every call first does what is due (expired leases and tickets, quarantines over). Listeners
     are called from a thread of their own. Two instances share nothing.

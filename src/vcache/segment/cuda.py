@@ -166,7 +166,7 @@ class CudaBacking(SlabBacking):
         )
 
 
-class HostPinning:
+class PageLock:
     """Makes host slabs reachable for the GPUs of this process. Thread-safe.
 
     Pages stay pinned until `unregister`: memory that the owner takes back is free once every process that registered it has
@@ -214,7 +214,7 @@ class HostPinning:
 
 
 def _unregister_all(gpu: Gpu, registered: dict[int, memoryview | None], process: int) -> None:
-    """Undo what is left of a `HostPinning` that is gone. A forked child has only a copy of it, and no say."""
+    """Undo what is left of a `PageLock` that is gone. A forked child has only a copy of it, and no say."""
     if os.getpid() != process:
         return
     for address in list(registered):

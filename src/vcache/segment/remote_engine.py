@@ -1,9 +1,9 @@
 """Mooncake's transfer engine: memory that one process registers is read by processes on other hosts, without its help.
 
 Its ports are not authenticated, and whoever reaches them may read and write what is registered. What its releases do when
-things go wrong is the reason for much of `cache/remote_reads.py`: a read that failed or ran into a time limit may still write to its
-target later, a call to a host that vanished blocks for seconds, and destroying an engine holds the interpreter lock for a
-second.
+things go wrong is the reason for much of `cache/remote_reads.py`: a read that failed or ran into a time limit may still write
+to its target later, a call to a host that vanished blocks for seconds, and destroying an engine holds the interpreter lock
+for a second.
 """
 
 from __future__ import annotations

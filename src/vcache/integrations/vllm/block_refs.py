@@ -10,7 +10,7 @@ MAX_SHARE = 0.25
 """While saves withhold this part of the engine's blocks from it, no further save begins."""
 
 
-class BlockPins:
+class BlockRefs:
     """References to blocks by save job. Used by the scheduler's thread only."""
 
     def __init__(self) -> None:

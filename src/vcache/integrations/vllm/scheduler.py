@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from ...errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, StorageError
 from ...keys import DIGEST_BYTES, CacheKey
-from ...manager.api import ManagerApi
+from ...manager.api import Manager
 from ...storage.base import StorageTier
-from .block_refs import BlockPins
+from .block_refs import BlockRefs
 from .events import EventLog
 from .keys import ChunkNames
 from .kv_group import KVGroup
@@ -137,7 +137,7 @@ class SchedulerSide:
 
     def __init__(
         self,
-        manager: ManagerApi,
+        manager: Manager,
         group: KVGroup,
         names: ChunkNames,
         policy: Policy,
@@ -146,7 +146,7 @@ class SchedulerSide:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manager = manager
-        self.pins = BlockPins()
+        self.pins = BlockRefs()
         self.stats = VCacheStats()
         self._group = group
         self._names = names

@@ -9,7 +9,7 @@ from ..api import Move, MovePlan
 from .hosts import DRAM, VRAM, HostMemory
 from .records import PROCESSING, Record, Write
 from .slabs import Segment, Slab
-from .state import Core, Session
+from .state import Session, State
 from .sweep import Sweep
 
 MAX_MOVES = 4096
@@ -29,14 +29,14 @@ class _Way(NamedTuple):
     """Numbers of the targets."""
 
 
-class MoveDesk:
-    """Plans moves and ends them. What becomes of a move that does not end well is `PutDesk`'s affair, as of every write."""
+class Demoting:
+    """Plans moves and ends them. What becomes of a move that does not end well is `Writing`'s affair, as of every write."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: State) -> None:
         self._core = core
 
     def plan(self, session: Session, nbytes: int, avoid: frozenset[int], now: float) -> MovePlan:
-        """See `ManagerApi.demote`. May evict chunks in host memory that are not hotter than what takes their place."""
+        """See `Manager.demote`. May evict chunks in host memory that are not hotter than what takes their place."""
         core = self._core
         memory = core.allocator.hosts.get(session.host) if session.host else None
         if memory is None:

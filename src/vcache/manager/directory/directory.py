@@ -33,16 +33,16 @@ from ..api import (
     StatsReply,
     Ticket,
 )
-from .demoting import MoveDesk
+from .demoting import Demoting
 from .integrity import check_core
 from .jobs import SLICE, Job
 from .lending import Lending
 from .reach import readable, readable_prefix
 from .records import FREE, PROCESSING, QUARANTINED, USED, Record
 from .removal import Removal
-from .spilling import SpillDesk
-from .state import Core, Instruction, Session
-from .writing import PutDesk, check_request
+from .spilling import Spilling
+from .state import Instruction, Session, State
+from .writing import Writing, check_request
 
 
 class PackedReply(NamedTuple):
@@ -78,10 +78,10 @@ class Directory:
         """`epoch`: even, above every generation that an earlier manager gave out (nanoseconds since 1970). `first_segment`:
         number of the first segment (`random_first_segment`). `slice_size`: slots or keys that `work` goes through in a call."""
         config = config if config is not None else ManagerConfig()
-        self._core = core = Core(config, epoch + (epoch & 1), first_segment, slice_size)
-        self._moves = MoveDesk(core)
-        self._spills = SpillDesk(core)
-        self._puts = PutDesk(core, self._moves)
+        self._core = core = State(config, epoch + (epoch & 1), first_segment, slice_size)
+        self._moves = Demoting(core)
+        self._spills = Spilling(core)
+        self._puts = Writing(core, self._moves)
         self._removal = Removal(core)
         self._lending = Lending(core, self._puts, self._removal)
         self._started = now
@@ -181,7 +181,7 @@ class Directory:
     # Reading
 
     def lookup(self, client: bytes, keys: Sequence[bytes], now: float) -> int:
-        """See `ManagerApi.lookup`."""
+        """See `Manager.lookup`."""
         core = self._core
         found = self._prefix(core.session(client, now), keys)
         if found:
@@ -189,7 +189,7 @@ class Directory:
         return len(found)
 
     def acquire(self, client: bytes, keys: Sequence[bytes], shard: int, lease: int, now: float) -> AcquireReply:
-        """See `ManagerApi.acquire`. `lease` 0: a new one."""
+        """See `Manager.acquire`. `lease` 0: a new one."""
         number, expires_in, packed = self.acquire_packed(client, keys, shard, lease, now)
         return AcquireReply(number, expires_in, SlotLocation.unpack_many(packed))
 
@@ -214,13 +214,13 @@ class Directory:
         return PackedReply(granted.number, core.leases.ttl, packed)
 
     def release(self, client: bytes, lease: int, now: float) -> None:
-        """See `ManagerApi.release`."""
+        """See `Manager.release`."""
         core = self._core
         core.session(client, now)
         core.unpinned(core.leases.drop(lease, client))
 
     def tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> list[int]:
-        """See `ManagerApi.tiers`."""
+        """See `Manager.tiers`."""
         return self.begin_tiers(client, keys, now).finish()
 
     def begin_tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> Job[list[int]]:
@@ -289,7 +289,7 @@ class Directory:
     # Writing
 
     def put_start(self, client: bytes, request: PutRequest, now: float) -> list[PutGrant]:
-        """See `ManagerApi.put_start`. `exists` also when the writer cannot read the copy that exists, on another host: one
+        """See `Manager.put_start`. `exists` also when the writer cannot read the copy that exists, on another host: one
         copy of a chunk is all that the pool keeps. May instruct to ask the writer for room."""
         return self.begin_put_start(client, request, now).finish()
 
@@ -308,34 +308,34 @@ class Directory:
         return grants
 
     def put_end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
-        """See `ManagerApi.put_end`. Idempotent."""
+        """See `Manager.put_end`. Idempotent."""
         self._core.session(client, now)
         return self._puts.end(client, tickets, now)
 
     def put_revoke(self, client: bytes, tickets: Sequence[Ticket], now: float) -> None:
-        """See `ManagerApi.put_revoke`."""
+        """See `Manager.put_revoke`."""
         self._core.session(client, now)
         self._puts.revoke(client, tickets)
 
     # Making room
 
     def demote(self, client: bytes, nbytes: int, avoid: Sequence[int], now: float) -> MovePlan:
-        """See `ManagerApi.demote`."""
+        """See `Manager.demote`."""
         return self._moves.plan(self._core.session(client, now), _plan_bytes(nbytes), frozenset(avoid), now)
 
     def spill(self, client: bytes, nbytes: int, avoid: Sequence[int], now: float) -> SpillPlan:
-        """See `ManagerApi.spill`."""
+        """See `Manager.spill`."""
         return self._spills.plan(self._core.session(client, now), _plan_bytes(nbytes), frozenset(avoid), now)
 
     def spilled(self, client: bytes, lease: int, keys: Sequence[bytes], now: float) -> None:
-        """See `ManagerApi.spilled`. Also counts for keys that the lease does not cover, and when it has ended."""
+        """See `Manager.spilled`. Also counts for keys that the lease does not cover, and when it has ended."""
         self._core.session(client, now)
         self._spills.done(client, lease, keys, now)
 
     # Removing
 
     def remove(self, client: bytes, keys: Sequence[bytes], now: float) -> RemovalReply:
-        """See `ManagerApi.remove`; gone at once here, and for good when the tokens are no longer outstanding."""
+        """See `Manager.remove`; gone at once here, and for good when the tokens are no longer outstanding."""
         return RemovalReply(*self.begin_remove(client, keys, now).finish())
 
     def begin_remove(self, client: bytes, keys: Sequence[bytes], now: float) -> Job[tuple[int, list[int]]]:
@@ -344,7 +344,7 @@ class Directory:
         return self._core.jobs.begin(self._removal.remove(keys))
 
     def clear(self, client: bytes, namespace: bytes, now: float) -> RemovalReply:
-        """See `ManagerApi.clear`. Writes under way are not affected. O(chunks)."""
+        """See `Manager.clear`. Writes under way are not affected. O(chunks)."""
         return RemovalReply(*self.begin_clear(client, namespace, now).finish())
 
     def begin_clear(self, client: bytes, namespace: bytes, now: float) -> Job[tuple[int, list[int]]]:
@@ -357,7 +357,7 @@ class Directory:
         return any(self._core.outstanding(token) for token in tokens)
 
     def wiped(self, client: bytes, token: int, now: float) -> None:
-        """See `ManagerApi.wiped`."""
+        """See `Manager.wiped`."""
         self._core.session(client, now)
         self._lending.wiped(client, token)
 
@@ -366,7 +366,7 @@ class Directory:
     def mount(
         self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport | None = None
     ) -> int:
-        """See `ManagerApi.mount`. O(slots)."""
+        """See `Manager.mount`. O(slots)."""
         return self.begin_mount(client, info, inventory, now, gate).finish()
 
     def begin_mount(
@@ -378,32 +378,32 @@ class Directory:
         return self._lending.mount(client, info, inventory, gate or GateReport())
 
     def writers_left(self, client: bytes, uuid: bytes, writers: Sequence[GateWriter], now: float) -> None:
-        """See `ManagerApi.writers_left`."""
+        """See `Manager.writers_left`."""
         self._core.session(client, now)
         self._lending.writers_left(client, uuid, writers)
 
     def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
-        """See `ManagerApi.unmount`."""
+        """See `Manager.unmount`."""
         self._core.session(client, now)
         self._lending.unmount(client, uuid)
 
     def add_slabs(self, client: bytes, uuid: bytes, slabs: Sequence[SlabInfo], now: float) -> None:
-        """See `ManagerApi.add_slabs`."""
+        """See `Manager.add_slabs`."""
         self._core.session(client, now)
         self._lending.add_slabs(client, uuid, slabs)
 
     def drop_slabs(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> list[int]:
-        """See `ManagerApi.drop_slabs`."""
+        """See `Manager.drop_slabs`."""
         self._core.session(client, now)
         return self._lending.drop_slabs(client, uuid, nbytes, now)
 
     def importer_gone(self, client: bytes, uuid: bytes, importer: bytes, now: float) -> None:
-        """See `ManagerApi.importer_gone`."""
+        """See `Manager.importer_gone`."""
         self._core.session(client, now)
         self._lending.importer_gone(client, uuid, importer, now)
 
     def request_resize(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> None:
-        """See `ManagerApi.request_resize`."""
+        """See `Manager.request_resize`."""
         self._core.session(client, now)
         self._lending.request_resize(uuid, nbytes)
 

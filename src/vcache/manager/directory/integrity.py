@@ -6,10 +6,10 @@ from ...errors import IntegrityError
 from .hosts import HostMemory
 from .records import PROCESSING, QUARANTINED, Record, Write
 from .slabs import Slab
-from .state import Core
+from .state import State
 
 
-def check_core(core: Core, away: list[Slab]) -> None:
+def check_core(core: State, away: list[Slab]) -> None:
     """`away`: detached slabs in which somebody may still write. Raises `IntegrityError` naming the rule. O(everything)."""
     counters = core.counters
     if counters.lookups != counters.hits + counters.misses + counters.errors:
@@ -25,7 +25,7 @@ def check_core(core: Core, away: list[Slab]) -> None:
         raise IntegrityError(f"I9: client {client.hex()} holds leases without a session")
 
 
-def _check_places(core: Core) -> None:
+def _check_places(core: State) -> None:
     """Visible chunks and the slots they own point to each other. What is in storage as well is summed up right."""
     spilled: dict[HostMemory, int] = {}
     owned = sum(1 for slab in core.allocator.slabs.values() for owner in slab.owners if isinstance(owner, Record))
@@ -50,7 +50,7 @@ def _check_places(core: Core) -> None:
         raise IntegrityError("I2: a chunk that is not visible is marked as in storage")
 
 
-def _check_writes(core: Core, away: list[Slab]) -> None:
+def _check_writes(core: State, away: list[Slab]) -> None:
     slabs = [*core.allocator.slabs.values(), *away]
     held = [owner for slab in slabs for owner in slab.owners if isinstance(owner, Write)]
     known = {id(write) for write in held}
@@ -69,7 +69,7 @@ def _check_writes(core: Core, away: list[Slab]) -> None:
             raise IntegrityError(f"I9: client {write.writer.hex()} writes without a session")
 
 
-def _check_pending(core: Core) -> None:
+def _check_pending(core: State) -> None:
     for key, pending in core.chunks.pending.items():
         for part in pending.parts.values():
             if part.slab.owners[part.slot] is not part or part.slab.segment is None:

@@ -15,8 +15,8 @@ from .records import PROCESSING, QUARANTINED, UNREAD, USED, Record, Wipe, Write
 from .recovery import Recovery
 from .removal import Removal
 from .slabs import Segment, Slab
-from .state import Core
-from .writing import PutDesk
+from .state import State
+from .writing import Writing
 
 MAX_AWAY = 1024
 """Segments remembered whose lender vanished. No clock decides (decision 0003), but beyond this number the oldest is forgotten.
@@ -41,7 +41,7 @@ class _Away:
 class Lending:
     """All segment verbs. Those that name a segment raise `ManagerRefusedError` when the client does not lend it."""
 
-    def __init__(self, core: Core, puts: PutDesk, removal: Removal) -> None:
+    def __init__(self, core: State, puts: Writing, removal: Removal) -> None:
         self._core = core
         self._puts = puts
         self._removal = removal
@@ -52,7 +52,7 @@ class Lending:
         """Latest mount of each segment, by uuid."""
 
     def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], gate: GateReport) -> Job[int]:
-        """See `ManagerApi.mount`. The slots are free for use slab by slab, as their headers have been read. Raises
+        """See `Manager.mount`. The slots are free for use slab by slab, as their headers have been read. Raises
         `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
         core = self._core
         _check_info(client, info)
@@ -92,7 +92,7 @@ class Lending:
         return number
 
     def writers_left(self, client: bytes, uuid: bytes, writers: Iterable[GateWriter]) -> None:
-        """See `ManagerApi.writers_left`."""
+        """See `Manager.writers_left`."""
         segment = self._owned(client, uuid)
         for writer in writers:
             slab = segment.slabs.get(writer.slab)
@@ -105,7 +105,7 @@ class Lending:
             self._core.allocator.writer_left(slab, client)
 
     def unmount(self, client: bytes, uuid: bytes) -> None:
-        """See `ManagerApi.unmount`."""
+        """See `Manager.unmount`."""
         if uuid in self._core.allocator.by_uuid:
             self._remove(self._owned(client, uuid))
         if uuid in self._away and self._away[uuid].owner == client:
@@ -120,7 +120,7 @@ class Lending:
                     self._drop_away(segment.info.uuid)
 
     def add_slabs(self, client: bytes, uuid: bytes, slabs: Iterable[SlabInfo]) -> None:
-        """See `ManagerApi.add_slabs`. Raises `ManagerRefusedError` for an index that was given back or has another size. A
+        """See `Manager.add_slabs`. Raises `ManagerRefusedError` for an index that was given back or has another size. A
         known slab's address may change."""
         segment, allocator = self._owned(client, uuid), self._core.allocator
         fresh: dict[int, SlabInfo] = {}
@@ -141,7 +141,7 @@ class Lending:
             self._announce(segment)
 
     def drop_slabs(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> list[int]:
-        """See `ManagerApi.drop_slabs`. Empty slabs first, then those with the fewest and coldest chunks. O(slots)."""
+        """See `Manager.drop_slabs`. Empty slabs first, then those with the fewest and coldest chunks. O(slots)."""
         segment = self._owned(client, uuid)
         chosen: list[Slab] = []
         total = 0
@@ -160,19 +160,19 @@ class Lending:
         return [slab.index for slab in chosen]
 
     def importer_gone(self, client: bytes, uuid: bytes, importer: bytes, now: float) -> None:
-        """See `ManagerApi.importer_gone`. Ignored when the segment is not mounted."""
+        """See `Manager.importer_gone`. Ignored when the segment is not mounted."""
         if uuid in self._core.allocator.by_uuid:
             self._puts.importer_gone(self._owned(client, uuid), importer, now)
 
     def request_resize(self, uuid: bytes, nbytes: int) -> None:
-        """See `ManagerApi.request_resize`. Raises `ManagerRefusedError` for an unknown segment."""
+        """See `Manager.request_resize`. Raises `ManagerRefusedError` for an unknown segment."""
         segment = self._core.allocator.by_uuid.get(uuid)
         if segment is None:
             raise ManagerRefusedError(f"request_resize: no segment {uuid.hex()} is mounted")
         self._core.push(segment.info.owner, ResizeRequested(segment=uuid, nbytes=nbytes))
 
     def wiped(self, client: bytes, token: int) -> None:
-        """See `ManagerApi.wiped`. Unknown tokens and those of other lenders are ignored."""
+        """See `Manager.wiped`. Unknown tokens and those of other lenders are ignored."""
         holders = self._core.wiping.get(token, {})
         for wipe in list(holders):
             segment = wipe.slab.segment

@@ -10,8 +10,8 @@ from .inventory import SlabHeaders, Verdict
 from .records import PROCESSING, QUARANTINED, UNREAD, USED, Owner, Record, Write
 from .removal import Removal
 from .slabs import Segment, Slab
-from .state import Core
-from .writing import PutDesk
+from .state import State
+from .writing import Writing
 
 DEEPEST = 1 << 16
 """Chunks at least so deep in their prompts are equally deep when it comes to the order of eviction."""
@@ -21,7 +21,7 @@ class Recovery:
     """Takes what `inventory.py` finds into the directory. Between two slices all is as it will be, but for slots that were not
     read yet: nothing is given out in their slab, and a look-up does not find what is there."""
 
-    def __init__(self, core: Core, puts: PutDesk, removal: Removal) -> None:
+    def __init__(self, core: State, puts: Writing, removal: Removal) -> None:
         self._core = core
         self._puts = puts
         self._removal = removal
@@ -72,7 +72,7 @@ def _raise_counter(slab: Slab, generation: int) -> None:
 class _Reader:
     """Judges the slots of one inventory."""
 
-    def __init__(self, core: Core, puts: PutDesk, removal: Removal, since: int) -> None:
+    def __init__(self, core: State, puts: Writing, removal: Removal, since: int) -> None:
         self._core = core
         self._puts = puts
         self._removal = removal

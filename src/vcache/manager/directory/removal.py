@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from ...segment.slots import SlotHeader
 from .records import Record
 from .slabs import Slab, Traces
-from .state import Core, name_of
+from .state import State, name_of
 
 MAX_FORGOTTEN = 1 << 16
 """Removed keys and namespaces remembered for lenders that were not there."""
@@ -22,7 +22,7 @@ MAX_FORGOTTEN = 1 << 16
 class Removal:
     """Forgets chunks for good."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: State) -> None:
         self._core = core
         self._forgotten: OrderedDict[bytes, int] = OrderedDict()
         """Key or namespace (empty: all) -> number of its last removal."""

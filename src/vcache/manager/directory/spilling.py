@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from ..api import Spill, SpillPlan
 from .hosts import DRAM, VRAM, HostMemory
 from .records import Record
-from .state import Core, Session
+from .state import Session, State
 
 MAX_SPILLS = 4096
 """Shards in one plan at most: its answer must fit into a frame."""
@@ -19,10 +19,10 @@ RETRY_SECONDS = 2.0
 """How long a chunk is left alone that was planned and not written."""
 
 
-class SpillDesk:
+class Spilling:
     """Plans what is written and remembers what was."""
 
-    def __init__(self, core: Core) -> None:
+    def __init__(self, core: State) -> None:
         self._core = core
         self._plans: dict[int, tuple[HostMemory, int, int]] = {}
         """Lease of a plan under way -> host, bytes, and the clock when it was made."""
@@ -30,7 +30,7 @@ class SpillDesk:
         """Key -> until when it is left alone; in that order."""
 
     def plan(self, session: Session, nbytes: int, avoid: frozenset[int], now: float) -> SpillPlan:
-        """See `ManagerApi.spill`: until what is used on that host and is not in storage is at the low watermark."""
+        """See `Manager.spill`: until what is used on that host and is not in storage is at the low watermark."""
         core = self._core
         memory = core.allocator.hosts.get(session.host) if session.host else None
         if memory is None:
@@ -60,7 +60,7 @@ class SpillDesk:
         return SpillPlan(lease=lease.number, spills=spills)
 
     def done(self, client: bytes, number: int, keys: Sequence[bytes], now: float) -> None:
-        """See `ManagerApi.spilled`. What is in storage goes first when room is needed, unless it was used meanwhile."""
+        """See `Manager.spilled`. What is in storage goes first when room is needed, unless it was used meanwhile."""
         core = self._core
         written = dict.fromkeys(keys)
         for key in written:

@@ -100,7 +100,7 @@ class Session:
         self.version = -1
 
 
-class Core:
+class State:
     """Shared state. Not thread-safe; no I/O; time is passed in."""
 
     def __init__(self, config: ManagerConfig, epoch: int, first_segment: int = 1, slice_size: int = SLICE) -> None:

@@ -9,10 +9,10 @@ from ...keys import DIGEST_BYTES
 from ...segment.slots import ALIGNMENT
 from ..api import PutGrant, PutRequest, Ticket
 from .chunks import deepest_first
-from .demoting import MoveDesk
+from .demoting import Demoting
 from .records import PROCESSING, QUARANTINED, USED, Record, Write
 from .slabs import MAX_SLOTS, Segment, Slab, geometry_of
-from .state import Core, name_of, stride_of
+from .state import State, name_of, stride_of
 
 EVICTION_ATTEMPTS = 64
 """Chunks evicted for one slot at most (a chunk may free slots of other sizes only)."""
@@ -46,7 +46,7 @@ def check_request(request: PutRequest) -> None:
 class _Placer:
     """Finds slots for one request."""
 
-    def __init__(self, core: Core, client: bytes, request: PutRequest, release: Callable[[Write], None]) -> None:
+    def __init__(self, core: State, client: bytes, request: PutRequest, release: Callable[[Write], None]) -> None:
         """`release`: gives up a shard that waits for others."""
         self._core = core
         self._client = client
@@ -188,10 +188,10 @@ class _Placer:
         return sum(owner.used for owner in slab.owners if isinstance(owner, Record)) / slab.counts[USED]
 
 
-class PutDesk:
+class Writing:
     """Grants and ends writes."""
 
-    def __init__(self, core: Core, moves: MoveDesk) -> None:
+    def __init__(self, core: State, moves: Demoting) -> None:
         """`moves`: asked when a ticket of its plans ends."""
         self._core = core
         self._moves = moves
@@ -199,7 +199,7 @@ class PutDesk:
     # Verbs
 
     def start(self, client: bytes, request: PutRequest) -> Generator[None, None, list[PutGrant]]:
-        """See `ManagerApi.put_start`. Pauses after each slice of keys. Raises `ManagerRefusedError` when the session ends in a
+        """See `Manager.put_start`. Pauses after each slice of keys. Raises `ManagerRefusedError` when the session ends in a
         pause; what was granted is then dealt with as what every lost session leaves."""
         core, session = self._core, self._core.sessions[client]
         placer = _Placer(core, client, request, self.release)
@@ -269,7 +269,7 @@ class PutDesk:
         return grant
 
     def end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
-        """See `ManagerApi.put_end`. Idempotent: a ticket whose bytes are published is True again."""
+        """See `Manager.put_end`. Idempotent: a ticket whose bytes are published is True again."""
         core = self._core
         published: list[Record] = []
         results: list[bool] = []
@@ -299,7 +299,7 @@ class PutDesk:
         return results
 
     def revoke(self, client: bytes, tickets: Iterable[Ticket]) -> None:
-        """See `ManagerApi.put_revoke`."""
+        """See `Manager.put_revoke`."""
         for ticket in tickets:
             write = self._core.writes.get(client, ticket.key, ticket.shard, ticket.generation)
             if write is not None:
@@ -389,7 +389,7 @@ class PutDesk:
             self.release(write)
 
     def importer_gone(self, segment: Segment, client: bytes, now: float) -> None:
-        """See `ManagerApi.importer_gone`."""
+        """See `Manager.importer_gone`."""
         for write in self._core.writes.of(client):
             if write.slab.segment is segment:
                 if write.state == PROCESSING:
