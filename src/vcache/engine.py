@@ -18,7 +18,7 @@ from .cache.transfer import StreamFollower, TransferHandle
 from .config import VCacheConfig
 from .errors import ArgumentError, VCacheError
 from .keys import CacheKey, TokenDatabase, skipped_tokens, token_array
-from .manager.api import Manager
+from .manager.client import Manager
 from .metrics import EngineMetrics
 from .paged.checksum import slot_bytes_for
 from .prompt import Prompt, RecentPrompts

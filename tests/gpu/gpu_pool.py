@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from vcache.bench.end_to_end import lender_process
 from vcache.bench.pool_worker import PoolWorker, WorkerSettings
 from vcache.config import VCacheConfig
-from vcache.manager.api import Manager
+from vcache.manager.client import Manager
 from vcache.spec import KVCacheSpec
 
 MIB = 2**20

@@ -14,7 +14,7 @@ import pytest
 from gpu_pool import MIB, SPEC, Place, Pool, wait_until
 
 from vcache.errors import VCacheError
-from vcache.manager.api import Manager
+from vcache.manager.client import Manager
 
 pytestmark = [pytest.mark.gpu, pytest.mark.processes, pytest.mark.slow]
 

@@ -14,7 +14,8 @@ from ..errors import ConfigError
 from ..lender.export import open_export
 from ..lender.lender import Lender
 from ..manager.address import parse_address
-from ..manager.api import Manager, Push, SegmentGone, SegmentMounted, SessionInfo
+from ..manager.api import Push, SegmentGone, SegmentMounted, SessionInfo
+from ..manager.client import Manager
 from ..manager.connect import connect
 from ..metrics import EngineMetrics
 from ..segment.backing import SlabBacking

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 from ..devices import device_name
 from ..errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError
-from ..manager.api import Manager, Placement, PutGrant, PutRequest, Ticket
+from ..manager.api import Placement, PutGrant, PutRequest, Ticket
+from ..manager.client import Manager
 from ..metrics import EngineMetrics
 from ..paged.checksum import TRAILER_BYTES, ChecksumMode, contradicts, slot_bytes_for, trailer_offset
 from ..paged.mover import Mover, SlotTransfer, Transfer

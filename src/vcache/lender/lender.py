@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from ..config import SegmentConfig
 from ..errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, SegmentError
-from ..manager.api import GateReport, GateWriter, Manager, Push, ResizeRequested, SessionInfo, WipeSlots, WriterLost
+from ..manager.api import GateReport, GateWriter, Push, ResizeRequested, SessionInfo, WipeSlots, WriterLost
+from ..manager.client import Manager
 from ..segment.backing import OwnedSlab, SlabBacking
 from ..segment.gate import Gate
 from ..segment.handover import prepare_broker_dir

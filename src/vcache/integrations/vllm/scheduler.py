@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ...errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, StorageError
 from ...keys import DIGEST_BYTES, CacheKey
-from ...manager.api import Manager
+from ...manager.client import Manager
 from ...storage.base import StorageTier
 from .block_refs import BlockRefs
 from .events import EventLog

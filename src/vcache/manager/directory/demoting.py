@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ...errors import ProtocolError
 from ...segment.slots import SlotLocation
-from ..api import Move, MovePlan
+from ..api import Demote, Move, MovePlan
 from .hosts import DRAM, VRAM, HostMemory
 from .records import PROCESSING, Record, Write
 from .slabs import Segment, Slab
@@ -35,14 +36,16 @@ class Demoting:
     def __init__(self, core: State) -> None:
         self._core = core
 
-    def plan(self, session: Session, nbytes: int, avoid: frozenset[int], now: float) -> MovePlan:
-        """See `Manager.demote`. May evict chunks in host memory that are not hotter than what takes their place."""
-        core = self._core
+    def plan(self, session: Session, verb: Demote) -> MovePlan:
+        """Raises `ProtocolError` for a negative size."""
+        if verb.nbytes < 0:
+            raise ProtocolError(f"demote: {verb.nbytes} bytes")
+        core, nbytes, now = self._core, verb.nbytes, self._core.now
         memory = core.allocator.hosts.get(session.host) if session.host else None
         if memory is None:
             return MovePlan()
         core.check_leases(session.client)
-        way = self._way(session.host, avoid)
+        way = self._way(session.host, frozenset(verb.avoid))
         excess = memory.busy[VRAM] - self._leaving(memory) - core.config.low_watermark * memory.nbytes[VRAM]
         moves: list[Move] = []
         writes: list[Write] = []

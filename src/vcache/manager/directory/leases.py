@@ -41,15 +41,17 @@ class _Held:
 
 
 class LeaseTable:
-    """All leases of the manager. Numbers start at 1 and are never used twice within an epoch."""
+    """All leases of the manager. Numbers are never used twice within an epoch."""
 
-    def __init__(self, ttl: float) -> None:
+    def __init__(self, ttl: float, last: int) -> None:
+        """`last`: numbers begin above it. From the epoch on: since epochs are nanoseconds of wall-clock time, a lease of an
+        earlier manager is never mistaken for one of this manager's."""
         self.ttl = ttl
         # Ordered: the oldest of a plain dict is found by walking over all that went before it.
         self.leases: OrderedDict[int, Lease] = OrderedDict()
         """In order of expiry, because all live equally long."""
         self._of: dict[bytes, _Held] = {}
-        self._last = 0
+        self._last = last
 
     def has_room(self, client: bytes) -> bool:
         """Whether the client may have one more."""

@@ -111,7 +111,7 @@ class State:
         self.chunks = ChunkTable(make_policy(config.eviction))
         self.allocator = Allocator(epoch, first_segment)
         self.chunks.policy.closed = self.allocator.closed
-        self.leases = LeaseTable(config.lease_ttl)
+        self.leases = LeaseTable(config.lease_ttl, epoch)
         self.writes = WriteTable()
         self.counters = Counters()
         self.outbox: list[Instruction] = []

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator
 
 from ...errors import ManagerRefusedError, ProtocolError
 from ...keys import DIGEST_BYTES
 from ...segment.slots import ALIGNMENT
-from ..api import PutGrant, PutRequest, Ticket
+from ..api import PutEnd, PutGrant, PutRequest, PutRevoke, PutStart, RoomWanted, Ticket
 from .chunks import deepest_first
 from .demoting import Demoting
 from .records import PROCESSING, QUARANTINED, USED, Record, Write
 from .slabs import MAX_SLOTS, Segment, Slab, geometry_of
-from .state import State, name_of, stride_of
+from .state import Session, State, name_of, stride_of
 
 EVICTION_ATTEMPTS = 64
 """Chunks evicted for one slot at most (a chunk may free slots of other sizes only)."""
@@ -198,10 +198,12 @@ class Writing:
 
     # Verbs
 
-    def start(self, client: bytes, request: PutRequest) -> Generator[None, None, list[PutGrant]]:
-        """See `Manager.put_start`. Pauses after each slice of keys. Raises `ManagerRefusedError` when the session ends in a
-        pause; what was granted is then dealt with as what every lost session leaves."""
-        core, session = self._core, self._core.sessions[client]
+    def start(self, session: Session, verb: PutStart) -> Generator[None, None, list[PutGrant]]:
+        """Pauses after each slice of keys. Raises `ProtocolError` for a request that contradicts itself, and
+        `ManagerRefusedError` when the session ends in a pause; what was granted is then dealt with as what every lost session
+        leaves."""
+        core, client, request = self._core, session.client, verb.request
+        check_request(request)
         placer = _Placer(core, client, request, self.release)
         chunks = core.chunks
         space = chunks.space(request.namespace)
@@ -225,6 +227,9 @@ class Writing:
             previous = chunks.any(key)
         if anchor is not None:
             chunks.settle(anchor)
+        memory = core.allocator.hosts.get(session.host) if session.host and session.role == "engine" else None
+        if memory is not None and memory.wants_room(core.config.high_watermark, core.now):
+            core.push(client, RoomWanted())
         return grants
 
     def _grant(
@@ -268,12 +273,12 @@ class Writing:
         counters.puts += 1
         return grant
 
-    def end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
-        """See `Manager.put_end`. Idempotent: a ticket whose bytes are published is True again."""
-        core = self._core
+    def end(self, session: Session, verb: PutEnd) -> list[bool]:
+        """A ticket whose bytes are published is True again."""
+        core, client, now = self._core, session.client, self._core.now
         published: list[Record] = []
         results: list[bool] = []
-        for ticket in tickets:
+        for ticket in verb.tickets:
             write = core.writes.get(client, ticket.key, ticket.shard, ticket.generation)
             if write is None:
                 done = self._is_published(ticket)
@@ -298,10 +303,9 @@ class Writing:
         self.enqueue(published, now)
         return results
 
-    def revoke(self, client: bytes, tickets: Iterable[Ticket]) -> None:
-        """See `Manager.put_revoke`."""
-        for ticket in tickets:
-            write = self._core.writes.get(client, ticket.key, ticket.shard, ticket.generation)
+    def revoke(self, session: Session, verb: PutRevoke) -> None:
+        for ticket in verb.tickets:
+            write = self._core.writes.get(session.client, ticket.key, ticket.shard, ticket.generation)
             if write is not None:
                 self._core.counters.revocations += 1
                 self.release(write)
@@ -389,7 +393,7 @@ class Writing:
             self.release(write)
 
     def importer_gone(self, segment: Segment, client: bytes, now: float) -> None:
-        """See `Manager.importer_gone`."""
+        """The process is dead, or has unmapped the segment: what it was writing there is over when the quarantine is."""
         for write in self._core.writes.of(client):
             if write.slab.segment is segment:
                 if write.state == PROCESSING:
