@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
 from ..devices import device_name
-from ..errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError
+from ..errors import TRANSFER_ERRORS, ManagerRefusedError, ManagerUnavailableError, ProtocolError
 from ..manager.api import Manager, Placement, PutGrant, PutRequest, Ticket
 from ..metrics import EngineMetrics
 from ..paged.checksum import TRAILER_BYTES, ChecksumMode, contradicts, slot_bytes_for, trailer_offset
@@ -56,9 +56,6 @@ SAMPLED = 1 / 64
 
 MAX_BROKEN = 4096
 """Chunks remembered as broken."""
-
-TRANSFER_ERRORS = Exception
-"""What a broken transfer may raise: bindings, compilers and torch have exceptions of their own."""
 
 
 class Chunk(NamedTuple):
