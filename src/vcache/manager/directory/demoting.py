@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ...segment.slots import SlotLocation
+from ...segment.slots import SlotLocation, segment_id, segment_ids
 from ..api import Move, MovePlan
-from .hosts import DRAM, VRAM, HostMemory
-from .records import PROCESSING, Record, Write
-from .slabs import Segment, Slab
+from .eviction import EvictionPolicy
+from .records import Queue, Record
+from .slabs import DRAM, PROCESSING, VRAM, HostMemory, Segment, Slab, Write
 from .state import Session, State
-from .sweep import Sweep
 
 MAX_MOVES = 4096
 """Moves in one plan at most: its answer must fit into a frame."""
 EVICTION_ATTEMPTS = 8
 """Chunks evicted for one slot at most."""
+MAX_STEPS = 1 << 14
+"""Records looked at in one scan at most; the next goes on from there."""
+_ROUNDS = 2
 
 
 class _Way(NamedTuple):
@@ -48,18 +50,18 @@ class Demoting:
         writes: list[Write] = []
         records: dict[Record, None] = {}
         if way.sources and way.targets:
-            sweep = Sweep(core.chunks.policy, session.host, way.sources, core.tick_clock(now))
-            while excess > 0 and len(moves) < MAX_MOVES and (record := sweep.coldest()) is not None:
+            scan = ColdScan(core.chunks.policy, session.host, way.sources, core.tick_clock(now))
+            while excess > 0 and len(moves) < MAX_MOVES and (record := scan.coldest()) is not None:
                 places = [(shard, place) for shard, place in enumerate(record.places()) if place.segment in way.sources]
                 if moves and sum(place.slot_bytes for _, place in places) > nbytes:
                     break
-                sweep.skip(record)
+                scan.skip(record)
                 planned = len(moves)
                 for shard, place in places:
                     slab = self._room(way, place.slot_bytes, record, records)
                     if slab is None:
                         break
-                    source = record.place(shard)
+                    source = record.packed_at(shard)
                     write, grant = core.begin_write(
                         slab, session.client, record.key, shard, place.tokens, record.space, now, source
                     )
@@ -70,7 +72,7 @@ class Demoting:
                 if len(moves) > planned:
                     records[record] = None
                 if len(moves) < planned + len(places):
-                    sweep.back(record)
+                    scan.back(record)
                     break
         if not moves:
             memory.demoted()
@@ -87,7 +89,7 @@ class Demoting:
         core, slab = self._core, write.slab
         record = core.chunks.visible.get(write.key)
         ours = int(write.lease in core.leases.leases)
-        if record is None or record.place(write.shard) != write.source or record.pins > ours:
+        if record is None or record.packed_at(write.shard) != write.source or record.pins > ours:
             return False
         core.writes.remove(write)
         slab.owners[write.slot] = record
@@ -112,7 +114,7 @@ class Demoting:
         total = 0
         for write in self._core.writes.moves:
             if write.state == PROCESSING:
-                place = SlotLocation.unpack_many(write.source)[0]
+                place = SlotLocation.unpack(write.source)
                 slab = self._core.allocator.slabs.get(self._core.allocator.slab_key(place.segment, place.slab))
                 if slab is not None and slab.segment is not None and slab.segment.memory is memory:
                     total += slab.share
@@ -131,3 +133,71 @@ class Demoting:
             core.counters.evictions += 1
             core.forget(victim)
         return None
+
+
+class ColdScan:
+    """Candidates from old to new: visible, not leased, a shard in one of the segments given, and with SIEVE not used since
+    the scan was here before. Most of a queue's cold end has moved before, so each queue keeps a marker at the place up to
+    which there was nothing left to move. At the newest record a scan that has found nothing starts at the oldest again;
+    twice if need be: the first time around, all may have been used.
+
+    The queues may change between calls."""
+
+    def __init__(self, policy: EvictionPolicy, name: str, segments: frozenset[int], clock: int) -> None:
+        """`name`: of the marker; scans that look for other segments must not share it. `clock`: now, as in `Record.used`."""
+        self._name = name
+        self._segments = frozenset(map(segment_id, segments))
+        self._clock = clock
+        self._steps = MAX_STEPS
+        self._skipped: set[Record] = set()
+        self._queues = {queue: 0 for queue in policy.queues.values() if queue.size}
+        """How often it has begun at the oldest again."""
+
+    def coldest(self) -> Record | None:
+        """The least recently used of all queues' first candidates, which stays the first until `skip`."""
+        best: Record | None = None
+        for queue in list(self._queues):
+            record = self._first(queue)
+            if record is None:
+                del self._queues[queue]
+            elif best is None or record.used < best.used:
+                best = record
+        return best
+
+    def skip(self, record: Record) -> None:
+        """Go on behind this candidate."""
+        self._skipped.add(record)
+        queue = record.queue
+        if queue is not None and record.newer is not None:
+            queue.put_marker(queue.marker(self._name), record.newer)
+
+    def back(self, record: Record) -> None:
+        """Begin the next scan with this one, which was skipped just now. Not when it has become the newest since."""
+        queue = record.queue
+        if queue is not None and record.newer is not queue.end:
+            queue.put_marker(queue.marker(self._name), record)
+
+    def _first(self, queue: Queue) -> Record | None:
+        """The next candidate of a queue, with the marker just before it."""
+        marker = queue.marker(self._name)
+        record, found = marker.newer, None
+        while record is not None and found is None and self._steps:
+            if record is queue.end:
+                if self._queues[queue] == _ROUNDS or self._skipped:
+                    break
+                self._queues[queue] += 1
+                marker.used, marker.index = marker.index, self._clock
+                record = queue.oldest
+            elif self._fits(record, marker.used):
+                found = record
+            else:
+                self._steps -= 1
+                record = record.newer
+        assert record is not None
+        queue.put_marker(marker, record)
+        return found
+
+    def _fits(self, record: Record, since: int) -> bool:
+        if not record.packed or record.pins or (record.visited and record.used > since) or record in self._skipped:
+            return False
+        return not self._segments.isdisjoint(segment_ids(record.packed))

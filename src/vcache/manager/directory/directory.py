@@ -38,8 +38,8 @@ from .integrity import check_core
 from .jobs import SLICE, Job
 from .lending import Lending
 from .reading import PackedReply, Reading
-from .records import FREE, PROCESSING, QUARANTINED, USED
 from .removal import Removal
+from .slabs import FREE, PROCESSING, QUARANTINED, USED
 from .spilling import Spilling
 from .state import Instruction, Session, State
 from .writing import Writing, check_request

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from ...errors import IntegrityError
-from .hosts import HostMemory
-from .records import PROCESSING, QUARANTINED, Record, Write
-from .slabs import Slab
+from .records import Record
+from .slabs import PROCESSING, QUARANTINED, HostMemory, Slab, Write
 from .state import State
 
 

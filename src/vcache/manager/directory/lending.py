@@ -11,10 +11,10 @@ from ...segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventor
 from ..api import GateReport, GateWriter, ResizeRequested, SegmentGone, SegmentMounted, WriterLost
 from .inventory import SlabHeaders, check_inventory
 from .jobs import Job
-from .records import PROCESSING, QUARANTINED, UNREAD, USED, Record, Wipe, Write
+from .records import Record
 from .recovery import Recovery
 from .removal import Removal
-from .slabs import Segment, Slab
+from .slabs import PROCESSING, QUARANTINED, UNREAD, USED, Segment, Slab, Wipe, Write
 from .state import State
 from .writing import Writing
 
@@ -219,7 +219,7 @@ class Lending:
             self._drop_away(next(iter(self._away)))
         self._core.allocator.remove_segment(segment)
         if segment.info.host not in self._core.allocator.hosts:
-            self._core.chunks.policy.forget_sweeps(segment.info.host)
+            self._core.chunks.policy.forget_scans(segment.info.host)
         self._core.push(None, SegmentGone(number=segment.number, uuid=segment.info.uuid))
 
     def _vacate(self, segment: Segment) -> _Away:

@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 from ...config import ManagerConfig
 from ...errors import ManagerRefusedError
-from ...segment.slots import ALIGNMENT, HEADER_BYTES, LOCATION_BYTES, SlotLocation
+from ...segment.slots import SlabGeometry, SlotLocation
 from ..api import Push, PutGrant, Role, WipeSlots
+from .allocator import Allocator
 from .chunks import ChunkTable
 from .eviction import make_policy
 from .jobs import SLICE, Jobs
 from .leases import LeaseTable
-from .reach import unreadable_slabs
-from .records import FREE, Record, Space, Wipe, Write, state_of
-from .slabs import Allocator, Slab
+from .records import Record, Space
+from .slabs import FREE, Slab, Wipe, Write, state_of
 from .write_table import WriteTable
 
 WIPE_BATCH = 1024
@@ -145,10 +145,10 @@ class State:
         return session
 
     def unreadable(self, session: Session) -> frozenset[bytes]:
-        """Slabs that the session cannot read (`reach.unreadable_slabs`)."""
+        """Slabs that the session cannot read (`Allocator.unreadable`)."""
         if session.version != self.allocator.version:
             session.version = self.allocator.version
-            session.unreadable = unreadable_slabs(self.allocator, session.host, session.remote)
+            session.unreadable = self.allocator.unreadable(session.host, session.remote)
         return session.unreadable
 
     def push(self, target: bytes | None, push: Push) -> None:
@@ -183,11 +183,10 @@ class State:
     def replace(self, record: Record, shard: int, packed: bytes) -> None:
         """Another copy takes the place of a visible chunk's shard: trace and free the old slot. The new slot is the caller's
         affair."""
-        old = SlotLocation.unpack_many(record.place(shard))[0]
+        old = SlotLocation.unpack(record.packed_at(shard))
         spilled = record.spilled
         self.mark_spilled(record, False)
-        at = LOCATION_BYTES * shard
-        record.packed = record.packed[:at] + packed + record.packed[at + LOCATION_BYTES :]
+        record.relocate(shard, packed)
         self.mark_spilled(record, spilled)
         slab = self.allocator.slab_at(old)
         slab.trace(old.slot, record.key, name_of(record.space))
@@ -210,7 +209,7 @@ class State:
 
     def forget(self, record: Record) -> None:
         """A visible chunk goes; all its slots are free. Their headers stay until somebody overwrites them."""
-        places = list(record.places())
+        places = record.places()
         name = name_of(record.space)
         self.hide(record)
         for place in places:
@@ -283,7 +282,7 @@ class State:
             slab.stale.pop(slot, None)
             slab.buried.pop(slot, None)
         self.counters.wipes += len(headers)
-        offsets = [(slab.index, HEADER_BYTES * (1 + slot)) for slab, slot in headers]
+        offsets = [(slab.index, SlabGeometry.header_offset(slot)) for slab, slot in headers]
         self.push(segment.info.owner, WipeSlots(token=token, segment=segment.info.uuid, slots=offsets))
         return token
 
@@ -330,8 +329,3 @@ class State:
 def name_of(space: Space | None) -> bytes:
     """The namespace; empty if it is not known."""
     return space.name if space is not None else b""
-
-
-def stride_of(slot_bytes: int) -> int:
-    """Slot sizes are told apart after rounding up to `ALIGNMENT`, as locations do on the wire."""
-    return -(-slot_bytes // ALIGNMENT) * ALIGNMENT

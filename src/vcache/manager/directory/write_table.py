@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from ...errors import IntegrityError
-from .records import PROCESSING, QUARANTINED, USED, Write
+from .slabs import PROCESSING, QUARANTINED, USED, Write
 
 
 class WriteTable:

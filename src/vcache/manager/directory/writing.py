@@ -6,13 +6,13 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 
 from ...errors import ManagerRefusedError, ProtocolError
 from ...keys import DIGEST_BYTES
-from ...segment.slots import ALIGNMENT
+from ...segment.slots import ALIGNMENT, align_up, generation_of, stride_of
 from ..api import PutGrant, PutRequest, Ticket
 from .chunks import deepest_first
 from .demoting import Demoting
-from .records import PROCESSING, QUARANTINED, USED, Record, Write
-from .slabs import MAX_SLOTS, Segment, Slab, geometry_of
-from .state import State, name_of, stride_of
+from .records import Record
+from .slabs import MAX_SLOTS, PROCESSING, QUARANTINED, USED, Segment, Slab, Write, geometry_of
+from .state import State, name_of
 
 EVICTION_ATTEMPTS = 64
 """Chunks evicted for one slot at most (a chunk may free slots of other sizes only)."""
@@ -53,7 +53,7 @@ class _Placer:
         self._request = request
         self._release = release
         self._avoid = frozenset(request.avoid)
-        self.stride = stride_of(request.slot_bytes)
+        self.stride = align_up(request.slot_bytes, ALIGNMENT)
         self._order = self._candidates()
         self._exhausted = not self._order
         self._budget = RECLAIM_BUDGET
@@ -309,8 +309,8 @@ class Writing:
     def _is_published(self, ticket: Ticket) -> bool:
         record = self._core.chunks.visible.get(ticket.key)
         if record is not None:
-            place = record.place(ticket.shard)
-            return bool(place) and int.from_bytes(place[16:24], "little") == ticket.generation
+            packed = record.packed_at(ticket.shard)
+            return bool(packed) and generation_of(packed) == ticket.generation
         pending = self._core.chunks.pending.get(ticket.key)
         part = pending.parts.get(ticket.shard) if pending is not None else None
         return part is not None and part.state == USED and part.generation == ticket.generation
@@ -344,7 +344,7 @@ class Writing:
         clock = self._core.tick_clock(now)
         for record in deepest_first(records) if len(records) > 1 else records:
             record.used = clock
-            self._core.chunks.policy.add(record, next(record.places()).slot_bytes)
+            self._core.chunks.policy.add(record, stride_of(record.packed))
 
     # Writes that do not end well
 
