@@ -20,7 +20,7 @@ MAX_STEPS = 1 << 14
 _ROUNDS = 2
 
 
-class _Way(NamedTuple):
+class _Route(NamedTuple):
     """Where a plan moves from and to."""
 
     sources: frozenset[int]
@@ -31,8 +31,60 @@ class _Way(NamedTuple):
     """Numbers of the targets."""
 
 
+class _Draft:
+    """A plan while it is drawn up: moves, each begun as a write."""
+
+    def __init__(self, core: State, client: bytes, route: _Route, now: float) -> None:
+        self._core = core
+        self._client = client
+        self._route = route
+        self._now = now
+        self._writes: list[Write] = []
+        self._records: dict[Record, None] = {}
+        self.moves: list[Move] = []
+
+    def move(self, record: Record, shards: list[tuple[int, SlotLocation]]) -> list[SlotLocation]:
+        """Begin to move these shards of a chunk, as many as there is room for; where they lie."""
+        moved: list[SlotLocation] = []
+        for shard, place in shards:
+            slab = self._room(place.slot_bytes, record)
+            if slab is None:
+                break
+            write, grant = self._core.begin_write(
+                slab, self._client, record.key, shard, place.tokens, record.space, self._now, record.packed_at(shard)
+            )
+            self._writes.append(write)
+            self.moves.append(Move(record.key, shard, place, grant))
+            moved.append(place)
+        if moved:
+            self._records[record] = None
+        return moved
+
+    def _room(self, stride: int, record: Record) -> Slab | None:
+        """A slab of the targets with a free slot, if need be after evicting what is not hotter than `record`."""
+        core = self._core
+        for _ in range(EVICTION_ATTEMPTS):
+            slab = core.allocator.find_free(self._route.targets, stride)
+            if slab is not None:
+                return slab
+            victim = core.chunks.policy.victim(stride, self._route.allowed)
+            if victim is None or victim.used > record.used or victim is record or victim in self._records:
+                return None
+            core.counters.evictions += 1
+            core.forget(victim)
+        return None
+
+    def plan(self) -> MovePlan:
+        """Lease the chunks to who moves them."""
+        lease = self._core.leases.grant(self._client, list(self._records), self._now)
+        self._core.counters.leases += 1
+        for write in self._writes:
+            write.lease = lease.number
+        return MovePlan(lease=lease.number, moves=self.moves)
+
+
 class Demoting:
-    """Plans moves and ends them. What becomes of a move that does not end well is `Writing`'s affair, as of every write."""
+    """Plans moves and ends them. A move that does not end well is a write that does not: see `Writing`."""
 
     def __init__(self, core: State) -> None:
         self._core = core
@@ -44,48 +96,54 @@ class Demoting:
         if memory is None:
             return MovePlan()
         core.check_leases(session.client)
-        way = self._way(session.host, avoid)
-        excess = memory.busy[VRAM] - self._leaving(memory) - core.config.low_watermark * memory.nbytes[VRAM]
-        moves: list[Move] = []
-        writes: list[Write] = []
-        records: dict[Record, None] = {}
-        if way.sources and way.targets:
-            scan = ColdScan(core.chunks.policy, session.host, way.sources, core.tick_clock(now))
-            while excess > 0 and len(moves) < MAX_MOVES and (record := scan.coldest()) is not None:
-                places = [(shard, place) for shard, place in enumerate(record.places()) if place.segment in way.sources]
-                if moves and sum(place.slot_bytes for _, place in places) > nbytes:
-                    break
-                scan.skip(record)
-                planned = len(moves)
-                for shard, place in places:
-                    slab = self._room(way, place.slot_bytes, record, records)
-                    if slab is None:
-                        break
-                    source = record.packed_at(shard)
-                    write, grant = core.begin_write(
-                        slab, session.client, record.key, shard, place.tokens, record.space, now, source
-                    )
-                    moves.append(Move(record.key, shard, place, grant))
-                    writes.append(write)
-                    excess -= core.allocator.slab_at(place).share
-                    nbytes -= place.slot_bytes
-                if len(moves) > planned:
-                    records[record] = None
-                if len(moves) < planned + len(places):
-                    scan.back(record)
-                    break
-        if not moves:
+        route, excess = self._route(session.host, avoid), self._excess(memory)
+        draft = _Draft(core, session.client, route, now)
+        if route.sources and route.targets:
+            scan = ColdScan(core.chunks.policy, session.host, route.sources, core.tick_clock(now))
+            self._draw_up(draft, scan, route, excess, nbytes)
+        if not draft.moves:
             memory.demoted()
             return MovePlan()
-        lease = core.leases.grant(session.client, list(records), now)
-        core.counters.leases += 1
-        for write in writes:
-            write.lease = lease.number
-        return MovePlan(lease=lease.number, moves=moves)
+        return draft.plan()
+
+    def _route(self, host: str, avoid: frozenset[int]) -> _Route:
+        usable = [
+            segment
+            for number, segment in self._core.allocator.segments.items()
+            if segment.info.host == host and number not in avoid
+        ]
+        targets = sorted((segment for segment in usable if segment.tier == DRAM), key=lambda each: (each.load(), each.number))
+        sources = frozenset(segment.number for segment in usable if segment.tier == VRAM)
+        return _Route(sources, targets, frozenset(segment.number for segment in targets))
+
+    def _excess(self, memory: HostMemory) -> float:
+        """Bytes of this host's VRAM above the low watermark when the moves under way have ended."""
+        core, leaving = self._core, 0
+        for write in core.writes.moves:
+            if write.state == PROCESSING:
+                place = SlotLocation.unpack(write.source)
+                slab = core.allocator.slabs.get(core.allocator.slab_key(place.segment, place.slab))
+                if slab is not None and slab.segment is not None and slab.segment.memory is memory:
+                    leaving += slab.share
+        return memory.busy[VRAM] - leaving - core.config.low_watermark * memory.nbytes[VRAM]
+
+    def _draw_up(self, draft: _Draft, scan: ColdScan, route: _Route, excess: float, nbytes: int) -> None:
+        """Move what is coldest until `excess` bytes of VRAM are free, `nbytes` are moved, or the targets have no room."""
+        while excess > 0 and len(draft.moves) < MAX_MOVES and (record := scan.coldest()) is not None:
+            shards = [(shard, place) for shard, place in enumerate(record.places()) if place.segment in route.sources]
+            if draft.moves and sum(place.slot_bytes for _, place in shards) > nbytes:
+                break
+            scan.skip(record)
+            moved = draft.move(record, shards)
+            nbytes -= sum(place.slot_bytes for place in moved)
+            excess -= sum(self._core.allocator.slab_at(place).share for place in moved)
+            if len(moved) < len(shards):
+                scan.back(record)
+                break
 
     def end(self, write: Write) -> bool:
-        """The copy is complete: make it the chunk's place and free the old one. False when the chunk is gone, is somewhere
-        else by now, or is leased by others, who may be reading the old place: then nothing has changed."""
+        """Make a complete copy the chunk's place and free the old one. False when the chunk is gone, is somewhere else by now,
+        or is leased by others, who may be reading the old place: then nothing has changed."""
         core, slab = self._core, write.slab
         record = core.chunks.visible.get(write.key)
         ours = int(write.lease in core.leases.leases)
@@ -98,41 +156,6 @@ class Demoting:
         core.replace(record, write.shard, write.packed)
         core.counters.demotions += 1
         return True
-
-    def _way(self, host: str, avoid: frozenset[int]) -> _Way:
-        usable = [
-            segment
-            for number, segment in self._core.allocator.segments.items()
-            if segment.info.host == host and number not in avoid
-        ]
-        targets = sorted((segment for segment in usable if segment.tier == DRAM), key=lambda each: (each.load(), each.number))
-        sources = frozenset(segment.number for segment in usable if segment.tier == VRAM)
-        return _Way(sources, targets, frozenset(segment.number for segment in targets))
-
-    def _leaving(self, memory: HostMemory) -> int:
-        """Bytes of this host's VRAM that will be free when the moves under way have ended."""
-        total = 0
-        for write in self._core.writes.moves:
-            if write.state == PROCESSING:
-                place = SlotLocation.unpack(write.source)
-                slab = self._core.allocator.slabs.get(self._core.allocator.slab_key(place.segment, place.slab))
-                if slab is not None and slab.segment is not None and slab.segment.memory is memory:
-                    total += slab.share
-        return total
-
-    def _room(self, way: _Way, stride: int, record: Record, planned: dict[Record, None]) -> Slab | None:
-        """A slab of the targets with a free slot, if need be after evicting what is not hotter than `record`."""
-        core = self._core
-        for _ in range(EVICTION_ATTEMPTS):
-            slab = core.allocator.find_free(way.targets, stride)
-            if slab is not None:
-                return slab
-            victim = core.chunks.policy.victim(stride, way.allowed)
-            if victim is None or victim.used > record.used or victim is record or victim in planned:
-                return None
-            core.counters.evictions += 1
-            core.forget(victim)
-        return None
 
 
 class ColdScan:
