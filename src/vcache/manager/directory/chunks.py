@@ -201,6 +201,12 @@ class ChunkTable:
         for key, pending in self.pending.items():
             if pending.record.key != key or pending.record.packed or not pending.parts or pending.complete():
                 raise IntegrityError(f"I2: pending chunk {key.hex()} is visible, complete or has no shard")
+            for part in pending.parts.values():
+                if part.slab.owners[part.slot] is not part or part.slab.segment is None:
+                    raise IntegrityError(f"I3: a shard of pending chunk {key.hex()} does not hold its slot")
+        hidden = [*self.ghosts.values(), *(pending.record for pending in self.pending.values())]
+        if any(record.spilled for record in hidden):
+            raise IntegrityError("I2: a chunk that is not visible is marked as in storage")
         orphans = sum(1 for record in self.visible.values() if record.parent is None and record.index)
         if orphans != self.orphans:
             raise IntegrityError(f"links: {orphans} orphans, recorded {self.orphans}")

@@ -172,12 +172,8 @@ class Lending:
         self._core.push(segment.info.owner, ResizeRequested(segment=uuid, nbytes=nbytes))
 
     def wiped(self, client: bytes, token: int) -> None:
-        """See `Manager.wiped`. Unknown tokens and those of other lenders are ignored."""
-        holders = self._core.wiping.get(token, {})
-        for wipe in list(holders):
-            segment = wipe.slab.segment
-            if segment is not None and segment.info.owner == client:
-                self._core.end_wipe(wipe)
+        """See `Manager.wiped`."""
+        self._core.wiping.wiped(client, token)
 
     def writer_lost(self, client: bytes) -> None:
         """The client's session ended without goodbye: lenders tell when its writes are over."""
@@ -260,7 +256,7 @@ class Lending:
                     self._puts.release(owner)
             elif isinstance(owner, Wipe):
                 clean = False
-                core.end_wipe(owner)
+                core.wiping.end(owner)
         slab.unread = False
         if quiet:
             core.allocator.blank(slab)

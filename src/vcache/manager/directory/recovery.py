@@ -112,7 +112,7 @@ class _Reader:
                 core.counters.inventory_ignored += 1
             if unread and slab.owners[slot] is UNREAD:
                 core.allocator.release(slab, slot)
-        core.wipe(wipes)
+        core.wiping.hold(wipes)
 
     def sort(self) -> Iterator[None]:
         """What became visible goes before all that was used, a prompt's tail before its head."""
