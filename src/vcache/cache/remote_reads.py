@@ -15,7 +15,7 @@ from ..segment.mapping import RemoteSlot
 from ..segment.slots import HEADER_BYTES, SlabHeader, SlotHeader
 from .buffers import Pinning
 from .remote_buffers import RemoteBuffer, RemoteBuffers
-from .remote_lenders import EngineFactory, Peer, Peers
+from .remote_lenders import EngineFactory, RemoteLender, RemoteLenders
 from .transfer import StreamFollower
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class RemotePool:
         `limit`: buffers in use at a time."""
         fitting = BUFFER_BYTES // (payload_bytes + HEADER_BYTES)
         self._buffers = RemoteBuffers(payload_bytes, limit or min(MAX_BUFFERS, max(MIN_BUFFERS, fitting)), pinning)
-        self._peers = Peers(make_engine)
+        self._lenders = RemoteLenders(make_engine)
         self._alive = alive
         self._deadline = deadline
         self._changed = threading.Condition()
@@ -102,13 +102,13 @@ class RemotePool:
         if not over:
             logger.warning("reads from other hosts still run after %.1f s; they are left behind", timeout)
         # Engines first: with them ends the last write to a buffer.
-        self._peers.close()
+        self._lenders.close()
         self._buffers.close()
 
     def _run(self, job: _Job, follower: StreamFollower) -> None:
         failure: Exception | None = None
         try:
-            follower.run(lambda: job.run(self._peers, self._buffers, self._alive, self._deadline))
+            follower.run(lambda: job.run(self._lenders, self._buffers, self._alive, self._deadline))
         except Exception as error:  # noqa: BLE001 - a miss, whatever an engine or a compiler raises
             failure = error
         finally:
@@ -197,20 +197,22 @@ class _Job:
         self._token_bytes = cache.spec.token_bytes
         self._moving: deque[_Batch] = deque()
 
-    def run(self, peers: Peers, buffers: RemoteBuffers, alive: Callable[[], Collection[bytes]], deadline: float) -> None:
+    def run(
+        self, lenders: RemoteLenders, buffers: RemoteBuffers, alive: Callable[[], Collection[bytes]], deadline: float
+    ) -> None:
         """Read in batches of half of the buffers: one is on its way into the cache while the next one is read."""
         began = time.perf_counter()
         first = self._reads[self._indices[0]].slot
         position = 0
         try:
-            peer = peers.find(first, alive)
-            if not peer.usable(first):
+            lender = lenders.find(first, alive)
+            if not lender.usable(first):
                 self.metrics.count("remote_bypassed", len(self._indices))
                 return
             while position < len(self._indices) and self._indices[position] < self.transfer.first_failed:
                 taken = self._take(buffers, len(self._indices) - position, deadline)
                 batch = self._indices[position : position + len(taken)]
-                if not batch or not self._read(peer, peers, buffers, batch, taken, time.monotonic() + deadline):
+                if not batch or not self._read(lender, lenders, buffers, batch, taken, time.monotonic() + deadline):
                     self.metrics.count("remote_errors")
                     break
                 position += len(batch)
@@ -231,7 +233,13 @@ class _Job:
         return taken or buffers.take(wanted, timeout=deadline)
 
     def _read(
-        self, peer: Peer, peers: Peers, buffers: RemoteBuffers, batch: list[int], taken: list[RemoteBuffer], until: float
+        self,
+        lender: RemoteLender,
+        lenders: RemoteLenders,
+        buffers: RemoteBuffers,
+        batch: list[int],
+        taken: list[RemoteBuffer],
+        until: float,
     ) -> bool:
         """Read the chunks `batch` and send those that are good on their way. False when the lender could not be read."""
         reads = [self._reads[index] for index in batch]
@@ -251,12 +259,12 @@ class _Job:
         headers = [*(read.slot.header for read in reads), *(read.slot.slab for read in reads)]
         arrived = False
         try:
-            arrived = peer.read(taken, targets, sources, sizes, until) and peer.read(
+            arrived = lender.read(taken, targets, sources, sizes, until) and lender.read(
                 taken, checks, headers, [HEADER_BYTES] * len(headers), until
             )
         finally:
             if not arrived:
-                peers.retire(peer.engine, taken)
+                lenders.retire(lender.engine, taken)
                 buffers.retire(taken)
         if not arrived:
             return False
