@@ -13,7 +13,7 @@ from ..guard import Guard, start_thread
 from ..segment.mapping import RemoteSlot
 from ..segment.remote_engine import RemoteEngine
 from ..segment.slots import HEADER_BYTES
-from .remote_buffers import RemoteBuffer
+from .buffers import SlotBuffer
 
 logger = logging.getLogger("vcache.remote")
 
@@ -30,7 +30,7 @@ class RemoteLender:
     others. After failures nothing is read, until a read of one header in the background has succeeded.
     """
 
-    def __init__(self, endpoint: str, engine: RemoteEngine, probe: RemoteBuffer) -> None:
+    def __init__(self, endpoint: str, engine: RemoteEngine, probe: SlotBuffer) -> None:
         """`probe`: takes headers that nobody looks at."""
         self.endpoint = endpoint
         self.engine = engine
@@ -50,7 +50,7 @@ class RemoteLender:
         return self._guard.admits(lambda: self._probe(slot))
 
     def read(
-        self, buffers: Sequence[RemoteBuffer], targets: list[int], sources: list[int], sizes: list[int], until: float
+        self, buffers: Sequence[SlotBuffer], targets: list[int], sources: list[int], sizes: list[int], until: float
     ) -> bool:
         """Read into `buffers`; whether all bytes are there. Blocks at most until `until` (by `time.monotonic`). After False
         bytes may still arrive, at any time until the engine's end: retire the buffers."""
@@ -92,26 +92,28 @@ class RemoteLender:
 class RemoteLenders:
     """All lenders on other hosts, each made when it is first read from. Thread-safe."""
 
-    def __init__(self, make_engine: EngineFactory) -> None:
+    def __init__(self, make_engine: EngineFactory, alive: Callable[[], Collection[bytes]]) -> None:
+        """`alive`: UUIDs of the segments that there are; the engines of all others are used again."""
         self._make_engine = make_engine
-        self._probe_buffer = RemoteBuffer(0)
+        self._alive = alive
+        self._probe_buffer = SlotBuffer(HEADER_BYTES)
         self._lock = threading.Lock()
         self._lenders: dict[bytes, RemoteLender] = {}
         self._engines: list[tuple[RemoteEngine, dict[str, bytes]]] = []
         """With the endpoints that each has read from, and whose they were: Mooncake never forgets what it learnt about one."""
 
-    def find(self, slot: RemoteSlot, alive: Callable[[], Collection[bytes]]) -> RemoteLender:
-        """Find the lender of `slot`. `alive`: UUIDs of the segments that there are; what others used is used again. Takes
-        milliseconds for a new one. Raises `VCacheError` or `OSError` when no engine can be made."""
+    def find(self, slot: RemoteSlot) -> RemoteLender:
+        """Find the lender of `slot`. Takes milliseconds for a new one. Raises `VCacheError` or `OSError` when no engine can be
+        made."""
         with self._lock:
             lender = self._lenders.get(slot.segment)
             if lender is None:
-                self._forget(alive())
+                self._forget_ended()
                 engine = self._engine(slot)
                 lender = self._lenders[slot.segment] = RemoteLender(slot.endpoint, engine, self._probe_buffer)
             return lender
 
-    def retire(self, engine: RemoteEngine, buffers: Sequence[RemoteBuffer]) -> None:
+    def retire(self, engine: RemoteEngine, buffers: Sequence[SlotBuffer]) -> None:
         """`engine` may still write to these buffers: keep them as long as it lives, and let no other write to them."""
         engine.retired += buffers
         with self._lock:
@@ -136,7 +138,8 @@ class RemoteLenders:
         self._engines.append((engine, {slot.endpoint: slot.segment}))
         return engine
 
-    def _forget(self, alive: Collection[bytes]) -> None:
+    def _forget_ended(self) -> None:
+        alive = self._alive()
         for uuid, lender in list(self._lenders.items()):
             if uuid not in alive and lender.idle:
                 del self._lenders[uuid]

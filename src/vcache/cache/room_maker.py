@@ -15,9 +15,9 @@ from ..segment.gate import Passage
 from ..segment.slot_protocol import SourceSlot, TargetSlot, copy_slot
 from ..segment.slots import SlabHeader
 from .pool import MANAGER_ERRORS, ChunkPool
-from .spill import Spiller
+from .storage_writer import Spiller
 
-logger = logging.getLogger("vcache.relief")
+logger = logging.getLogger("vcache.room")
 
 PLAN_BYTES = 256 * 2**20
 """Payload of one plan at most: what is moved becomes visible this often, and the sources' lease is held no longer."""
@@ -47,7 +47,7 @@ class RoomMaker:
         self._closed = False
         self._moving = threading.Lock()
         """Held while slots are written."""
-        self._thread = threading.Thread(target=self._run, name="vcache-relief", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="vcache-room-maker", daemon=True)
         self._thread.start()
         pool.manager.subscribe(self)
 
