@@ -59,6 +59,16 @@ def test_version() -> None:
     assert invoke("--version").output == f"vcache {vcache.__version__}\n"
 
 
+def test_the_package_runs_as_the_command() -> None:
+    """`python -m vcache` said "'vcache' is a package and cannot be directly executed"."""
+    for arguments in (["--version"], ["--help"], ["serve", "--port", "1"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "vcache", *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+        same = invoke(*arguments)
+        assert (done.returncode, done.stdout) == (same.exit_code, same.stdout)
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
