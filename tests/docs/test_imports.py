@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from test_docs import DOCS, ROOT, code, table
@@ -53,3 +59,48 @@ def test_imports_go_downward_only(module: str) -> None:
         for target in imports(file):
             if target and target.split("/")[0] in TOP:
                 assert target in may or target.split("/")[0] in may, f"{file.relative_to(SOURCE)} imports {target}"
+
+
+@pytest.fixture(scope="module")
+def count_floors() -> Iterator[ModuleType]:
+    """`scripts/count_floors.py` as a module."""
+    spec = importlib.util.spec_from_file_location("count_floors", ROOT / "scripts" / "count_floors.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["count_floors"] = module
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        del sys.modules["count_floors"]
+
+
+def test_the_house_has_few_floors_and_no_way_up(count_floors: ModuleType) -> None:
+    shape = count_floors.measure(SOURCE)
+    assert shape.floors <= 11, " > ".join(shape.way_down)
+    assert shape.upward == []
+
+
+def test_what_is_counted(count_floors: ModuleType, tmp_path: Path) -> None:
+    """Ways up and circles are found also where an import is inside a function or for types only."""
+    package = tmp_path / "house"
+    for name, text in {
+        "__init__": "",
+        "roof": "from .hall.stairs import climb\nfrom . import cellar\n",
+        "hall/__init__": "",
+        "hall/stairs": "from ..cellar import Coal\nif Coal.TYPE:\n    from .rail import Rail\n",
+        "hall/rail": "from house.hall import stairs\n",
+        "cellar": "def up():\n    from .hall import rail\n",
+    }.items():
+        path = package / f"{name}.py"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text(text)
+    shape = count_floors.measure(package)
+    assert (shape.rooms, shape.arrows, shape.floors) == (4, 4, 3)
+    assert shape.upward == ["cellar -> hall"]
+    assert shape.circles == [["cellar", "hall/rail", "hall/stairs"]]
+    printed = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "count_floors.py", package, "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(printed.stdout)[str(package)]["arrows"] == 4

@@ -143,7 +143,7 @@ def test_typed_replies_round_trip() -> None:
 
 
 @pytest.mark.parametrize(
-    "wire",
+    "body",
     [
         ["NoSuchVerb"],
         ["Wiped", 7, "one field too many"],
@@ -166,9 +166,9 @@ def test_typed_replies_round_trip() -> None:
         None,
     ],
 )
-def test_wrong_requests_are_refused(wire: object) -> None:
+def test_wrong_requests_are_refused(body: object) -> None:
     with pytest.raises(ProtocolError):
-        wire.decode_request(msgspec.msgpack.encode(wire))
+        wire.decode_request(msgspec.msgpack.encode(body))
 
 
 def test_hello_of_another_version_names_both() -> None:

@@ -33,7 +33,7 @@ from vcache.errors import ManagerRefusedError
 from vcache.manager import wire
 from vcache.manager.api import GateReport, GateWriter, SegmentGone, SegmentMounted, WipeSlots
 from vcache.manager.client import ManagerClient
-from vcache.manager.server import strangers
+from vcache.manager.server import peer, strangers
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory
 
 MAX_FRAME = 2**16
@@ -190,8 +190,11 @@ def typed_requests() -> st.SearchStrategy[wire.Request]:
         st.builds(wire.ImporterGone, ident, ident),
         st.builds(wire.Wiped, number),
         st.builds(wire.Unmount, ident),
-        st.builds(wire.Remove, st.lists(st.binary(min_size=16, max_size=16), max_size=3)),
-        st.builds(wire.Clear, st.binary(min_size=16, max_size=16)),
+        # Whoever names them may remove the witness's chunks.
+        st.builds(
+            wire.Remove, st.lists(st.binary(min_size=16, max_size=16).filter(lambda key: key not in keys(1, 3)), max_size=3)
+        ),
+        st.builds(wire.Clear, st.binary(min_size=16, max_size=16).filter(lambda namespace: namespace != NAMESPACE)),
         st.just(wire.Stats()),
     )
 
@@ -257,8 +260,13 @@ def test_silent_client_loses_its_session(tmp_path: Path) -> None:
         alive.close()
 
 
-def test_peer_that_does_not_read_is_bounded_and_disconnected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with serving(f"unix://{tmp_path}/m.sock", session_timeout=0.4, heartbeat_interval=0.05) as server:
+@pytest.mark.parametrize("turn", [0.0, 1.0], ids=["a frame in each turn", "all in one turn"])
+def test_peer_that_does_not_read_is_bounded_and_disconnected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, turn: float
+) -> None:
+    """Where its turn ended just before the answers filled its buffer, it was read from again, without a bound."""
+    monkeypatch.setattr(peer, "_TURN_SECONDS", turn)
+    with serving(f"unix://{tmp_path}/m.sock", session_timeout=2.0, heartbeat_interval=0.05) as server:
         client = server.client()
         client.mount(segment_of(client, slots=2000))
         for start in range(0, 2000, 500):

@@ -14,8 +14,9 @@ from segment_support import MiB, eventually, mapped_slabs
 from vcache.errors import SegmentError
 from vcache.lender.slabs import slab_bytes
 from vcache.segment.backing import MappedSlab, OwnedSlab
-from vcache.segment.host import Fence, HostBacking
+from vcache.segment.host import HostBacking
 from vcache.segment.hostinfo import available_memory, host_id
+from vcache.segment.shared import Fence
 from vcache.segment.slots import slab_geometry
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,7 +24,7 @@ class Store:
     def __init__(self) -> None:
         import torch
 
-        self.cache = type("Cache", (), {"device": torch.device("cpu")})
+        self.target = SimpleNamespace(cache=SimpleNamespace(device=torch.device("cpu")))
         self.loaded: int | Exception = 2
         self.closed = False
         self.saved: Exception | None = None
@@ -283,14 +284,12 @@ def test_a_worker_that_declined_answers_all_the_same(caplog_vllm: pytest.LogCapt
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_store_that_closes_waits_for_its_writes(ended: bool, caplog_vllm: pytest.LogCaptureFixture) -> None:
-    from types import SimpleNamespace
-
     from vcache.integrations.vllm.jobs import ShardStore
 
     order: list[str] = []
     pool = SimpleNamespace(wait_writes=lambda timeout: (order.append("wait"), ended)[1])
     resources = SimpleNamespace(close=lambda: order.append("close"))
-    store: Any = ShardStore(None, None, pool, None, resources, None, 16)  # type: ignore[arg-type]
+    store: Any = ShardStore(None, pool, None, resources, None, 16)  # type: ignore[arg-type]
     store.close()
     assert order == ["wait", "close"]
     assert ("writes to the pool do not end" in caplog_vllm.text) is not ended
@@ -298,8 +297,6 @@ def test_a_store_that_closes_waits_for_its_writes(ended: bool, caplog_vllm: pyte
 
 def test_what_vllm_wakes_up_with_is_what_it_had(one_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM 0.33 calls `restore_kv_caches()` without tensors: a TypeError on wake-up."""
-    from types import SimpleNamespace
-
     from vcache.integrations.vllm.connector import VCacheConnector
 
     registered: list[Any] = []
@@ -465,7 +462,6 @@ def test_layers_that_share_a_tensor_are_stored_once() -> None:
 @pytest.mark.parametrize("mla", [False, True])
 def test_every_worker_has_its_shard_and_mla_is_saved_once(mla: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pipeline stages of two tensor-parallel workers each."""
-    from types import SimpleNamespace
 
     from vllm.distributed import parallel_state
 

@@ -7,21 +7,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..metrics import EngineMetrics
-from ..paged.mover import Mover, SlotTransfer, Transfer
+from ..paged.mover import Rows, SlotTransfer, Transfer
 from ..segment.mapping import RemoteSlot
 from ..segment.slots import HEADER_BYTES, SlabHeader, SlotHeader
 from .buffers import Pinning
 from .remote_buffers import RemoteBuffer, RemoteBuffers
 from .remote_lenders import EngineFactory, Peer, Peers
 from .transfer import StreamFollower
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..paged.layout import PagedCache
 
 logger = logging.getLogger("vcache.remote")
 
@@ -65,14 +60,7 @@ class RemotePool:
         self._running = 0
         self._closed = False
 
-    def load(
-        self,
-        reads: Sequence[RemoteRead],
-        cache: PagedCache,
-        slot_mapping: torch.Tensor,
-        mover: Mover,
-        metrics: EngineMetrics,
-    ) -> RemoteTransfer:
+    def load(self, reads: Sequence[RemoteRead], rows: Rows, metrics: EngineMetrics) -> RemoteTransfer:
         """Start bringing leased slots into the paged cache, in the order of the prompt: what follows a slot that failed is left
         out. Does not wait for other hosts; the work follows the current CUDA stream."""
         transfer = RemoteTransfer(reads)
@@ -85,9 +73,9 @@ class RemotePool:
             self._running += len(groups)
         transfer.expect(len(groups))
         for indices in groups.values():
-            job = _Job(transfer, reads, indices, cache, slot_mapping, mover, metrics)
+            job = _Job(transfer, reads, indices, rows, metrics)
             try:
-                follower = StreamFollower(cache.device)
+                follower = StreamFollower(rows.target.cache.device)
                 threading.Thread(target=self._run, args=(job, follower), name="vcache-remote", daemon=True).start()
             except Exception as error:  # noqa: BLE001 - no thread to be had, or the GPU failed
                 self._over(job, error)
@@ -182,19 +170,15 @@ class _Job:
         transfer: RemoteTransfer,
         reads: Sequence[RemoteRead],
         indices: list[int],
-        cache: PagedCache,
-        slot_mapping: torch.Tensor,
-        mover: Mover,
+        rows: Rows,
         metrics: EngineMetrics,
     ) -> None:
         self.transfer = transfer
         self.metrics = metrics
         self._reads = reads
         self._indices = indices
-        self._cache = cache
-        self._slot_mapping = slot_mapping
-        self._mover = mover
-        self._token_bytes = cache.spec.token_bytes
+        self._rows = rows
+        self._token_bytes = rows.target.cache.spec.token_bytes
         self._moving: deque[_Batch] = deque()
 
     def run(self, peers: Peers, buffers: RemoteBuffers, alive: Callable[[], Collection[bytes]], deadline: float) -> None:
@@ -278,7 +262,7 @@ class _Job:
             buffers.give(taken)
             return True
         try:
-            self._moving.append(_Batch(self._mover.load(self._cache, self._slot_mapping, transfers), good, taken))
+            self._moving.append(_Batch(self._rows.load(transfers), good, taken))
         except BaseException:
             buffers.give(taken)
             raise

@@ -6,12 +6,12 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ..errors import StorageDeadlineError, VCacheError
 from ..keys import CacheKey
 from ..metrics import EngineMetrics
-from ..paged.mover import Mover, SlotTransfer
+from ..paged.mover import Rows, SlotTransfer
 from ..segment.slots import HEADER_BYTES, SlotHeader
 from ..storage.base import StorageTier
 from ..storage.values import is_intact, value_bytes
@@ -19,11 +19,6 @@ from .buffers import Staging, StagingBuffer
 from .pool import Chunk, ChunkPool
 from .spill import Spiller
 from .storage_writer import BackgroundWriter
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..paged.layout import PagedCache
 
 logger = logging.getLogger("vcache.storage")
 
@@ -72,21 +67,19 @@ class LowerTier:
             self._failed("prefix", error)
             return 0
 
-    def load(
-        self, chunks: Sequence[Chunk], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover, parent: bytes = b""
-    ) -> int:
+    def load(self, chunks: Sequence[Chunk], rows: Rows, parent: bytes = b"") -> int:
         """Bring the longest prefix of `chunks` that storage holds into the paged cache; number of verified chunks. Blocks.
 
         `parent`: digest of the chunk before the first, empty when not known; it only helps eviction after a promotion."""
         found = self.prefix([chunk.digest for chunk in chunks])
         loaded = 0
         while loaded < found:
-            count = self._load_some(chunks[loaded:found], cache, slot_mapping, mover)
+            count = self._load_some(chunks[loaded:found], rows)
             if not count:
                 break
             loaded += count
         if self._promote and loaded:
-            self._put_above(chunks[:loaded], parent, cache, slot_mapping, mover)
+            self._put_above(chunks[:loaded], parent, rows)
         return loaded
 
     def save_later(self, chunks: Sequence[Chunk]) -> None:
@@ -94,7 +87,7 @@ class LowerTier:
         if self._writer is not None and self._write == "through":
             self._writer.submit(chunks)
 
-    def save_now(self, chunks: Sequence[Chunk], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover) -> None:
+    def save_now(self, chunks: Sequence[Chunk], rows: Rows) -> None:
         """Gather chunks that found no slot into staging and queue them. Blocks for the copy; drops, counted, what finds no
         free buffer: an engine never waits for storage."""
         if self._writer is None:
@@ -104,7 +97,7 @@ class LowerTier:
             if not buffers:
                 self._metrics.count("storage_dropped", len(chunks) - position)
                 return
-            if self._gather(chunk, buffers[0], cache, slot_mapping, mover):
+            if self._gather(chunk, buffers[0], rows):
                 self._writer.submit_filled(chunk, buffers[0])
             else:
                 self._staging.gathers.give(buffers)
@@ -123,17 +116,15 @@ class LowerTier:
             if self._writer is not None:
                 stack.callback(self._writer.close, timeout)
 
-    def _put_above(
-        self, chunks: Sequence[Chunk], parent: bytes, cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover
-    ) -> None:
+    def _put_above(self, chunks: Sequence[Chunk], parent: bytes, rows: Rows) -> None:
         """Chunks that are whole in the paged cache go into the pool from there, where there is room for them."""
         if chunks[0].skip:  # its head was left alone
             parent, chunks = chunks[0].digest, chunks[1:]
         if chunks:
-            report = self._pool.put(chunks, parent, cache, slot_mapping, mover).result()
+            report = self._pool.put(chunks, parent, rows).result()
             self._metrics.count("storage_promoted", len(report.stored))
 
-    def _load_some(self, chunks: Sequence[Chunk], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover) -> int:
+    def _load_some(self, chunks: Sequence[Chunk], rows: Rows) -> int:
         began = time.perf_counter()
         buffers: list[StagingBuffer] = []
         try:
@@ -152,7 +143,7 @@ class LowerTier:
                 transfers.append(SlotTransfer(buffer.slot, header, chunk.start, chunk.skip))
             if not transfers:
                 return 0
-            transfer = mover.load(cache, slot_mapping, transfers)
+            transfer = rows.load(transfers)
             transfer.wait()
             verified = transfer.verified()
             good = next((i for i, ok in enumerate(verified) if not ok), len(verified))
@@ -192,11 +183,11 @@ class LowerTier:
             self._writer.remove(chunk)
         return None
 
-    def _gather(self, chunk: Chunk, buffer: StagingBuffer, cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover) -> bool:
+    def _gather(self, chunk: Chunk, buffer: StagingBuffer, rows: Rows) -> bool:
         buffer.view[:HEADER_BYTES] = bytes(HEADER_BYTES)  # or the mover would respect the last use's generation
         transfer = SlotTransfer(buffer.slot, self._pool.header(chunk, _DIRECT_GENERATION), chunk.start)
         try:
-            moved = mover.store(cache, slot_mapping, [transfer], self._pool.manager.client_id)
+            moved = rows.store([transfer], self._pool.manager.client_id)
             moved.wait()
             return moved.verified() == [True]
         except Exception as error:  # noqa: BLE001 - as for loads

@@ -9,7 +9,6 @@ import select
 import socket
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from ..errors import ProtocolError, SegmentError
 from ..segment import handover as protocol
 from ..segment.gate import Gate
+from ..sockets import close_in_forked_child, peer_uid
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Broker:
         self._poll.register(self._listener.fileno(), select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name="vcache-broker", daemon=True)
         self._thread.start()
-        _close_in_children(self)
+        close_in_forked_child(self, Broker.close_sockets)
 
     # -- called by the lender ----------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class Broker:
         with self._lock:
             self._connections[sock.fileno()] = connection
         self._poll.register(sock.fileno(), select.EPOLLIN)
-        uid = protocol.peer_uid(sock)
+        uid = peer_uid(sock)
         if uid != self._uid:
             self._refuse(connection, f"user {uid} may not import from a lender of user {self._uid}")
 
@@ -356,15 +356,3 @@ def _remove_stale_sockets(folder: Path) -> None:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 logger.debug("left %s alone: %s", path, error)
-
-
-def _close_in_children(broker: Broker) -> None:
-    """A forked child has copies of the sockets; held there, importers would not see this process die."""
-    reference = weakref.ref(broker)
-
-    def close() -> None:
-        parent = reference()
-        if parent is not None:
-            parent.close_sockets()
-
-    os.register_at_fork(after_in_child=close)

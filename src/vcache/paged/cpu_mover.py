@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SegmentError
-from ..segment.host import Fence
 from ..segment.mapping import MappedSlab
+from ..segment.shared import Fence
 from ..segment.slots import HEADER_BYTES, SlotHeader, formatted_since, outlived
 from .checks import check_transfers
 from .checksum import TRAILER_BYTES, contradicts, trailer

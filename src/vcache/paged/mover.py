@@ -85,3 +85,25 @@ class Mover(ABC):
     @abstractmethod
     def load(self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> Transfer:
         """Write payload tokens `[skip, header.tokens)` to rows `slot_mapping[start:start + header.tokens - skip]`."""
+
+
+class Target(NamedTuple):
+    """A paged cache and how to move its rows."""
+
+    cache: PagedCache
+    mover: Mover
+
+
+class Rows(NamedTuple):
+    """The rows of a paged cache that one call moves: entry `i` of `slot_mapping` names the row of the call's token `i`."""
+
+    target: Target
+    slot_mapping: torch.Tensor
+
+    def store(self, transfers: Sequence[SlotTransfer], writer: bytes) -> Transfer:
+        """Start writing rows to slots: `Mover.store`."""
+        return self.target.mover.store(self.target.cache, self.slot_mapping, transfers, writer)
+
+    def load(self, transfers: Sequence[SlotTransfer]) -> Transfer:
+        """Start reading slots into rows: `Mover.load`."""
+        return self.target.mover.load(self.target.cache, self.slot_mapping, transfers)

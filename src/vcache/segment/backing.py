@@ -6,13 +6,10 @@ import ctypes
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from ..errors import SegmentError
+from .gate import WriteGate
 from .slots import SegmentKind, align_up
-
-if TYPE_CHECKING:
-    from .gate import WriteGate
 
 
 class MappedSlab:

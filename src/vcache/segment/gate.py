@@ -22,10 +22,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from ..errors import SegmentError
-from .backing import MappedSlab
-from .host import Fence, map_shared
+from .shared import Fence, map_shared
 
 SLAB_WORDS = 4096
 """Words in a row. Slabs whose indices are equal modulo this share one, so that a writer in one seems to write in both."""
@@ -91,13 +91,22 @@ class WriteGate:
             del self._counts[word]
 
 
+class Gated(Protocol):
+    """A slab that stands behind a gate."""
+
+    index: int
+    """In its segment."""
+    gate: WriteGate | None
+    """None: nobody may write to it."""
+
+
 class Passage:
     """The gates that one piece of work has passed. Not thread-safe."""
 
     def __init__(self) -> None:
-        self._asked: dict[tuple[MappedSlab, int], bool] = {}
+        self._asked: dict[tuple[Gated, int], bool] = {}
 
-    def admits(self, slab: MappedSlab, fence: int) -> bool:
+    def admits(self, slab: Gated, fence: int) -> bool:
         """Whether a ticket that came with `fence` may be used in that slab; asked of its gate once for each word, because one
         answer of the manager may hold tickets of two mounts. The slab stays pinned until `leave`. A slab without a gate admits
         nobody."""

@@ -8,9 +8,7 @@ connection for as long as it may touch the segment's memory: its end is the sign
 from __future__ import annotations
 
 import os
-import socket
 import stat
-import struct
 from pathlib import Path
 from typing import Annotated
 
@@ -119,12 +117,6 @@ def decode_from_lender(frame: bytes) -> FromLender:
 
 def batches(indices: list[int]) -> list[list[int]]:
     return [indices[start : start + MAX_INDICES] for start in range(0, len(indices), MAX_INDICES)]
-
-
-def peer_uid(sock: socket.socket) -> int:
-    """User id of the process at the other end, as the kernel knows it. May raise `OSError`."""
-    _pid, uid, _gid = struct.unpack("iii", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("iii")))
-    return int(uid)
 
 
 def default_broker_dir() -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import mmap
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 from ..errors import SegmentError
 from .backing import MappedSlab, OwnedSlab, SlabBacking, address_of
 from .hostinfo import available_memory
+from .shared import Fence, map_shared
 from .slots import SegmentKind
 
 RegisterHook = Callable[[MappedSlab], int]
@@ -22,30 +22,8 @@ UnregisterHook = Callable[[MappedSlab], None]
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _KEEP_SIZE_PUNCH_HOLE = 0x01 | 0x02
-_MAP_FIXED = 0x10
-_MAP_NORESERVE = 0x4000
 _GPU_DRIVER = (Path("/sys/module/nvidia"), Path("/dev/nvidiactl"))
 """One of them is there where a process could register host memory with a GPU."""
-
-
-class Fence:
-    """A full memory barrier for code that can only make Python calls.
-
-    Two uncontended lock rounds: releasing the first and then acquiring the second keeps every access before the call before
-    every access after it, on aarch64 too (a load-acquire is never moved before an earlier store-release; neither lets the
-    accesses outside pass). On x86-64 stores are seen in program order, and loads made in order, anyway.
-    """
-
-    __slots__ = ("_lock",)
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __call__(self) -> None:
-        with self._lock:
-            pass
-        with self._lock:
-            pass
 
 
 class HostBacking(SlabBacking):
@@ -194,22 +172,6 @@ class HostBacking(SlabBacking):
         except BaseException:
             slab.buffer = None
             raise
-
-
-def map_shared(fd: int, nbytes: int) -> tuple[int, memoryview]:
-    """Address and bytes of a shared mapping of a file; its lifetime is that of the bytes. Raises `OSError`."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
-    # An `mmap` object of a file keeps a duplicate of its descriptor for as long as it lives: one per slab, hundreds in a
-    # big pool. So the object gets a private range of addresses, over which the file is then mapped.
-    holder = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(holder))
-    flags = mmap.MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE
-    if libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0) != address:
-        code = ctypes.get_errno() or errno.ENOMEM
-        raise OSError(code, os.strerror(code))
-    return address, memoryview(holder)
 
 
 def _buffer(slab: MappedSlab, offset: int, nbytes: int) -> memoryview:

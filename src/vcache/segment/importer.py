@@ -8,13 +8,13 @@ import selectors
 import socket
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Literal
 
 from ..errors import ProtocolError, SegmentError, SlabGoneError, VCacheError
+from ..sockets import close_in_forked_child, peer_uid
 from . import handover as protocol
 from .backing import MappedSlab, SlabBacking
 from .gate import WriteGate
@@ -95,7 +95,7 @@ class Importer:
         self._selector.register(self._wake_fd, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name="vcache-importer", daemon=True)
         self._thread.start()
-        _close_in_children(self)
+        close_in_forked_child(self, Importer.close_sockets)
 
     # -- called from anywhere ----------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ class Importer:
             if link._backing is None:
                 link._backing = link._make_backing()
             sock.connect(link.path)
-            uid = protocol.peer_uid(sock)
+            uid = peer_uid(sock)
             if uid not in (self._uid, 0):
                 raise SegmentError(f"its lender runs as user {uid}, this process as {self._uid}")
             sock.send(protocol.encode(protocol.Hello(protocol.BROKER_VERSION, self._client_id, link.uuid)), socket.MSG_NOSIGNAL)
@@ -408,15 +408,3 @@ class Importer:
         """Tell the lender that we do not map this slab, unless we do, or may soon."""
         if link.state == "up" and not (index in link.mapped or index in link._wanted or index in link._leaving):
             self._send(link, protocol.Unmapped([index]))
-
-
-def _close_in_children(importer: Importer) -> None:
-    """A forked child has copies of the sockets; held there, lenders would not see this process die."""
-    reference = weakref.ref(importer)
-
-    def close() -> None:
-        parent = reference()
-        if parent is not None:
-            parent.close_sockets()
-
-    os.register_at_fork(after_in_child=close)

@@ -254,6 +254,7 @@ class WorkerSide:
     def _open(self, kv_caches: Mapping[str, torch.Tensor]) -> ShardStore:
         from ...paged.checksum import slot_bytes_for
         from ...paged.layout import PagedCache
+        from ...paged.mover import Target
         from ...paged.select import mover_for
 
         spec = worker_spec(self._vllm_config, self._group, len(kv_caches), self._rank.shard)
@@ -262,7 +263,7 @@ class WorkerSide:
         slot_bytes = slot_bytes_for(spec.payload_bytes(self._chunk_tokens), checksum)
         segment = lendable(self._settings, slot_bytes, cache.device)
         config = msgspec.structs.replace(self._settings.config, segment=segment)
-        mover = mover_for(cache, config.transfer)
+        target = Target(cache, mover_for(cache, config.transfer))
         device = f"cuda:{cache.device.index or 0}" if cache.device.type == "cuda" else "cpu"
         name = f"vllm-{str(self._vllm_config.kv_transfer_config.engine_id)[:12]}-{self._rank.shard}"
         resources = open_resources(config, slot_bytes, name, device)
@@ -296,7 +297,7 @@ class WorkerSide:
             resources.lent_bytes() / 2**20,
             config.manager.address,
         )
-        return ShardStore(cache, mover, pool, lower, resources, metrics, self._group.block_size, relief)
+        return ShardStore(target, pool, lower, resources, metrics, self._group.block_size, relief)
 
     def _follower(self) -> Run:
         """How to run work in a thread, after what the current stream has queued."""
@@ -304,7 +305,7 @@ class WorkerSide:
         if store is None:
             return _at_once
         try:
-            return StreamFollower(store.cache.device).run
+            return StreamFollower(store.target.cache.device).run
         except Exception as error:  # noqa: BLE001 - work that cannot follow the stream must not be done
             return partial(_fail, error)
 

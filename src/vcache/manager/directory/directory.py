@@ -15,7 +15,7 @@ from typing import NamedTuple
 from ...config import ManagerConfig
 from ...errors import ProtocolError
 from ...keys import DIGEST_BYTES
-from ...segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation
+from ...segment.slots import SegmentInfo, SlabInfo, SlabInventory
 from ..api import (
     AcquireReply,
     GateReport,
@@ -37,20 +37,12 @@ from .demoting import Demoting
 from .integrity import check_core
 from .jobs import SLICE, Job
 from .lending import Lending
-from .reach import readable, readable_prefix
-from .records import FREE, PROCESSING, QUARANTINED, USED, Record
+from .reading import PackedReply, Reading
+from .records import FREE, PROCESSING, QUARANTINED, USED
 from .removal import Removal
 from .spilling import Spilling
 from .state import Instruction, Session, State
 from .writing import Writing, check_request
-
-
-class PackedReply(NamedTuple):
-    """`AcquireReply` with the locations still packed: `LOCATION_BYTES` each, joined."""
-
-    lease: int
-    expires_in: float
-    packed: bytes
 
 
 class RemovalReply(NamedTuple):
@@ -79,15 +71,13 @@ class Directory:
         number of the first segment (`random_first_segment`). `slice_size`: slots or keys that `work` goes through in a call."""
         config = config if config is not None else ManagerConfig()
         self._core = core = State(config, epoch + (epoch & 1), first_segment, slice_size)
+        self._reading = Reading(core)
         self._moves = Demoting(core)
         self._spills = Spilling(core)
         self._puts = Writing(core, self._moves)
         self._removal = Removal(core)
         self._lending = Lending(core, self._puts, self._removal)
         self._started = now
-        self._find = core.chunks.visible.get
-        self._counters = core.counters
-        self._touch = core.chunks.policy.touch
 
     @property
     def epoch(self) -> int:
@@ -182,42 +172,19 @@ class Directory:
 
     def lookup(self, client: bytes, keys: Sequence[bytes], now: float) -> int:
         """See `Manager.lookup`."""
-        core = self._core
-        found = self._prefix(core.session(client, now), keys)
-        if found:
-            self._touch(found, core.tick_clock(now))
-        return len(found)
+        return self._reading.lookup(self._core.session(client, now), keys, now)
 
     def acquire(self, client: bytes, keys: Sequence[bytes], shard: int, lease: int, now: float) -> AcquireReply:
         """See `Manager.acquire`. `lease` 0: a new one."""
-        number, expires_in, packed = self.acquire_packed(client, keys, shard, lease, now)
-        return AcquireReply(number, expires_in, SlotLocation.unpack_many(packed))
+        return self._reading.acquire(self._core.session(client, now), keys, shard, lease, now).unpack()
 
     def acquire_packed(self, client: bytes, keys: Sequence[bytes], shard: int, lease: int, now: float) -> PackedReply:
         """As `acquire`, with the locations as bytes that lie ready. Raises `ProtocolError` for a negative shard."""
-        core = self._core
-        session = core.session(client, now)
-        if shard < 0:
-            raise ProtocolError(f"acquire: shard {shard}")
-        if lease:
-            return self._locate(session, keys, shard, lease, now)
-        core.check_leases(client)
-        found = self._prefix(session, keys)
-        packed = b"".join([record.packed for record in found])
-        if shard or len(packed) != LOCATION_BYTES * len(found):
-            packed = self._places(found, shard)
-        if not found:
-            return PackedReply(0, 0.0, b"")
-        granted = core.leases.grant(client, found, now)
-        core.counters.leases += 1
-        self._touch(found, core.tick_clock(now))
-        return PackedReply(granted.number, core.leases.ttl, packed)
+        return self._reading.acquire(self._core.session(client, now), keys, shard, lease, now)
 
     def release(self, client: bytes, lease: int, now: float) -> None:
         """See `Manager.release`."""
-        core = self._core
-        core.session(client, now)
-        core.unpinned(core.leases.drop(lease, client))
+        self._reading.release(self._core.session(client, now), lease)
 
     def tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> list[int]:
         """See `Manager.tiers`."""
@@ -225,66 +192,7 @@ class Directory:
 
     def begin_tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> Job[list[int]]:
         """`tiers` as a job for `work`."""
-        return self._core.jobs.begin(self._tiers(self._core.session(client, now), keys))
-
-    def _tiers(self, session: Session, keys: Sequence[bytes]) -> Generator[None, None, list[int]]:
-        core, levels = self._core, list[int]()
-        segments = core.allocator.segments
-        for start in range(0, len(keys), core.slice_size):
-            unreadable = core.unreadable(session)
-            for key in keys[start : start + core.slice_size]:
-                record = self._find(key)
-                if record is None or (unreadable and not readable(record, unreadable)):
-                    levels.append(-1)
-                else:
-                    levels.append(max(int(segments[place.segment].info.kind == "host") for place in record.places()))
-            if start + core.slice_size < len(keys):
-                yield
-        return levels
-
-    def _prefix(self, session: Session, keys: Sequence[bytes]) -> list[Record]:
-        """Records of the leading keys that are visible and that the session can read; counts hits and misses."""
-        counters, asked = self._counters, len(keys)
-        found: list[Record] = list(map(self._find, keys))  # type: ignore[arg-type]
-        if not all(found):
-            del found[found.index(None) :]  # type: ignore[arg-type]
-        unreadable = self._core.unreadable(session)
-        if unreadable:
-            del found[readable_prefix(found, unreadable) :]
-        hits = len(found)
-        counters.lookups += asked
-        counters.hits += hits
-        counters.misses += asked - hits
-        if self._core.chunks.orphans:
-            self._core.chunks.relink(found)
-        return found
-
-    def _places(self, found: list[Record], shard: int) -> bytes:
-        """Packed locations of one shard; cuts `found` at the first record without it, which makes the rest misses."""
-        places = [record.place(shard) for record in found]
-        if b"" in places:
-            cut = places.index(b"")
-            lost = len(found) - cut
-            self._counters.hits -= lost
-            self._counters.misses += lost
-            del found[cut:], places[cut:]
-        return b"".join(places)
-
-    def _locate(self, session: Session, keys: Sequence[bytes], shard: int, number: int, now: float) -> PackedReply:
-        counters = self._counters
-        lease = self._core.leases.get(number, session.client, now)
-        if lease is None:
-            counters.lookups += len(keys)
-            counters.errors += len(keys)
-            return PackedReply(0, 0.0, b"")
-        found = self._prefix(session, keys)
-        cover = lease.cover()
-        cut = next((place for place, record in enumerate(found) if record.key not in cover), len(found))
-        counters.hits -= len(found) - cut
-        counters.misses += len(found) - cut
-        del found[cut:]
-        packed = self._places(found, shard)
-        return PackedReply(number if found else 0, lease.expires - now, packed)
+        return self._core.jobs.begin(self._reading.tiers(self._core.session(client, now), keys))
 
     # Writing
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
-from ...segment.slots import LOCATION_BYTES
-from .records import Record
 from .slabs import Allocator, Segment
 
 SLAB_PREFIX_BYTES = 6
@@ -25,19 +23,3 @@ def _out_of_reach(segment: Segment, remote: bool) -> Iterator[bytes]:
     for index, slab in segment.slabs.items():
         if not (remote and segment.info.endpoint and slab.address):
             yield segment.number.to_bytes(4, "little") + index.to_bytes(2, "little")
-
-
-def readable(record: Record, unreadable: frozenset[bytes]) -> bool:
-    """Whether none of a visible chunk's shards lies in one of these slabs."""
-    packed = record.packed
-    return not any(packed[at : at + SLAB_PREFIX_BYTES] in unreadable for at in range(0, len(packed), LOCATION_BYTES))
-
-
-def readable_prefix(records: Iterable[Record], unreadable: frozenset[bytes]) -> int:
-    """Number of leading records that are readable."""
-    count = 0
-    for record in records:
-        if not readable(record, unreadable):
-            break
-        count += 1
-    return count

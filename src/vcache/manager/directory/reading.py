@@ -1,0 +1,144 @@
+"""Reading: which chunks are there for a session, and leases on them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from typing import NamedTuple
+
+from ...errors import ProtocolError
+from ...segment.slots import LOCATION_BYTES, SlotLocation
+from ..api import AcquireReply
+from .reach import SLAB_PREFIX_BYTES
+from .records import Record
+from .state import Session, State
+
+
+class PackedReply(NamedTuple):
+    """`AcquireReply` with the locations still packed: `LOCATION_BYTES` each, joined."""
+
+    lease: int
+    expires_in: float
+    packed: bytes
+
+    def unpack(self) -> AcquireReply:
+        """The same with the locations taken apart."""
+        return AcquireReply(self.lease, self.expires_in, SlotLocation.unpack_many(self.packed))
+
+
+class Reading:
+    """Answers look-ups, grants and ends leases."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._find = state.chunks.visible.get
+        self._counters = state.counters
+        self._touch = state.chunks.policy.touch
+
+    def lookup(self, session: Session, keys: Sequence[bytes], now: float) -> int:
+        """See `Manager.lookup`."""
+        found = self._prefix(session, keys)
+        if found:
+            self._touch(found, self._state.tick_clock(now))
+        return len(found)
+
+    def acquire(self, session: Session, keys: Sequence[bytes], shard: int, lease: int, now: float) -> PackedReply:
+        """See `Manager.acquire`. `lease` 0: a new one. The locations are bytes that lie ready. Raises `ProtocolError` for a
+        negative shard."""
+        if shard < 0:
+            raise ProtocolError(f"acquire: shard {shard}")
+        if lease:
+            return self._locate(session, keys, shard, lease, now)
+        state, client = self._state, session.client
+        state.check_leases(client)
+        found = self._prefix(session, keys)
+        packed = b"".join([record.packed for record in found])
+        if shard or len(packed) != LOCATION_BYTES * len(found):
+            packed = self._places(found, shard)
+        if not found:
+            return PackedReply(0, 0.0, b"")
+        granted = state.leases.grant(client, found, now)
+        state.counters.leases += 1
+        self._touch(found, state.tick_clock(now))
+        return PackedReply(granted.number, state.leases.ttl, packed)
+
+    def release(self, session: Session, lease: int) -> None:
+        """See `Manager.release`."""
+        state = self._state
+        state.unpinned(state.leases.drop(lease, session.client))
+
+    def tiers(self, session: Session, keys: Sequence[bytes]) -> Generator[None, None, list[int]]:
+        """See `Manager.tiers`. Pauses after each slice of keys."""
+        state, levels = self._state, list[int]()
+        segments = state.allocator.segments
+        for start in range(0, len(keys), state.slice_size):
+            unreadable = state.unreadable(session)
+            for key in keys[start : start + state.slice_size]:
+                record = self._find(key)
+                if record is None or (unreadable and not readable(record, unreadable)):
+                    levels.append(-1)
+                else:
+                    levels.append(max(int(segments[place.segment].info.kind == "host") for place in record.places()))
+            if start + state.slice_size < len(keys):
+                yield
+        return levels
+
+    def _prefix(self, session: Session, keys: Sequence[bytes]) -> list[Record]:
+        """Records of the leading keys that are visible and that the session can read; counts hits and misses."""
+        counters, asked = self._counters, len(keys)
+        found: list[Record] = list(map(self._find, keys))  # type: ignore[arg-type]
+        if not all(found):
+            del found[found.index(None) :]  # type: ignore[arg-type]
+        unreadable = self._state.unreadable(session)
+        if unreadable:
+            del found[readable_prefix(found, unreadable) :]
+        hits = len(found)
+        counters.lookups += asked
+        counters.hits += hits
+        counters.misses += asked - hits
+        if self._state.chunks.orphans:
+            self._state.chunks.relink(found)
+        return found
+
+    def _places(self, found: list[Record], shard: int) -> bytes:
+        """Packed locations of one shard; cuts `found` at the first record without it, which makes the rest misses."""
+        places = [record.place(shard) for record in found]
+        if b"" in places:
+            cut = places.index(b"")
+            lost = len(found) - cut
+            self._counters.hits -= lost
+            self._counters.misses += lost
+            del found[cut:], places[cut:]
+        return b"".join(places)
+
+    def _locate(self, session: Session, keys: Sequence[bytes], shard: int, number: int, now: float) -> PackedReply:
+        """The locations of chunks that a lease of the session's holds already."""
+        counters = self._counters
+        lease = self._state.leases.get(number, session.client, now)
+        if lease is None:
+            counters.lookups += len(keys)
+            counters.errors += len(keys)
+            return PackedReply(0, 0.0, b"")
+        found = self._prefix(session, keys)
+        cover = lease.cover()
+        cut = next((place for place, record in enumerate(found) if record.key not in cover), len(found))
+        counters.hits -= len(found) - cut
+        counters.misses += len(found) - cut
+        del found[cut:]
+        packed = self._places(found, shard)
+        return PackedReply(number if found else 0, lease.expires - now, packed)
+
+
+def readable(record: Record, unreadable: frozenset[bytes]) -> bool:
+    """Whether none of a visible chunk's shards lies in one of these slabs."""
+    packed = record.packed
+    return not any(packed[at : at + SLAB_PREFIX_BYTES] in unreadable for at in range(0, len(packed), LOCATION_BYTES))
+
+
+def readable_prefix(records: Iterable[Record], unreadable: frozenset[bytes]) -> int:
+    """Number of leading records that are readable."""
+    count = 0
+    for record in records:
+        if not readable(record, unreadable):
+            break
+        count += 1
+    return count
