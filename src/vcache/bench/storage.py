@@ -63,7 +63,7 @@ def bench_store(nbytes: int, *, core: int | None = None, flags: Sequence[str] = 
                 here.enter_context(on_core(core))
             master = MooncakeMaster(MooncakeOptions.parse(options), flags=flags)
         stack.callback(master.close)
-        command = [sys.executable, "-m", "vcache.cli", "lend", "--tier", "storage", "--size", str(nbytes)]
+        command = [sys.executable, "-m", "vcache.cli", "lend-storage", "--size", str(nbytes)]
         env = clean_environment(VCACHE_STORAGE_OPTIONS=json.dumps(options))
         stack.enter_context(running(command, "lending", core=core, env=env))
         yield BenchStore(options, master)
