@@ -110,7 +110,11 @@ class Engine:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         store = get_kv_transfer_group()._worker._store
-        return {"metrics": store.metrics.snapshot(), "segments": store._resources.describe(), "layout": store.cache.layout}
+        return {
+            "metrics": store.metrics.snapshot(),
+            "segments": store._resources.describe(),
+            "layout": store.target.cache.layout,
+        }
 
     def device(self) -> dict[str, Any]:
         import torch

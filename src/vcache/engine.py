@@ -6,14 +6,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .cache.opening import Resources, open_resources
 from .cache.pool import HEAD_CHUNKS, MANAGER_ERRORS, ChunkPool, PoolTransfer, Presence
-from .cache.storage_tier import LowerTier
+from .cache.storage_tier import ChunkStorage
 from .cache.transfer import StreamFollower, TransferHandle
 from .config import VCacheConfig
 from .errors import ArgumentError, VCacheError
@@ -21,18 +22,17 @@ from .keys import CacheKey, TokenDatabase, skipped_tokens, token_array
 from .manager.client import Manager
 from .metrics import EngineMetrics
 from .paged.checksum import slot_bytes_for
+from .paged.mover import Rows, Target
 from .prompt import Prompt, RecentPrompts
 from .spec import KVCacheSpec
 
 if TYPE_CHECKING:
     import torch
 
-    from .paged.layout import PagedCache
-    from .paged.mover import Mover
 
 logger = logging.getLogger("vcache.engine")
 
-KVCaches = Any
+KVCaches: TypeAlias = "Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | Target"
 """A list or dict of one tensor per layer, or what `VCacheEngine.bind` made of it."""
 
 MAX_TARGETS = 3
@@ -40,13 +40,6 @@ MAX_TARGETS = 3
 
 CLOSE_TIMEOUT = 5.0
 """Seconds that `close` waits for background writes."""
-
-
-class _Target(NamedTuple):
-    """A paged cache and how to move its rows."""
-
-    cache: PagedCache
-    mover: Mover
 
 
 class VCacheEngine:
@@ -88,10 +81,10 @@ class VCacheEngine:
             checksum=settings.checksum,
         )
         self.manager.set_write_gate(self.pool.wait_writes)
-        self._lower: LowerTier | None = self._resources.open_lower_tier(self.config, self.pool, self.metrics)
+        self._lower: ChunkStorage | None = self._resources.open_lower_tier(self.config, self.pool, self.metrics)
         self._relief = self._resources.open_relief(self.config, self.pool, self.metrics, self._lower)
         self._executor = ThreadPoolExecutor(self.config.transfer.threads, thread_name_prefix="vcache-transfer")
-        self._targets: list[_Target] = []
+        self._targets: list[Target] = []
         self._lock = threading.Lock()
         self._closed = False
 
@@ -125,8 +118,8 @@ class VCacheEngine:
         may change. A store that finds no room is counted, not raised.
         """
         self._check_open()
-        target: _Target = self.bind(kvcaches)
-        self._store(self._check(tokens, mask, slot_mapping, offset, target.cache), target, slot_mapping)
+        rows = Rows(self.bind(kvcaches), slot_mapping)
+        self._store(self._check(tokens, mask, rows, offset), rows)
 
     def retrieve(self, tokens: Any, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: torch.Tensor) -> torch.Tensor:
         """Load the longest prefix that any tier holds into `kvcaches`, chunk by chunk, from the best tier of each.
@@ -136,8 +129,8 @@ class VCacheEngine:
         been written and must be recomputed. Blocks until loaded.
         """
         self._check_open()
-        target: _Target = self.bind(kvcaches)
-        return self._retrieve(self._check(tokens, mask, slot_mapping, 0, target.cache), target, slot_mapping)
+        rows = Rows(self.bind(kvcaches), slot_mapping)
+        return self._retrieve(self._check(tokens, mask, rows), rows)
 
     def contains(self, key: CacheKey | str) -> int:
         """0 when the chunk is in VRAM, 1 when it is in a lower tier (DRAM, storage), -1 when it is nowhere (or of another
@@ -175,26 +168,24 @@ class VCacheEngine:
     ) -> TransferHandle[None]:
         """`store` in the background. Arguments are checked, and copied, before it returns; `kvcaches` must not change until
         done."""
-        prompt, target, slots, follower = self._later(tokens, mask, kvcaches, slot_mapping, offset)
-        work = lambda: self._store(prompt, target, slots)  # noqa: E731
-        return TransferHandle(self._executor.submit(follower.run, work))
+        prompt, rows, follower = self._later(tokens, mask, kvcaches, slot_mapping, offset)
+        return TransferHandle(self._executor.submit(follower.run, partial(self._store, prompt, rows)))
 
     def retrieve_async(
         self, tokens: Any, mask: Any = None, *, kvcaches: KVCaches, slot_mapping: torch.Tensor
     ) -> TransferHandle[torch.Tensor]:
         """`retrieve` in the background. Arguments are checked, and copied, before it returns; `kvcaches` are written until
         done."""
-        prompt, target, slots, follower = self._later(tokens, mask, kvcaches, slot_mapping, 0)
-        work = lambda: self._retrieve(prompt, target, slots)  # noqa: E731
-        return TransferHandle(self._executor.submit(follower.run, work))
+        prompt, rows, follower = self._later(tokens, mask, kvcaches, slot_mapping)
+        return TransferHandle(self._executor.submit(follower.run, partial(self._retrieve, prompt, rows)))
 
-    def bind(self, kvcaches: KVCaches, *, layout: str | None = None, block_size: int | None = None) -> Any:
+    def bind(self, kvcaches: KVCaches, *, layout: str | None = None, block_size: int | None = None) -> Target:
         """Recognise the layout of a paged cache once; pass the result as `kvcaches` to save that work in every call.
 
         `layout` names one that shapes alone cannot tell (see `PagedCache.bind`); `block_size` rules out other readings. Raises
         `LayoutError` or `SpecError`. The tensors must stay where they are. On CUDA the first call compiles kernels.
         """
-        if isinstance(kvcaches, _Target):
+        if isinstance(kvcaches, Target):
             return kvcaches
         from .paged.layout import PagedCache
         from .paged.select import mover_for
@@ -204,7 +195,7 @@ class VCacheEngine:
                 if known.cache.holds(kvcaches) and layout in (None, known.cache.layout):
                     return known
             cache = PagedCache.bind(kvcaches, self.spec, layout=layout, block_size=block_size)
-            target = _Target(cache, mover_for(cache, self.config.transfer))
+            target = Target(cache, mover_for(cache, self.config.transfer))
             # The newest first, and only a few: callers that pass new tensors in every call must not leak.
             self._targets = [target, *self._targets[:MAX_TARGETS]]
         return target
@@ -246,40 +237,40 @@ class VCacheEngine:
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    def _store(self, prompt: Prompt, target: _Target, slot_mapping: torch.Tensor) -> None:
+    def _store(self, prompt: Prompt, rows: Rows) -> None:
         chunks = prompt.chunks(0, prompt.length)
         if not chunks:
             return
-        report = self.pool.put(chunks, prompt.parent(0), target.cache, slot_mapping, target.mover).result()
+        report = self.pool.put(chunks, prompt.parent(0), rows).result()
         if self._lower is not None:
             self._lower.save_later(report.stored)
-            self._lower.save_now(report.unplaced, target.cache, slot_mapping, target.mover)
+            self._lower.save_now(report.unplaced, rows)
 
-    def _retrieve(self, prompt: Prompt, target: _Target, slot_mapping: torch.Tensor) -> torch.Tensor:
+    def _retrieve(self, prompt: Prompt, rows: Rows) -> torch.Tensor:
         import torch
 
-        present = self._load(prompt, target, slot_mapping)
+        present = self._load(prompt, rows)
         self._count(prompt.length, present)
-        result = torch.zeros(slot_mapping.numel(), dtype=torch.bool)
+        result = torch.zeros(rows.slot_mapping.numel(), dtype=torch.bool)
         result[prompt.tokens(0, present.found)] = True
         return result
 
-    def _load(self, prompt: Prompt, target: _Target, slot_mapping: torch.Tensor) -> Presence:
+    def _load(self, prompt: Prompt, rows: Rows) -> Presence:
         """Load the longest prefix and verify it. Goes on in the storage tier where the pool ends, and back."""
         position, failed = 0, False
         while position < prompt.length:
-            above = self._load_from_pool(prompt, position, target, slot_mapping)
+            above = self._load_from_pool(prompt, position, rows)
             position, failed = position + above.found, above.failed
             if self._lower is None or position == prompt.length:
                 break
             rest = prompt.chunks(position, prompt.length)
-            loaded = self._lower.load(rest, target.cache, slot_mapping, target.mover, prompt.parent(position))
+            loaded = self._lower.load(rest, rows, prompt.parent(position))
             if not loaded:
                 break
             position += loaded
         return Presence(position, failed)
 
-    def _load_from_pool(self, prompt: Prompt, begin: int, target: _Target, slot_mapping: torch.Tensor) -> Presence:
+    def _load_from_pool(self, prompt: Prompt, begin: int, rows: Rows) -> Presence:
         """Load what the pool holds of the chunks from `begin` on. The head of a long prompt that has no names yet is on its way
         while the tail is named, leased and prepared."""
         begun: list[PoolTransfer[list[bool]]] = []
@@ -290,7 +281,7 @@ class VCacheEngine:
                 lease = self.pool.acquire([chunk.digest for chunk in chunks])
                 failed = lease.failed
                 if lease.locations:
-                    begun.append(self.pool.load(lease, chunks, target.cache, slot_mapping, target.mover))
+                    begun.append(self.pool.load(lease, chunks, rows))
                 if len(lease.locations) < len(chunks):
                     break
                 begin = end
@@ -310,25 +301,24 @@ class VCacheEngine:
             found += below
         return Presence(found, failed)
 
-    def _check(self, tokens: Any, mask: Any, slot_mapping: torch.Tensor, offset: int, cache: PagedCache) -> Prompt:
+    def _check(self, tokens: Any, mask: Any, rows: Rows, offset: int = 0) -> Prompt:
         """Check the arguments of a store or retrieve. Raises `ArgumentError`."""
         ids = token_array(tokens)
         skipped = skipped_tokens(mask, len(ids), self._tokens.chunk_size)
         if not 0 <= offset <= skipped:
             raise ArgumentError(f"offset: must be in [0, number of False in mask = {skipped}], got {offset}")
-        cache.check_slot_mapping(slot_mapping, len(ids) - offset)
+        rows.target.cache.check_slot_mapping(rows.slot_mapping, len(ids) - offset)
         return Prompt(self._tokens, ids, skipped, offset, recent=self._recent)
 
     def _later(
-        self, tokens: Any, mask: Any, kvcaches: KVCaches, slot_mapping: torch.Tensor, offset: int
-    ) -> tuple[Prompt, _Target, torch.Tensor, StreamFollower]:
+        self, tokens: Any, mask: Any, kvcaches: KVCaches, slot_mapping: torch.Tensor, offset: int = 0
+    ) -> tuple[Prompt, Rows, StreamFollower]:
         """What another thread needs. Nothing of it changes when the caller uses its arguments for the next call: a slot mapping
         in VRAM is copied in the caller's stream, before the point from which the work follows. Raises as `_check`."""
         self._check_open()
-        target: _Target = self.bind(kvcaches)
-        prompt = self._check(tokens, mask, slot_mapping, offset, target.cache)
-        slots = slot_mapping.clone()
-        return prompt, target, slots, StreamFollower(target.cache.device)
+        target = self.bind(kvcaches)
+        prompt = self._check(tokens, mask, Rows(target, slot_mapping), offset)
+        return prompt, Rows(target, slot_mapping.clone()), StreamFollower(target.cache.device)
 
     def _count(self, asked: int, present: Presence) -> None:
         self.metrics.count("lookups", asked)

@@ -18,6 +18,7 @@ from vcache.cache.remote_reads import RemotePool
 from vcache.lender.lender import Lender
 from vcache.metrics import EngineMetrics
 from vcache.paged.layout import PagedCache
+from vcache.paged.mover import Rows, Target
 from vcache.paged.select import mover_for
 from vcache.segment.host import HostBacking
 from vcache.segment.mapping import SegmentMap
@@ -136,8 +137,8 @@ class World:
         assert len(lease.locations) == len(chunks)
         paged = Paged.zeros(SPEC, LAYOUT, BLOCKS, BLOCK_SIZE)
         cache = PagedCache.bind(paged.tensors, SPEC)
-        mover = mover_for(cache, self.engine.config.transfer)
-        return Loading(paged, list(tokens), self.pool.load(lease, chunks, cache, torch.arange(rows), mover))
+        target = Target(cache, mover_for(cache, self.engine.config.transfer))
+        return Loading(paged, list(tokens), self.pool.load(lease, chunks, Rows(target, torch.arange(rows))))
 
     def counter(self, name: str) -> int:
         found: int = self.metrics.snapshot()["counters"][name]

@@ -16,6 +16,7 @@ from vcache.cache.pool import Chunk, ChunkPool
 from vcache.lender.lender import Lender
 from vcache.metrics import EngineMetrics
 from vcache.paged.layout import PagedCache
+from vcache.paged.mover import Rows, Target
 from vcache.paged.select import mover_for
 from vcache.segment.host import HostBacking
 
@@ -58,17 +59,17 @@ class World:
         """Number of chunks written now."""
         paged = Paged.zeros(SPEC, LAYOUT, 8, 8)
         paged.write(TOKENS, content(SPEC, TOKENS))
+        return len(pool.put(self.chunks(), b"", self.rows(paged)).result().stored)
+
+    def rows(self, paged: Paged) -> Rows:
         cache = PagedCache.bind(paged.tensors, SPEC)
-        put = pool.put(self.chunks(), b"", cache, torch.tensor(TOKENS), mover_for(cache, self.config.transfer))
-        return len(put.result().stored)
+        return Rows(Target(cache, mover_for(cache, self.config.transfer)), torch.tensor(TOKENS))
 
     def load(self, pool: ChunkPool) -> list[bool]:
         """Which chunks arrive; those that do are right."""
         paged = Paged.zeros(SPEC, LAYOUT, 8, 8)
-        cache = PagedCache.bind(paged.tensors, SPEC)
         lease = pool.acquire([chunk.digest for chunk in self.chunks()])
-        mover = mover_for(cache, self.config.transfer)
-        flags = pool.load(lease, self.chunks(), cache, torch.tensor(TOKENS), mover).result()
+        flags = pool.load(lease, self.chunks(), self.rows(paged)).result()
         expected, got = content(SPEC, TOKENS), paged.read(TOKENS)
         for index, ok in enumerate(flags):
             rows = slice(index * CHUNK, (index + 1) * CHUNK)

@@ -184,7 +184,7 @@ def test_typed_replies_round_trip() -> None:
 
 
 @pytest.mark.parametrize(
-    "raw",
+    "body",
     [
         ["NoSuchVerb"],
         ["Wiped", 7, "one field too many"],
@@ -207,9 +207,9 @@ def test_typed_replies_round_trip() -> None:
         None,
     ],
 )
-def test_wrong_requests_are_refused(raw: object) -> None:
+def test_wrong_requests_are_refused(body: object) -> None:
     with pytest.raises(ProtocolError):
-        decode_call(msgspec.msgpack.encode(raw))
+        decode_call(msgspec.msgpack.encode(body))
 
 
 def test_hello_of_another_version_names_both() -> None:

@@ -54,7 +54,7 @@ from vcache.manager.api import (
     WritersLeft,
 )
 from vcache.manager.client import Manager
-from vcache.manager.server import sessions, strangers
+from vcache.manager.server import session, sessions, strangers
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory
 
 MAX_FRAME = 2**16
@@ -211,8 +211,9 @@ def typed_requests() -> st.SearchStrategy[Any]:
         st.builds(ImporterGone, ident, ident),
         st.builds(Wiped, number),
         st.builds(Unmount, ident),
-        st.builds(Remove, st.lists(st.binary(min_size=16, max_size=16), max_size=3)),
-        st.builds(Clear, st.binary(min_size=16, max_size=16)),
+        # Whoever names them may remove the witness's chunks.
+        st.builds(Remove, st.lists(st.binary(min_size=16, max_size=16).filter(lambda key: key not in keys(1, 3)), max_size=3)),
+        st.builds(Clear, st.binary(min_size=16, max_size=16).filter(lambda namespace: namespace != NAMESPACE)),
         st.just(Stats()),
     )
 
@@ -278,8 +279,13 @@ def test_silent_client_loses_its_session(tmp_path: Path) -> None:
         alive.close()
 
 
-def test_peer_that_does_not_read_is_bounded_and_disconnected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with serving(f"unix://{tmp_path}/m.sock", session_timeout=0.4, heartbeat_interval=0.05) as server:
+@pytest.mark.parametrize("turn", [0.0, 1.0], ids=["a frame in each turn", "all in one turn"])
+def test_peer_that_does_not_read_is_bounded_and_disconnected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, turn: float
+) -> None:
+    """Where its turn ended just before the answers filled its buffer, it was read from again, without a bound."""
+    monkeypatch.setattr(session, "_TURN_SECONDS", turn)
+    with serving(f"unix://{tmp_path}/m.sock", session_timeout=2.0, heartbeat_interval=0.05) as server:
         client = server.client()
         client.mount(segment_of(client, slots=2000))
         for start in range(0, 2000, 500):

@@ -43,6 +43,7 @@ from vcache.manager.directory.reading import PackedReply
 from vcache.metrics import EngineMetrics
 from vcache.paged import cpu_mover
 from vcache.paged.layout import PagedCache
+from vcache.paged.mover import Rows, Target
 from vcache.segment.gate import QUARANTINE, Gate, WriteGate
 from vcache.segment.mapping import MappedSlab, PinnedSlot, PinnedSlots
 from vcache.segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlotHeader, SlotLocation, slab_bytes_for, slab_geometry
@@ -172,14 +173,14 @@ class Process:
 
 
 class Writer(Process):
-    """Puts chunks, by the pool and a mover, or as relief copies a slot."""
+    """Puts chunks, by the pool and a mover, or as a room maker copies a slot."""
 
     def __init__(self, world: World, name: str, copies: bool = False) -> None:
         super().__init__(world, name)
         self.pool = ChunkPool(self, self, SPEC, TOKENS, EngineMetrics())  # type: ignore[arg-type]
         self.paged = Paged.zeros(SPEC, "2BNHD", 1, TOKENS)
-        self.cache = PagedCache.bind(self.paged.tensors, SPEC)
-        self.mover = cpu_mover.CpuMover()
+        cache = PagedCache.bind(self.paged.tensors, SPEC)
+        self.rows = Rows(Target(cache, cpu_mover.CpuMover()), torch.arange(TOKENS))
         self.copies = copies
         self.budget = 0
         self.stored = 0
@@ -217,10 +218,10 @@ class Writer(Process):
     def put(self, key: bytes, value: int) -> int:
         self.paged.tensors[0].fill_(value)
         chunk = Chunk(key, 0, TOKENS, 0)
-        return len(self.pool.put([chunk], b"", self.cache, torch.arange(TOKENS), self.mover).result().stored)
+        return len(self.pool.put([chunk], b"", self.rows).result().stored)
 
     def copy(self, key: bytes, value: int) -> int:
-        """As relief moves a chunk: from a slot of our own into one with a ticket."""
+        """As a room maker moves a chunk: from a slot of our own into one with a ticket."""
         with self.pool.writing():
             grants = self.pool._put_start([Chunk(key, 0, TOKENS, 0)], b"", "host")
             location = grants[0].location

@@ -14,6 +14,7 @@ from support.paged import Paged, content
 from vcache import KVCacheSpec, VCacheConfig, VCacheEngine
 from vcache.cache.pool import Chunk
 from vcache.paged.cpu_mover import CpuMover
+from vcache.paged.mover import Rows
 
 
 class SuicidalMover(CpuMover):
@@ -96,8 +97,7 @@ class Worker:
             Chunk(key.digest, i, min(size, len(tokens) - i * size), i * size)
             for i, key in enumerate(self.engine.chunk_keys(tokens))
         ]
-        mapping = torch.arange(len(tokens))
-        return self.engine.pool.load(self.held[-1], chunks, target.cache, mapping, target.mover).result()
+        return self.engine.pool.load(self.held[-1], chunks, Rows(target, torch.arange(len(tokens)))).result()
 
     def clear(self) -> int:
         return self.engine.manager.clear()

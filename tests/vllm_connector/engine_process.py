@@ -202,7 +202,7 @@ class Engine:
         return {
             "declined": connector._scheduler is None,
             "lent": store._resources.lent_bytes() if store is not None else 0,
-            "layout": store.cache.layout if store is not None else "",
+            "layout": store.target.cache.layout if store is not None else "",
         }
 
     def connector(self) -> Any:

@@ -160,7 +160,7 @@ class TestReset:
         request = w.add("r", PROMPT, new=20)
         (job,) = w.step().saves
         w.step(**saved(job))
-        assert w.side._known
+        assert w.side._chunks
         w.manager.keys |= set(job.digests)
         assert w.scheduler.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
         assert w.manager.keys == set()

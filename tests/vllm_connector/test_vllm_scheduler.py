@@ -68,6 +68,18 @@ class TestLoads:
         now[0] = 1.0
         assert w.connector.get_num_new_matched_tokens(request, 0) == (3 * CHUNK, True)
 
+    def test_an_answer_is_kept_for_the_same_question_only(self) -> None:
+        from vcache.integrations.vllm.scheduler import _Found
+
+        found = _Found([1], epoch=2, computed=16, ends=[32, 64], valid_until=9.0)
+        assert found.matches(16, [32, 64, 96], 8.9, 2), "what was not found then is not looked up again"
+        assert not found.matches(32, [64, 96], 8.9, 2)
+        assert not found.matches(16, [32, 64, 96], 9.0, 2)
+        assert not found.matches(16, [32], 8.9, 2)
+        assert not found.matches(16, [32, 48], 8.9, 2)
+        assert not found.matches(16, [32, 64], 8.9, 4)
+        assert found._replace(leases=[]).matches(16, [32, 64], 8.9, 4), "what storage has outlives the manager"
+
     def test_a_waiting_request_renews_its_lease_in_time(self, world: Any) -> None:
         w = world()
         now = [0.0]
@@ -104,7 +116,7 @@ class TestLoads:
         request = w.add("r", PROMPT)
         w.publish(request, 3)
         w.step(**loaded(w.step().loads[0], chunks=0))
-        w.side._bad.clear()  # however long ago that was
+        w.side._chunks._bad.clear()  # however long ago that was
         assert w.step().loads == []
         assert w.last.num_scheduled_tokens["r"] == 100
 
@@ -342,11 +354,11 @@ class TestSaves:
         w = world(blocks=40, prefix_caching=False)
         request = w.add("a", range(500, 692), new=10)
         (slow,) = w.step().saves
-        assert w.side.pins.room()
+        assert w.side.block_refs.room()
         w.scheduler.running.remove(request)
         w.scheduler._preempt_request(request, 0.0)
         assert w.connector.has_pending_block_frees()
-        assert not w.side.pins.room()
+        assert not w.side.block_refs.room()
         assert w.step().saves == [], "it is computed again, in other blocks"
         assert w.last.num_scheduled_tokens["a"] == 193
         w.step(**saved(slow))
@@ -358,14 +370,14 @@ class TestSaves:
         w = world(blocks=40)
         w.add("a", range(500, 692), new=10)
         (first,) = w.step().saves
-        w.side.pins.hold(-1, first.blocks)  # the save of another request with this prefix
-        assert w.side.pins.room()
+        w.side.block_refs.hold(-1, first.blocks)  # the save of another request with this prefix
+        assert w.side.block_refs.room()
         w.scheduler.finish_requests("a", RequestStatus.FINISHED_ABORTED)
-        assert not w.side.pins.room()
-        w.side.pins.release(-1)
-        assert not w.side.pins.room()
-        w.side.pins.release(first.job)
-        assert w.side.pins.room()
+        assert not w.side.block_refs.room()
+        w.side.block_refs.release(-1)
+        assert not w.side.block_refs.room()
+        w.side.block_refs.release(first.job)
+        assert w.side.block_refs.room()
 
     def test_a_save_dropped_after_a_failed_load_is_offered_again(self, world: Any) -> None:
         from vcache.integrations.vllm.metadata import VCacheWorkerMetadata
@@ -510,7 +522,7 @@ class TestSaves:
         assert w.connector.has_pending_push_work()
         w.step(**saved(job, complete=False))
         assert not w.connector.has_pending_push_work()
-        assert not w.side._known, "one worker could not store its shard"
+        assert not w.side._chunks, "one worker could not store its shard"
 
 
 def going_on(name: str, computed: int, scheduled: int, resumed_in: list[int] | None = None) -> Any:

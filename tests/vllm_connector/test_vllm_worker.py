@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,12 +19,12 @@ BLOCKS = [4, 5, 6, 7]
 
 
 class Store:
-    """`store.ShardStore`, with results from the test."""
+    """`jobs.ShardStore`, with results from the test."""
 
     def __init__(self) -> None:
         import torch
 
-        self.cache = type("Cache", (), {"device": torch.device("cpu")})
+        self.target = SimpleNamespace(cache=SimpleNamespace(device=torch.device("cpu")))
         self.loaded: int | Exception = 2
         self.closed = False
         self.saved: Exception | None = None
@@ -187,7 +188,7 @@ def test_an_error_while_the_store_is_opened_turns_the_worker_off_and_it_says_so_
 
 
 def test_work_that_cannot_follow_the_stream_is_reported_too(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA error in the thread before the work began, or in the runner's: blocks stayed pinned, and the request waited for
+    """A CUDA error in the thread before the work began, or in the runner's: blocks stayed held, and the request waited for
     ever."""
     from vcache.integrations.vllm import worker as module
 
@@ -227,7 +228,7 @@ def test_work_whose_thread_cannot_be_started_is_reported_once(worker: Any, monke
         late.append(work)
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(worker._savers, "submit", submit)
+    monkeypatch.setattr(worker._savers._executor, "submit", submit)
     worker.start_saves(step(1, save()))
     assert worker.report().saves[2].dropped
     late[0]()
@@ -260,7 +261,7 @@ def test_a_worker_of_another_namespace_takes_no_part(worker: Any) -> None:
 
 
 def test_a_worker_that_declined_answers_all_the_same(caplog_vllm: pytest.LogCaptureFixture) -> None:
-    """The scheduler's side had decided otherwise: its blocks stayed pinned, its requests waited, and an idle engine never came
+    """The scheduler's side had decided otherwise: its blocks stayed held, its requests waited, and an idle engine never came
     to rest."""
     from vcache.integrations.vllm.declined import DeclinedWorker
 
@@ -283,14 +284,12 @@ def test_a_worker_that_declined_answers_all_the_same(caplog_vllm: pytest.LogCapt
 
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_store_that_closes_waits_for_its_writes(ended: bool, caplog_vllm: pytest.LogCaptureFixture) -> None:
-    from types import SimpleNamespace
-
     from vcache.integrations.vllm.jobs import ShardStore
 
     order: list[str] = []
     pool = SimpleNamespace(wait_writes=lambda timeout: (order.append("wait"), ended)[1])
     resources = SimpleNamespace(close=lambda: order.append("close"))
-    store: Any = ShardStore(None, None, pool, None, resources, None, 16)  # type: ignore[arg-type]
+    store: Any = ShardStore(None, pool, None, resources, None, 16)  # type: ignore[arg-type]
     store.close()
     assert order == ["wait", "close"]
     assert ("writes to the pool do not end" in caplog_vllm.text) is not ended
@@ -298,8 +297,6 @@ def test_a_store_that_closes_waits_for_its_writes(ended: bool, caplog_vllm: pyte
 
 def test_what_vllm_wakes_up_with_is_what_it_had(one_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM 0.33 calls `restore_kv_caches()` without tensors: a TypeError on wake-up."""
-    from types import SimpleNamespace
-
     from vcache.integrations.vllm.connector import VCacheConnector
 
     registered: list[Any] = []
@@ -465,7 +462,6 @@ def test_layers_that_share_a_tensor_are_stored_once() -> None:
 @pytest.mark.parametrize("mla", [False, True])
 def test_every_worker_has_its_shard_and_mla_is_saved_once(mla: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pipeline stages of two tensor-parallel workers each."""
-    from types import SimpleNamespace
 
     from vllm.distributed import parallel_state
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
-from ..devices import device_name
-from ..errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError
+from ..errors import TRANSFER_ERRORS, ManagerRefusedError, ManagerUnavailableError, ProtocolError
 from ..manager.api import Placement, PutGrant, PutRequest, Ticket
 from ..manager.client import Manager
 from ..metrics import EngineMetrics
 from ..paged.checksum import TRAILER_BYTES, ChecksumMode, contradicts, slot_bytes_for, trailer_offset
-from ..paged.mover import Mover, SlotTransfer, Transfer
+from ..paged.layout import device_name
+from ..paged.mover import Rows, SlotTransfer, Transfer
 from ..segment.gate import Passage
 from ..segment.mapping import MappedSlab, PinnedSlot, SegmentMap
 from ..segment.slots import (
@@ -41,10 +41,6 @@ from .remote_reads import RemotePool, RemoteRead, RemoteTransfer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import torch
-
-    from ..paged.layout import PagedCache
-
 logger = logging.getLogger("vcache.pool")
 
 T = TypeVar("T")
@@ -57,9 +53,6 @@ SAMPLED = 1 / 64
 
 MAX_BROKEN = 4096
 """Chunks remembered as broken."""
-
-TRANSFER_ERRORS = Exception
-"""What a broken transfer may raise: bindings, compilers and torch have exceptions of their own."""
 
 
 class Chunk(NamedTuple):
@@ -264,17 +257,8 @@ class ChunkPool:
         except MANAGER_ERRORS as error:
             self._manager_failed("release", error)
 
-    def load(
-        self,
-        lease: Lease,
-        chunks: Sequence[Chunk],
-        cache: PagedCache,
-        slot_mapping: torch.Tensor,
-        mover: Mover,
-        *,
-        release: bool = True,
-    ) -> PoolTransfer[list[bool]]:
-        """Start moving leased chunks into the paged cache. The result tells which chunks are there **and verified**.
+    def load(self, lease: Lease, chunks: Sequence[Chunk], rows: Rows, *, release: bool = True) -> PoolTransfer[list[bool]]:
+        """Start moving leased chunks into a paged cache. The result tells which chunks are there **and verified**.
 
         `chunks[i]` belongs to `lease.locations[i]`. Moves the part before the first slot that this process cannot reach.
         With `release`, the lease is given back when settled.
@@ -288,7 +272,7 @@ class ChunkPool:
             known = len(route.mapped)
             whole = self._route(lease.locations[begin:end], chunks[begin:end], begin, route)
             part, places = route.mapped[known:], route.mapped_places[known:]
-            started = self._start(lambda part=part: mover.load(cache, slot_mapping, part), part)  # type: ignore[misc]
+            started = self._start(lambda part=part: rows.load(part), part)  # type: ignore[misc]
             if started is not None:
                 mapped.append((started, places))
             elif part:
@@ -296,7 +280,7 @@ class ChunkPool:
                 break
             if not whole:
                 break
-        remote = self._start_remote(route.remote, cache, slot_mapping, mover)
+        remote = self._start_remote(route.remote, rows)
         joined = JoinedTransfer(mapped, None if remote is None else (remote, route.remote_places))
 
         def settle(verified: list[bool]) -> list[bool]:
@@ -349,14 +333,7 @@ class ChunkPool:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def put(
-        self,
-        chunks: Sequence[Chunk],
-        parent: bytes,
-        cache: PagedCache,
-        slot_mapping: torch.Tensor,
-        mover: Mover,
-    ) -> PoolTransfer[PutReport]:
+    def put(self, chunks: Sequence[Chunk], parent: bytes, rows: Rows) -> PoolTransfer[PutReport]:
         """Start storing consecutive chunks of one prompt; those that exist are skipped before a byte is copied.
 
         `parent`: digest of the chunk before the first, empty for none. The result settles after `put_end`.
@@ -391,7 +368,7 @@ class ChunkPool:
         started: Transfer | None = None
         try:
             epoch = self.manager.epoch
-            grants = self._put_start(chunks, parent, device_name(cache.device))
+            grants = self._put_start(chunks, parent, device_name(rows.target.cache.device))
             unplaced = self._place(chunks, grants, passage, written, transfers)
             if self.manager.epoch != epoch:
                 # The manager that gave the tickets is gone. Nothing rests on this look (the gate is what holds such writes
@@ -399,7 +376,7 @@ class ChunkPool:
                 unplaced = [*unplaced, *written]
                 self._abandon(transfers)
                 written.clear()
-            start = lambda: mover.store(cache, slot_mapping, transfers, self.manager.client_id)  # noqa: E731
+            start = lambda: rows.store(transfers, self.manager.client_id)  # noqa: E731
             started = self._start(start, transfers)
         except BaseException:
             settle([])
@@ -613,13 +590,11 @@ class ChunkPool:
         except MANAGER_ERRORS as error:
             self._manager_failed("put_revoke", error)
 
-    def _start_remote(
-        self, reads: list[RemoteRead], cache: PagedCache, slot_mapping: torch.Tensor, mover: Mover
-    ) -> RemoteTransfer | None:
+    def _start_remote(self, reads: list[RemoteRead], rows: Rows) -> RemoteTransfer | None:
         if not reads or self._remote is None:
             return None
         try:
-            return self._remote.load(reads, cache, slot_mapping, mover, self.metrics)
+            return self._remote.load(reads, rows, self.metrics)
         except TRANSFER_ERRORS as error:
             self.metrics.count("transfer_errors")
             logger.warning("read from another host not started, treated as a miss: %s", error)

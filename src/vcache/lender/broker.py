@@ -1,4 +1,4 @@
-"""The lender's side of fd passing: a unix socket, served by one thread, that hands out slabs and asks for them back."""
+"""Hands the descriptors of a segment's slabs to importers over a unix socket, and asks for the slabs back; in one thread."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import select
 import socket
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from ..errors import ProtocolError, SegmentError
 from ..segment import handover as protocol
 from ..segment.gate import Gate
+from ..sockets import close_in_forked_child, peer_uid
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class _Connection:
 
 
 class Broker:
-    """Serves one segment from construction until `close`. Thread-safe.
+    """Serves the importers of one segment, from construction until `close`. Thread-safe.
 
     A connection that breaks the protocol is served no more, but its end still counts as the importer's sign of life: the
     socket is kept, unread, until the peer hangs up.
@@ -81,7 +81,7 @@ class Broker:
         self._poll.register(self._listener.fileno(), select.EPOLLIN)
         self._thread = threading.Thread(target=self._run, name="vcache-broker", daemon=True)
         self._thread.start()
-        _close_in_children(self)
+        close_in_forked_child(self, Broker.close_sockets)
 
     # -- called by the lender ----------------------------------------------------------------------------------------
 
@@ -114,13 +114,13 @@ class Broker:
         return late
 
     def importers(self) -> set[bytes]:
-        """Client ids of the processes that are connected now."""
+        """Tell which processes are connected now, by client id."""
         with self._lock:
             return {connection.client for connection in self._connections.values() if connection.client}
 
     def bar(self, client: bytes) -> bool:
-        """True when this process maps nothing of the segment and, from now on, never will: its writes are over. False while it
-        is connected."""
+        """Keep a process out for good, if it is not connected: True when it maps nothing of the segment and never will, so that
+        its writes are over; False while it is connected."""
         with self._lock:
             if any(connection.client == client for connection in self._connections.values()):
                 return False
@@ -205,12 +205,12 @@ class Broker:
         with self._lock:
             self._connections[sock.fileno()] = connection
         self._poll.register(sock.fileno(), select.EPOLLIN)
-        uid = protocol.peer_uid(sock)
+        uid = peer_uid(sock)
         if uid != self._uid:
             self._refuse(connection, f"user {uid} may not import from a lender of user {self._uid}")
 
     def _serve(self, connection: _Connection, events: int) -> None:
-        """One event of one importer. The kernel reports again what is left."""
+        """Deal with one event of one importer. The kernel reports again what is left."""
         if connection.condemned or not events & select.EPOLLIN:
             if events & (select.EPOLLHUP | select.EPOLLERR):
                 self._drop(connection)
@@ -347,7 +347,7 @@ def _listen(path: str) -> socket.socket:
 
 
 def _remove_stale_sockets(folder: Path) -> None:
-    """Sockets of lenders that were killed refuse connections; nobody will ever serve them again."""
+    """Remove the sockets of lenders that were killed: they refuse connections, and nobody will ever serve them again."""
     for path in folder.glob("*.sock"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
             try:
@@ -356,15 +356,3 @@ def _remove_stale_sockets(folder: Path) -> None:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 logger.debug("left %s alone: %s", path, error)
-
-
-def _close_in_children(broker: Broker) -> None:
-    """A forked child has copies of the sockets; held there, importers would not see this process die."""
-    reference = weakref.ref(broker)
-
-    def close() -> None:
-        parent = reference()
-        if parent is not None:
-            parent.close_sockets()
-
-    os.register_at_fork(after_in_child=close)

@@ -1,4 +1,4 @@
-"""The importer's side of fd passing: one thread per process that talks to all lenders, maps slabs and unmaps on request."""
+"""Maps other processes' slabs: one thread that talks to all lenders' brokers, maps what they hand over, unmaps on request."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import selectors
 import socket
 import threading
 import time
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import Literal
 
 from ..errors import ProtocolError, SegmentError, SlabGoneError, VCacheError
+from ..sockets import close_in_forked_child, peer_uid
 from . import handover as protocol
 from .backing import MappedSlab, SlabBacking
 from .gate import WriteGate
@@ -77,7 +77,7 @@ class Link:
 
 
 class Importer:
-    """Thread-safe. No method blocks but `close`."""
+    """Connects to lenders, maps slabs and unmaps them, in a thread of its own. Thread-safe. No method blocks but `close`."""
 
     def __init__(self, client_id: bytes, *, timeout: float = 1.0, retry_after: float = 2.0) -> None:
         """`timeout`: seconds that a lender may take to answer hello. `retry_after`: seconds between attempts to connect."""
@@ -95,7 +95,7 @@ class Importer:
         self._selector.register(self._wake_fd, selectors.EVENT_READ)
         self._thread = threading.Thread(target=self._run, name="vcache-importer", daemon=True)
         self._thread.start()
-        _close_in_children(self)
+        close_in_forked_child(self, Importer.close_sockets)
 
     # -- called from anywhere ----------------------------------------------------------------------------------------
 
@@ -111,8 +111,8 @@ class Importer:
         self._post(lambda: self._connect(link))
 
     def map(self, link: Link, index: int, nbytes: int) -> Future[MappedSlab]:
-        """The mapped slab, once it is there. However often it is asked for, it is mapped once. The future fails with
-        `SlabGoneError` when it is not lent any more, with another `VCacheError` when it cannot be had now."""
+        """Ask for a slab; the mapped one, once it is there. However often it is asked for, it is mapped once. The future
+        fails with `SlabGoneError` when it is not lent any more, with another `VCacheError` when it cannot be had now."""
         future: Future[MappedSlab] = Future()
         if not self._post(lambda: self._want(link, index, nbytes, future)):
             future.set_exception(SegmentError("the segment map is closed"))
@@ -123,7 +123,7 @@ class Importer:
         self._post(lambda: self._drop(link, list(link.mapped) if indices is None else indices))
 
     def unbind(self, link: Link) -> None:
-        """Nobody wants the segment now: keep what is mapped for as long as its lender lives, in case it comes back."""
+        """Stop wanting the segment: keep what is mapped for as long as its lender lives, in case it comes back."""
         link.bound = False
         self._post(lambda: self._tidy(link))
 
@@ -220,7 +220,7 @@ class Importer:
             if link._backing is None:
                 link._backing = link._make_backing()
             sock.connect(link.path)
-            uid = protocol.peer_uid(sock)
+            uid = peer_uid(sock)
             if uid not in (self._uid, 0):
                 raise SegmentError(f"its lender runs as user {uid}, this process as {self._uid}")
             sock.send(protocol.encode(protocol.Hello(protocol.BROKER_VERSION, self._client_id, link.uuid)), socket.MSG_NOSIGNAL)
@@ -236,7 +236,7 @@ class Importer:
         self._selector.register(sock, selectors.EVENT_READ, link)
 
     def _fail(self, link: Link, problem: str) -> None:
-        """Nothing can be mapped now."""
+        """Fail all that waits: nothing can be mapped now."""
         if link.problem != problem:
             logger.log(logging.INFO if self._closing else logging.WARNING, "segment %s: %s", link.uuid.hex()[:8], problem)
         link.problem = problem
@@ -247,8 +247,8 @@ class Importer:
                 future.set_exception(SegmentError(problem))
 
     def _lost(self, link: Link, problem: str) -> None:
-        """No word from the lender any more. What is mapped stays, and so does our end of the socket: while it is open, a lender
-        that lives (but broke with us) does not take this process's writes for ended."""
+        """Give the lender up: no word comes from it any more. What is mapped stays, and so does our end of the socket: while it
+        is open, a lender that lives (but broke with us) does not take this process's writes for ended."""
         if link._sock is not None and link.state != "lost":
             self._selector.unregister(link._sock)
         link.state = "lost"
@@ -408,15 +408,3 @@ class Importer:
         """Tell the lender that we do not map this slab, unless we do, or may soon."""
         if link.state == "up" and not (index in link.mapped or index in link._wanted or index in link._leaving):
             self._send(link, protocol.Unmapped([index]))
-
-
-def _close_in_children(importer: Importer) -> None:
-    """A forked child has copies of the sockets; held there, lenders would not see this process die."""
-    reference = weakref.ref(importer)
-
-    def close() -> None:
-        parent = reference()
-        if parent is not None:
-            parent.close_sockets()
-
-    os.register_at_fork(after_in_child=close)

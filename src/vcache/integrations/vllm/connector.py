@@ -152,7 +152,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         if self._scheduler is not None:
-            self._scheduler.pins.bind(gpu_block_pool)
+            self._scheduler.block_refs.bind(gpu_block_pool)
 
     def on_new_request(self, request: Any) -> None:
         if self._scheduler is not None:
@@ -185,7 +185,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         return self._scheduler is not None and self._scheduler.busy()
 
     def has_pending_block_frees(self) -> bool:
-        return self._scheduler is not None and self._scheduler.pins.only_holder()
+        return self._scheduler is not None and self._scheduler.block_refs.only_holder()
 
     def take_events(self) -> Iterable[Any]:
         return self._scheduler.take_events() if self._scheduler is not None else ()

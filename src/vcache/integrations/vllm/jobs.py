@@ -5,21 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...cache.opening import Resources
 from ...cache.pool import Chunk, ChunkPool, PoolTransfer, PutReport
 from ...cache.room_maker import RoomMaker
-from ...cache.storage_tier import LowerTier
+from ...cache.storage_tier import ChunkStorage
 from ...metrics import EngineMetrics
+from ...paged.mover import Rows, Target
 from .kv_group import KVGroup
 from .metadata import LoadJob, SaveJob, SaveOutcome
 
 if TYPE_CHECKING:
     import torch
 
-    from ...paged.layout import PagedCache
-    from ...paged.mover import Mover
 
 logger = logging.getLogger("vllm.vcache")
 
@@ -85,20 +84,18 @@ class ShardStore:
 
     def __init__(
         self,
-        cache: PagedCache,
-        mover: Mover,
+        target: Target,
         pool: ChunkPool,
-        lower: LowerTier | None,
+        lower: ChunkStorage | None,
         resources: Resources,
         metrics: EngineMetrics,
         block_size: int,
         relief: RoomMaker | None = None,
     ) -> None:
         """Owns `resources`, `lower` and `relief`: `close` closes them. `block_size`: tokens in a block of vLLM's table."""
-        self.cache = cache
+        self.target = target
         self.metrics = metrics
         self.pool = pool
-        self._mover = mover
         self._lower = lower
         self._resources = resources
         self._block_size = block_size
@@ -108,7 +105,7 @@ class ShardStore:
     def load(self, job: LoadJob) -> int:
         """Bring the chunks of a job into its blocks; number of leading chunks that are there and verified. Blocks until the
         bytes have landed."""
-        slots = self._slots(job.blocks)
+        rows = self._rows(job.blocks)
         chunks, start = [], 0
         for index, (digest, tokens) in enumerate(zip(job.digests, job.tokens, strict=True)):
             skip = job.skip if index == 0 else 0
@@ -119,30 +116,30 @@ class ShardStore:
             before, rest = loaded, chunks[loaded:]
             lease = self.pool.acquire([chunk.digest for chunk in rest])
             if lease is not None:
-                flags = self.pool.load(lease, rest, self.cache, slots, self._mover).result()
+                flags = self.pool.load(lease, rest, rows).result()
                 loaded += next((i for i, ok in enumerate(flags) if not ok), len(flags))
             if self._lower is not None and not self._leave_storage and loaded < len(chunks):
                 parent = chunks[loaded - 1].digest if loaded else b""
-                loaded += self._lower.load(chunks[loaded:], self.cache, slots, self._mover, parent)
+                loaded += self._lower.load(chunks[loaded:], rows, parent)
             if loaded == before:
                 break
         return loaded
 
     def start_save(self, job: SaveJob) -> SaveUnderWay:
         """Start to store the chunks of a job that the pool does not have. Blocks for a round trip; on a CPU, for the copy."""
-        slots = self._slots(job.blocks)
+        rows = self._rows(job.blocks)
         chunks, start = [], 0
         for index, (digest, tokens) in enumerate(zip(job.digests, job.tokens, strict=True)):
             chunks.append(Chunk(digest, job.first + index, tokens, start))
             start += tokens
-        put = self.pool.put(chunks, job.parent, self.cache, slots, self._mover)
-        return SaveUnderWay(put.done, partial(self._finish_save, put, slots))
+        put = self.pool.put(chunks, job.parent, rows)
+        return SaveUnderWay(put.done, partial(self._finish_save, put, rows))
 
-    def _finish_save(self, put: PoolTransfer[PutReport], slots: Any) -> Saved:
+    def _finish_save(self, put: PoolTransfer[PutReport], rows: Rows) -> Saved:
         report = put.result()
         if self._lower is not None and not self._leave_storage:
             self._lower.save_later(report.stored)
-            self._lower.save_now(report.unplaced, self.cache, slots, self._mover)
+            self._lower.save_now(report.unplaced, rows)
         return Saved(SaveOutcome(1, not report.unplaced, False), report.nbytes, report.seconds)
 
     def leave_storage(self) -> None:
@@ -174,9 +171,9 @@ class ShardStore:
             self._lower.close(5.0)
         self._resources.close()
 
-    def _slots(self, blocks: list[int]) -> Any:
-        """Slot of each token in these blocks: int64, on the CPU."""
+    def _rows(self, blocks: list[int]) -> Rows:
+        """The rows of these blocks, token by token."""
         import torch
 
         first = torch.tensor(blocks, dtype=torch.int64)[:, None] * self._block_size
-        return (first + torch.arange(self._block_size)).flatten()
+        return Rows(self.target, (first + torch.arange(self._block_size)).flatten())

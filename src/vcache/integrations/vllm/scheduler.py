@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,10 +12,12 @@ from ...keys import DIGEST_BYTES, CacheKey
 from ...manager.client import Manager
 from ...storage.base import StorageTier
 from .block_refs import BlockRefs
+from .chunk_memory import ChunkMemory
 from .events import EventLog
 from .keys import ChunkNames
 from .kv_group import KVGroup
 from .metadata import LoadJob, LoadOutcome, SaveJob, SaveOutcome, VCacheMetadata, VCacheWorkerMetadata, merge_saves
+from .reset_state import ResetState
 from .stats import VCacheStats
 from .weights import Adapters
 
@@ -27,21 +28,14 @@ MISS_SECONDS = 0.05
 """A miss is believed for this long when vLLM asks again for the same waiting request."""
 WAIT_STEP = 2e-3
 """Seconds between look-ups for a request that waits for its prompt to be saved elsewhere."""
-KNOWN_SECONDS = 60.0
-KNOWN_CHUNKS = 100_000
-"""Chunks seen in the pool are not offered to it again for this long; so many are remembered."""
 LOOKUP_ROUNDS = 4
 """A prefix that lies in turns in the pool and in storage is followed through so many changes."""
-RESET_RETRY = 5.0
-"""Seconds between attempts to clear the cache while the manager is away."""
-BAD_SECONDS = 10.0
-"""A chunk that could not be loaded ends every prefix for this long."""
 UNSETTLED = 2**62
 """More tokens than any request has."""
 
 
 class Policy(NamedTuple):
-    """What the scheduler's side is told once."""
+    """Settings of the scheduler's side."""
 
     loads: bool
     saves: bool
@@ -68,6 +62,16 @@ class _Found(NamedTuple):
     ends: list[int]
     """End of each chunk found, in tokens. Empty: a miss."""
     valid_until: float
+
+    def matches(self, computed: int, ends: Sequence[int], now: float, epoch: int) -> bool:
+        """Whether it still answers the same question: `computed` tokens are there, what ends at `ends` is wanted. Leases are of
+        one epoch of the manager."""
+        return (
+            self.computed == computed
+            and now < self.valid_until
+            and (not self.leases or self.epoch == epoch)
+            and self.ends == ends[: len(self.ends)]
+        )
 
 
 class _Request:
@@ -133,7 +137,10 @@ class _Save(NamedTuple):
 
 
 class SchedulerSide:
-    """Used by the scheduler's thread only. Calls to the manager are bounded by its client's deadline; a failure is a miss."""
+    """Decides what is loaded and what is saved, and holds leases and blocks for it.
+
+    Used by the scheduler's thread only. Calls to the manager are bounded by its client's deadline; a failure is a miss.
+    """
 
     def __init__(
         self,
@@ -146,7 +153,7 @@ class SchedulerSide:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manager = manager
-        self.pins = BlockRefs()
+        self.block_refs = BlockRefs()
         self.stats = VCacheStats()
         self._group = group
         self._names = names
@@ -162,13 +169,8 @@ class SchedulerSide:
         self._loading: dict[int, _Load] = {}
         self._saves: dict[int, _Save] = {}
         self._outcomes: dict[int, SaveOutcome] = {}
-        self._stale_saves: set[int] = set()
-        """Saves that were under way when the cache was reset."""
-        self._known: OrderedDict[bytes, float] = OrderedDict()
-        self._bad: dict[bytes, float] = {}
-        self._was_reset = False
-        self._reset_due: float | None = None
-        """When to ask the manager again to clear the cache; None: that is done."""
+        self._chunks = ChunkMemory()
+        self._reset = ResetState()
         self._broken: list[bytes] = []
         """Chunks that the workers are to drop in the next step."""
         self._room: bool | None = None
@@ -179,8 +181,11 @@ class SchedulerSide:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def add(self, request: Any) -> _Request:
+    def add(self, request: Any) -> None:
         """Remember a request. Idempotent."""
+        self._state(request)
+
+    def _state(self, request: Any) -> _Request:
         state = self._requests.get(request.request_id)
         if state is None:
             adapter = self._adapters.name(getattr(request, "lora_request", None))
@@ -201,13 +206,13 @@ class SchedulerSide:
     # -- loading ---------------------------------------------------------------------------------------------------
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
-        """Tokens that can be loaded beyond `computed`, and whether to load them beside the steps. (0, False) for a miss; None
-        tokens: ask again, they may come in a moment.
+        """Find out how many tokens can be loaded beyond `computed`, and whether to load them beside the steps. (0, False) for a
+        miss; None tokens: ask again, they may come in a moment.
 
         Leases what it finds, until the request is scheduled, finishes, or does not ask for a while. Blocks for one round trip
         to the manager, or not at all when the answer is known.
         """
-        state = self.add(request)
+        state = self._state(request)
         if not self._policy.loads or state.load_failed or computed % self._group.block_size or self._reset_owed():
             return 0, False
         if self._off or state.adapter is None or getattr(request, "skip_reading_prefix_cache", False):
@@ -218,7 +223,7 @@ class SchedulerSide:
             self._drop_found(state)
             return 0, False
         found = state.found
-        if found is None or found.computed != computed or not self._still_good(found, ends):
+        if found is None or not found.matches(computed, ends, self._clock(), self.manager.epoch):
             self._drop_found(state)
             found = state.found = self._look_up(state, computed, ends)
         if len(found.ends) < len(ends) and self._waits(state):
@@ -238,11 +243,11 @@ class SchedulerSide:
         return self._clock() < state.wait_until
 
     def allocated(self, request: Any, blocks: Sequence[int], tokens: int) -> None:
-        """The request got `blocks` (all it has). Load `tokens` tokens into them; 0 means that nothing is wanted from here.
+        """Load `tokens` tokens of a request into `blocks`, which are all it has; 0 means that nothing is wanted from here.
 
         vLLM counts them as computed. Where they are not what was found, those that cannot be loaded are reported as failed.
         """
-        state = self.add(request)
+        state = self._state(request)
         state.blocks, state.settled = list(blocks), UNSETTLED
         found, state.found = state.found, None
         if found is None:
@@ -296,7 +301,7 @@ class SchedulerSide:
     def _look_up(self, state: _Request, computed: int, ends: list[int]) -> _Found:
         began = time.perf_counter()
         digests = self._digests(state, ends)
-        usable = next((i for i, digest in enumerate(digests) if self._is_bad(digest)), len(digests))
+        usable = self._chunks.usable(digests, self._clock())
         epoch = self.manager.epoch
         leases: list[int] = []
         count, valid = 0, MISS_SECONDS
@@ -320,24 +325,20 @@ class SchedulerSide:
         self.stats.add("queried_tokens", state.request.num_tokens - computed)
         if count:
             self.stats.add("hit_tokens", ends[count - 1] - computed)
-        self._remember(digests[:count])
-        self._forget(digests[count:])
-        return _Found(leases, epoch, computed, ends[:count], self._clock() + valid)
+        now = self._clock()
+        self._chunks.saw(digests[:count], now)
+        self._chunks.missed(digests[count:])
+        return _Found(leases, epoch, computed, ends[:count], now + valid)
 
     def _in_storage(self, digests: Sequence[bytes]) -> int:
         """Leading chunks that the storage tier has."""
-        if self._storage is None or not digests or self._was_reset:
+        if self._storage is None or not digests or self._reset.happened:
             return 0
         try:
             return self._storage.prefix([CacheKey(self._names.namespace, digest) for digest in digests], 0)
         except StorageError as error:
             logger.debug("look-up in storage: %s", error)
             return 0
-
-    def _still_good(self, found: _Found, ends: list[int]) -> bool:
-        if self._clock() >= found.valid_until:
-            return False
-        return (not found.leases or found.epoch == self.manager.epoch) and found.ends == ends[: len(found.ends)]
 
     def _drop_found(self, state: _Request) -> None:
         found, state.found = state.found, None
@@ -363,12 +364,12 @@ class SchedulerSide:
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def build(self, output: Any) -> VCacheMetadata:
-        """The work that goes with one step. `output`: vLLM's `SchedulerOutput`, not changed."""
+        """Put together the work that goes with one step. `output`: vLLM's `SchedulerOutput`, not changed."""
         self._step += 1
         metadata = VCacheMetadata(self._step, self._failed_step, not output.num_scheduled_tokens, self._loads)
         self._loads = []
         metadata.broken, self._broken = self._broken, []
-        metadata.storage = not self._was_reset
+        metadata.storage = not self._reset.happened
         metadata.namespace = self._names.namespace
         if self._policy.saves:
             self._offer(metadata, output)
@@ -398,6 +399,16 @@ class SchedulerSide:
                 state.blocks.extend(added[0])
             self._advance(metadata, state, computed, output, tables)
 
+    # The tokens of one request in one step, from its first to its last. All bounds are counts of tokens.
+    #
+    # [0, computed)                    had before this step: computed here, or loaded
+    # [computed, reached)              computed by this step; `reached` is at most what the request has
+    # [0, limit)                       worth saving: its prompt, or all of it (`save_decoded`)
+    # [0, saved)                       saved, under way, or need not be: seen in the pool a moment ago, or loaded from it.
+    #                                  Never beyond `computed` when a step begins
+    # [saved, min(reached, limit))     offered now: the whole chunks in it, and the prompt's tail once the prompt is computed
+    # [settled, ...)                   a step whose `computed` lies here is skipped at once: `settled` is `limit` when all
+    #                                  below it was offered, and UNSETTLED before, or when blocks or outcomes change that
     def _advance(self, metadata: VCacheMetadata, state: _Request, computed: int, output: Any, tables: Any) -> None:
         """One request is scheduled in this step: save the chunks that the step completes. Constant time when there are none."""
         # Preempted, or what was loaded turned out wrong: it is computed again, and offered again.
@@ -434,16 +445,15 @@ class SchedulerSide:
 
     def _save(self, metadata: VCacheMetadata, state: _Request, ends: list[int]) -> None:
         size = self._names.chunk_tokens
-        now = self._clock()
         digests = self._digests(state, ends)
-        fresh = next((i for i, digest in enumerate(digests) if self._known.get(digest, -1e18) < now - KNOWN_SECONDS), len(ends))
-        if fresh:
-            state.saved = ends[fresh - 1]
-        ends, digests = ends[fresh:], digests[fresh:]
+        known = self._chunks.known(digests, self._clock())
+        if known:
+            state.saved = ends[known - 1]
+        ends, digests = ends[known:], digests[known:]
         if not ends:
             return
         if self._room is None:
-            self._room = self.pins.room()
+            self._room = self.block_refs.room()
         if not self._room:
             state.delayed = True
             return
@@ -453,9 +463,9 @@ class SchedulerSide:
         state.saved = ends[-1]
         job = self._next_job()
         parent = self._digests(state, [begin])[0] if begin else b""
-        bound = self.pins.bound
+        bound = self.block_refs.bound
         if bound:
-            self.pins.hold(job, blocks)
+            self.block_refs.hold(job, blocks)
         self._saves[job] = _Save(state, digests, begin, ends[-1])
         metadata.saves.append(
             SaveJob(job, state.request.request_id, digests, parent, first, _sizes(begin, ends), blocks, blocking=not bound)
@@ -490,10 +500,8 @@ class SchedulerSide:
             return
         if outcome.chunks < len(load.digests):
             load.state.load_failed = True
-            self._forget(load.digests[outcome.chunks :])
-            now = self._clock()
-            self._bad = {digest: until for digest, until in self._bad.items() if until > now}
-            self._bad[load.digests[outcome.chunks]] = now + BAD_SECONDS
+            self._chunks.missed(load.digests[outcome.chunks :])
+            self._chunks.failed(load.digests[outcome.chunks], self._clock())
         broken = load.broken.union(outcome.broken)
         if load.waiting > outcome.workers:
             self._loading[job] = load._replace(waiting=load.waiting - outcome.workers, broken=broken)
@@ -504,12 +512,11 @@ class SchedulerSide:
                 self._broken += sorted(broken)
 
     def _save_over(self, job: int, outcome: SaveOutcome) -> None:
-        self.pins.release(job)
+        self.block_refs.release(job)
         save = self._saves.pop(job, None)
         if save is None:
             return
-        if job in self._stale_saves:
-            self._stale_saves.discard(job)
+        if self._reset.overtook(job):
             self._remove(save.digests)
         elif outcome.dropped:
             save.state.saved, save.state.settled = min(save.state.saved, save.start), UNSETTLED
@@ -519,9 +526,7 @@ class SchedulerSide:
                 save.state.drops += 1
         elif outcome.complete:
             save.state.drops = 0
-            self._remember(save.digests)
-            for digest in save.digests:
-                self._bad.pop(digest, None)  # it was stored again
+            self._chunks.stored(save.digests, self._clock())
             size = self._names.hash_block_size
             self._events.stored(save.state.request, save.start // size, save.end // size)
 
@@ -535,47 +540,46 @@ class SchedulerSide:
         """
         if not self._policy.clear_on_reset:
             return True
-        self._known.clear()
+        self._chunks.clear_known()
         self._adapters.forget()
-        self._stale_saves |= set(self._saves)
         for state in self._requests.values():
             self._drop_found(state)
             state.adapter = self._adapters.name(getattr(state.request, "lora_request", None))
         self._events.cleared()
-        if self._storage is not None and not self._was_reset:
+        if self._storage is not None and not self._reset.happened:
             logger.warning("storage cannot forget what was reset: this instance does without it from now on")
-        self._was_reset = True
-        self._reset_due = self._clock()
+        self._reset.begin(self._saves, self._clock())
         self._reset_owed()
         return True
 
     def _reset_owed(self) -> bool:
         """Whether chunks of before the reset may still be in the pool. Asks the manager again from time to time."""
-        if self._reset_due is None or self._clock() < self._reset_due:
-            return self._reset_due is not None
-        try:
-            self.manager.tiers([bytes(DIGEST_BYTES)])  # this ends within the deadline of a look-up; to clear may take longer
-            self.manager.clear(self._names.namespace)
-        except MANAGER_ERRORS as error:
-            logger.warning("the shared cache is not cleared yet, and not used until it is: %s", error)
-            self._reset_due = self._clock() + RESET_RETRY
-            return True
-        self._reset_due = None
-        return False
+        if self._reset.owed and self._reset.due(self._clock()):
+            try:
+                self.manager.tiers(
+                    [bytes(DIGEST_BYTES)]
+                )  # this ends within the deadline of a look-up; to clear may take longer
+                self.manager.clear(self._names.namespace)
+            except MANAGER_ERRORS as error:
+                logger.warning("the shared cache is not cleared yet, and not used until it is: %s", error)
+                self._reset.put_off(self._clock())
+            else:
+                self._reset.cleared()
+        return self._reset.owed
 
     def take_events(self) -> list[Any]:
-        """KV cache events since the last call."""
+        """Take the KV cache events since the last call."""
         return self._events.take()
 
     def take_stats(self) -> VCacheStats | None:
-        """Counters since the last call; None when nothing happened."""
+        """Take the counters since the last call; None when nothing happened."""
         if self.stats.is_empty():
             return None
         stats, self.stats = self.stats, VCacheStats()
         return stats
 
     def close(self) -> None:
-        """Give leases back, say goodbye to the manager. Bounded."""
+        """Give leases back, say goodbye to the manager. Blocks for a bounded time."""
         for state in self._requests.values():
             self._drop_found(state)
         if self._storage is not None:
@@ -591,21 +595,6 @@ class SchedulerSide:
             self.manager.remove(digests)
         except MANAGER_ERRORS as error:
             logger.warning("%d chunks saved while the cache was reset could not be removed: %s", len(digests), error)
-
-    def _remember(self, digests: Sequence[bytes]) -> None:
-        now = self._clock()
-        for digest in digests:
-            self._known[digest] = now
-            self._known.move_to_end(digest)
-        while len(self._known) > KNOWN_CHUNKS:
-            self._known.popitem(last=False)
-
-    def _forget(self, digests: Sequence[bytes]) -> None:
-        for digest in digests:
-            self._known.pop(digest, None)
-
-    def _is_bad(self, digest: bytes) -> bool:
-        return bool(self._bad) and self._bad.get(digest, 0.0) > self._clock()
 
     def _next_job(self) -> int:
         self._last_job += 1

@@ -25,10 +25,10 @@ from ..api import (
 )
 from .inventory import SlabHeaders, check_inventory
 from .jobs import Job
-from .records import PROCESSING, QUARANTINED, UNREAD, USED, Record, Wipe, Write
+from .records import Record
 from .recovery import Recovery
 from .removal import Removal
-from .slabs import Segment, Slab
+from .slabs import PROCESSING, QUARANTINED, UNREAD, USED, Segment, Slab, Wipe, Write
 from .state import Session, State
 from .writing import Writing
 
@@ -200,11 +200,7 @@ class Lending:
 
     def wiped(self, session: Session, verb: Wiped) -> None:
         """Tokens of other lenders are ignored."""
-        client, holders = session.client, self._core.wiping.get(verb.token, {})
-        for wipe in list(holders):
-            segment = wipe.slab.segment
-            if segment is not None and segment.info.owner == client:
-                self._core.end_wipe(wipe)
+        self._core.wiping.wiped(session.client, verb.token)
 
     def writer_lost(self, client: bytes) -> None:
         """The client's session ended without goodbye: lenders tell when its writes are over."""
@@ -246,7 +242,7 @@ class Lending:
             self._drop_away(next(iter(self._away)))
         self._core.allocator.remove_segment(segment)
         if segment.info.host not in self._core.allocator.hosts:
-            self._core.chunks.policy.forget_sweeps(segment.info.host)
+            self._core.chunks.policy.forget_scans(segment.info.host)
         self._core.push(None, SegmentGone(number=segment.number, uuid=segment.info.uuid))
 
     def _vacate(self, segment: Segment) -> _Away:
@@ -287,7 +283,7 @@ class Lending:
                     self._puts.release(owner)
             elif isinstance(owner, Wipe):
                 clean = False
-                core.end_wipe(owner)
+                core.wiping.end(owner)
         slab.unread = False
         if quiet:
             core.allocator.blank(slab)

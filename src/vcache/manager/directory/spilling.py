@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 from ...errors import ProtocolError
 from ..api import PlanSpill, Spill, Spilled, SpillPlan
-from .hosts import DRAM, VRAM, HostMemory
 from .records import Record
+from .slabs import DRAM, VRAM, HostMemory
 from .state import Session, State
 
 MAX_SPILLS = 4096
@@ -46,7 +46,7 @@ class Spilling:
         records: list[Record] = []
         total = 0
         for record in self._candidates(session.host, memory, frozenset(verb.avoid)) if excess > 0 else ():
-            places = list(record.places())
+            places = record.places()
             size = sum(place.slot_bytes for place in places)
             if total >= excess or len(spills) + len(places) > MAX_SPILLS or (spills and size > nbytes):
                 break
