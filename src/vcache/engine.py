@@ -13,11 +13,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .cache.opening import Resources, open_resources
-from .cache.pool import HEAD_CHUNKS, MANAGER_ERRORS, ChunkPool, PoolTransfer, Presence
+from .cache.pool import HEAD_CHUNKS, ChunkPool, PoolTransfer, Presence
 from .cache.storage_tier import ChunkStorage
 from .cache.transfer import StreamFollower, TransferHandle
 from .config import VCacheConfig
-from .errors import ArgumentError, VCacheError
+from .errors import ArgumentError, ManagerError, VCacheError
 from .keys import CacheKey, TokenDatabase, skipped_tokens, token_array
 from .manager.client import Manager
 from .metrics import EngineMetrics
@@ -142,7 +142,7 @@ class VCacheEngine:
         tier = -1
         try:
             tier = self._resources.manager.tiers([key.digest])[0]
-        except MANAGER_ERRORS:
+        except ManagerError:
             self.metrics.count("manager_errors")
         if tier < 0 and self._lower is not None and self._lower.prefix([key.digest]):
             return 1

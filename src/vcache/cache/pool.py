@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
-from ..errors import TRANSFER_ERRORS, ManagerRefusedError, ManagerUnavailableError, ProtocolError
+from ..errors import TRANSFER_ERRORS, ManagerError
 from ..manager.api import Placement, PutGrant, PutRequest, Ticket
 from ..manager.client import Manager
 from ..metrics import EngineMetrics
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vcache.pool")
 
 T = TypeVar("T")
-MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
 HEAD_CHUNKS = 32
 """Chunks of a long load that are launched first: with 32 MiB each, half a millisecond of work for a GPU."""
 
@@ -237,7 +236,7 @@ class ChunkPool:
         """How much of a prefix is in VRAM or DRAM. Blocks for one round trip."""
         try:
             return Presence(self.manager.lookup(digests))
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("lookup", error)
             return Presence(0, failed=True)
 
@@ -245,7 +244,7 @@ class ChunkPool:
         """Lease the longest present prefix, or, with `lease`, locate this rank's shards under it. Blocks for one round trip."""
         try:
             reply = self.manager.acquire(digests, self.spec.rank, lease=lease)
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("acquire", error)
             return Lease(0, [], failed=True)
         return Lease(reply.lease, reply.locations)
@@ -254,7 +253,7 @@ class ChunkPool:
         """Give a lease back. Does not block; a lost message costs only the time until the lease expires."""
         try:
             self.manager.release(lease)
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("release", error)
 
     def load(self, lease: Lease, chunks: Sequence[Chunk], rows: Rows, *, release: bool = True) -> PoolTransfer[list[bool]]:
@@ -426,7 +425,7 @@ class ChunkPool:
             logger.info("%d chunks whose slots hold something else are dropped from the pool", len(dropped))
             try:
                 self.manager.remove(dropped)
-            except MANAGER_ERRORS as error:
+            except ManagerError as error:
                 self._manager_failed("remove", error)
 
     def _unmark(self, digests: Sequence[bytes]) -> list[bytes]:
@@ -508,7 +507,7 @@ class ChunkPool:
         )
         try:
             return self.manager.put_start(request)
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("put_start", error)
             return [PutGrant("no_space") for _ in chunks]
 
@@ -576,7 +575,7 @@ class ChunkPool:
             try:
                 answers = self.manager.put_end(good)
                 published = {ticket.key for ticket, ok in zip(good, answers, strict=True) if ok}
-            except MANAGER_ERRORS as error:
+            except ManagerError as error:
                 self._manager_failed("put_end", error)
         if len(published) < len(transfers):
             self.metrics.count("put_lapsed", len(transfers) - len(published))
@@ -587,7 +586,7 @@ class ChunkPool:
             return
         try:
             self.manager.put_revoke(tickets)
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("put_revoke", error)
 
     def _start_remote(self, reads: list[RemoteRead], rows: Rows) -> RemoteTransfer | None:

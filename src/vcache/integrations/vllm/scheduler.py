@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ...errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, StorageError
+from ...errors import ManagerError, StorageError
 from ...keys import DIGEST_BYTES, CacheKey
 from ...manager.client import Manager
 from ...storage.base import StorageTier
@@ -23,7 +23,6 @@ from .weights import Adapters
 
 logger = logging.getLogger("vllm.vcache")
 
-MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
 MISS_SECONDS = 0.05
 """A miss is believed for this long when vLLM asks again for the same waiting request."""
 WAIT_STEP = 2e-3
@@ -308,7 +307,7 @@ class SchedulerSide:
         for _ in range(LOOKUP_ROUNDS):
             try:
                 reply = self.manager.acquire(digests[count:usable])
-            except MANAGER_ERRORS as error:
+            except ManagerError as error:
                 logger.debug("look-up: %s", error)
             else:
                 if reply.locations:
@@ -350,7 +349,7 @@ class SchedulerSide:
             try:
                 for lease in leases:
                     self.manager.release(lease)
-            except MANAGER_ERRORS as error:
+            except ManagerError as error:
                 logger.debug("release: %s", error)
 
     def _await_releases(self) -> None:
@@ -358,7 +357,7 @@ class SchedulerSide:
         their own. Blocks for a round trip."""
         try:
             self.manager.tiers([bytes(DIGEST_BYTES)])
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             logger.debug("release: %s", error)
 
     # -- saving ----------------------------------------------------------------------------------------------------
@@ -560,7 +559,7 @@ class SchedulerSide:
                     [bytes(DIGEST_BYTES)]
                 )  # this ends within the deadline of a look-up; to clear may take longer
                 self.manager.clear(self._names.namespace)
-            except MANAGER_ERRORS as error:
+            except ManagerError as error:
                 logger.warning("the shared cache is not cleared yet, and not used until it is: %s", error)
                 self._reset.put_off(self._clock())
             else:
@@ -593,7 +592,7 @@ class SchedulerSide:
     def _remove(self, digests: list[bytes]) -> None:
         try:
             self.manager.remove(digests)
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             logger.warning("%d chunks saved while the cache was reset could not be removed: %s", len(digests), error)
 
     def _next_job(self) -> int:
