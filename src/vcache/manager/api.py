@@ -27,6 +27,7 @@ _SECONDS_PER_HEADER = 2e-4
 
 Placement = Literal["local", "spread"]
 PutStatus = Literal["granted", "exists", "busy", "no_space"]
+Tier = Literal["VRAM", "DRAM", ""]
 Role = Literal["engine", "lender", "tool"]
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
@@ -187,6 +188,30 @@ class SessionStats(msgspec.Struct, frozen=True, kw_only=True):
     leases: int
     writes: int
     age: float
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where one shard is, or was."""
+
+    tier: Tier
+    """Empty: the segment has gone since."""
+    segment: int
+    slab: int
+    slot: int
+    generation: int
+
+
+class StoryEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened to a chunk, or (the last entries) what there is of it now."""
+
+    ago: float = 0.0
+    """Seconds."""
+    client: str = ""
+    """Name of who asked for it; empty for what the manager did or found by itself."""
+    what: str
+    detail: str = ""
+    shard: int = 0
+    place: Place | None = None
 
 
 # -- verbs -------------------------------------------------------------------------------------------------------------
