@@ -9,7 +9,7 @@ from live_world import World, Writer
 from stepping import Agent
 
 from vcache.cache.pool import ChunkPool
-from vcache.manager.directory.slabs import Allocator
+from vcache.manager.directory.allocator import Allocator
 from vcache.paged import cpu_mover
 from vcache.segment import slot_protocol
 from vcache.segment.gate import Gate, Passage, WriteGate
