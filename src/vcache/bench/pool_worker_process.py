@@ -16,11 +16,10 @@ from typing import Any
 import msgspec
 import torch
 
-from ..cache.pool import Chunk
 from ..config import VCacheConfig
 from ..engine import VCacheEngine
 from ..errors import VCacheError
-from ..keys import TokenDatabase
+from ..keys import Chunk, TokenDatabase
 from ..paged.mover import SlotTransfer
 from . import kv_pattern
 from .mover_runs import device_seconds

@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from typing import Literal
 
 from ..errors import StorageDeadlineError, VCacheError
-from ..keys import CacheKey
+from ..keys import CacheKey, Chunk
 from ..metrics import EngineMetrics
 from ..paged.mover import Rows, SlotTransfer
 from ..segment.slots import HEADER_BYTES, SlotHeader
 from ..storage.base import StorageTier
 from ..storage.values import is_intact, value_bytes
 from .buffers import Staging, StagingBuffer
-from .pool import Chunk, ChunkPool
+from .pool import ChunkPool
 from .spill import Spiller
 from .storage_writer import BackgroundWriter
 

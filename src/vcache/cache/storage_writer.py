@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..errors import StorageDeadlineError
-from ..keys import CacheKey
+from ..keys import CacheKey, Chunk
 from ..metrics import EngineMetrics
 from ..storage.base import StorageTier
 from ..storage.values import seal
 from .buffers import Staging, StagingBuffer
-from .pool import Chunk, ChunkPool, leased
+from .pool import ChunkPool, leased
 
 logger = logging.getLogger("vcache.storage")
 
