@@ -12,7 +12,7 @@ from support.paged import spec_for
 from vcache import VCacheConfig, VCacheEngine
 from vcache.cache import opening
 from vcache.cache.room_maker import RoomMaker
-from vcache.cache.storage_tier import LowerTier
+from vcache.cache.storage_tier import ChunkStorage
 from vcache.errors import ConfigError
 from vcache.lender.lender import Lender
 from vcache.storage.memory import MemoryStorage
@@ -47,7 +47,7 @@ def test_a_wrong_storage_option_leaves_nothing_behind() -> None:
     assert left_open() == before
 
 
-STORED = ("Staging.open", "Spiller", "LowerTier", "RoomMaker")
+STORED = ("ChunkStorage", "RoomMaker")
 """Opened after the storage tier."""
 
 
@@ -70,7 +70,7 @@ def test_a_cache_that_closes_waits_for_its_writes(
     ended: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     order: list[str] = []
-    for owner in (RoomMaker, LowerTier, Lender):
+    for owner in (RoomMaker, ChunkStorage, Lender):
 
         def noted(self: Any, *timeout: float, close: Any = owner.close, name: str = owner.__name__) -> None:
             order.append(name)
@@ -80,5 +80,5 @@ def test_a_cache_that_closes_waits_for_its_writes(
     one = engine()
     monkeypatch.setattr(one.pool, "wait_writes", lambda timeout: (order.append("wait"), ended)[1])
     one.close()
-    assert order == ["RoomMaker", "wait", "LowerTier", "Lender"]
+    assert order == ["RoomMaker", "wait", "ChunkStorage", "Lender"]
     assert ("closed while another thread stores" in caplog.text) is not ended

@@ -25,15 +25,13 @@ from ..segment.host import HostBacking
 from ..segment.hostinfo import host_id
 from ..segment.mapping import BackingFactory, SegmentMap
 from ..segment.remote_engine import MooncakeEngine, load_engine, local_address
-from ..segment.slots import HEADER_BYTES, SegmentKind
+from ..segment.slots import SegmentKind
 from ..spec import KVCacheSpec
 from ..storage.base import StorageTier
-from .buffers import Staging, StagingPool
 from .pool import ChunkPool
 from .remote_reads import RemotePool
 from .room_maker import RoomMaker
-from .spill import SPILL_BUFFERS, Spiller
-from .storage_tier import LowerTier
+from .storage_tier import ChunkStorage
 from .tiers import Tiers
 
 if TYPE_CHECKING:
@@ -74,7 +72,7 @@ class Cache:
         segments: SegmentMap,
         lender: Lender | None,
         pool: ChunkPool,
-        storage: LowerTier | None,
+        storage: ChunkStorage | None,
         room_maker: RoomMaker | None,
         stack: ExitStack,
     ) -> None:
@@ -240,7 +238,7 @@ def open_remote(
 
 def open_chunk_storage(
     config: StorageConfig, pool: ChunkPool, page_lock: PageLock | None, stack: ExitStack
-) -> LowerTier | None:
+) -> ChunkStorage | None:
     """Open the storage tier that `config` asks for, and what keeps chunks in it; None for none. `stack` closes it. Raises
     `StorageError` or `ConfigError`."""
     storage = open_storage(config)
@@ -248,23 +246,7 @@ def open_chunk_storage(
         return None
     with ExitStack() as opened:
         opened.callback(storage.close)
-        room = max(1, config.queue // (pool.slot_bytes + HEADER_BYTES))
-        staging = Staging.open(pool.slot_bytes, room, storage, page_lock)
-        spiller = None
-        if config.write == "eviction":
-            own = StagingPool(pool.slot_bytes, min(SPILL_BUFFERS, room), storage, page_lock)
-            spiller = Spiller(storage, pool.segments, own, pool.metrics)
-        chunks = LowerTier(
-            storage,
-            pool,
-            pool.metrics,
-            staging,
-            config.queue,
-            deadline=config.deadline,
-            write=config.write,
-            promote=config.promote,
-            spiller=spiller,
-        )
+        chunks = ChunkStorage(storage, pool, pool.metrics, config, page_lock)
         opened.pop_all()  # it closes the storage tier
     stack.callback(chunks.close, CLOSE_TIMEOUT)
     return chunks

@@ -16,12 +16,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NamedTuple
 
-from ..devices import device_name
 from ..errors import TRANSFER_ERRORS, ManagerRefusedError, ManagerUnavailableError, ProtocolError
 from ..keys import Chunk
 from ..manager.api import Manager, Placement, PutGrant, PutRequest, Ticket
 from ..metrics import EngineMetrics
 from ..paged.checksum import TRAILER_BYTES, ChecksumMode, contradicts, slot_bytes_for, trailer_offset
+from ..paged.layout import device_name
 from ..paged.mover import Rows, SlotTransfer, Transfer
 from ..segment.gate import Passage
 from ..segment.mapping import MappedSlab, PinnedSlot, SegmentMap

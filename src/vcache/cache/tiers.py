@@ -9,7 +9,7 @@ from typing import Protocol
 from ..keys import Chunk
 from ..paged.mover import Rows
 from .pool import HEAD_CHUNKS, ChunkPool, Presence, PutReport
-from .storage_tier import LowerTier
+from .storage_tier import ChunkStorage
 from .transfer import PoolTransfer
 
 
@@ -46,7 +46,7 @@ class Chunks(Protocol):
 class Tiers:
     """The pool and, behind it, the storage tier. Thread-safe; raises nothing for what fails: it is a miss, and counted."""
 
-    def __init__(self, pool: ChunkPool, storage: LowerTier | None) -> None:
+    def __init__(self, pool: ChunkPool, storage: ChunkStorage | None) -> None:
         """Owns neither."""
         self._pool = pool
         self.storage = storage
