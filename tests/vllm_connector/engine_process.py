@@ -119,9 +119,9 @@ class Engine:
     def flush_storage(self) -> dict[str, int]:
         """Wait for writes to the storage tier; the worker's counters, and bytes read from storage."""
         store = self.worker()._store
-        if not store._lower.flush(20.0):
+        if not store.cache.storage.flush(20.0):
             raise RuntimeError("writes to storage do not end")
-        snapshot = store.metrics.snapshot()
+        snapshot = store.cache.metrics.snapshot()
         read = snapshot["operations"].get("retrieve", {}).get("storage", {}).get("bytes", 0)
         return snapshot["counters"] | {"storage_bytes": read}
 
@@ -174,7 +174,7 @@ class Engine:
 
     def garble(self) -> int:
         """Overwrite all that this process lends, headers too; number of bytes."""
-        lender = self.worker()._store._resources.lender
+        lender = self.worker()._store.cache.lender
         total = 0
         for slab in lender.info.slabs:
             memory = lender.slab(slab.index).buffer
@@ -198,7 +198,7 @@ class Engine:
         store = getattr(self.worker(), "_store", None)
         return {
             "declined": connector._scheduler is None,
-            "lent": store._resources.lent_bytes() if store is not None else 0,
+            "lent": store.cache.lent_bytes() if store is not None else 0,
             "layout": store.target.cache.layout if store is not None else "",
         }
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from ..config import StorageConfig
 from ..errors import VCacheError
-from ..keys import CacheKey
+from ..keys import CacheKey, Chunk
 from ..metrics import EngineMetrics
 from ..paged.mover import Rows, SlotTransfer
 from ..segment.slot_protocol import complete_header
@@ -17,7 +17,7 @@ from ..segment.slots import HEADER_BYTES, SlotHeader
 from ..storage.base import StorageTier
 from ..storage.values import is_intact, value_bytes
 from .buffers import Pinning, SlotBuffer
-from .pool import Chunk, ChunkPool
+from .pool import ChunkPool
 from .storage_writer import Spiller, StorageBuffers, StorageWriter
 
 logger = logging.getLogger("vcache.storage")
