@@ -29,7 +29,7 @@ from ..segment.slots import SegmentKind
 from ..spec import KVCacheSpec
 from ..storage.base import StorageTier
 from .pool import ChunkPool
-from .remote_reads import RemotePool
+from .remote_reads import RemoteReader
 from .room_maker import RoomMaker
 from .storage_tier import ChunkStorage
 from .tiers import Tiers
@@ -44,7 +44,7 @@ CLOSE_TIMEOUT = 5.0
 
 
 class SegmentWatcher:
-    """Keeps a `SegmentMap` in step with the manager. A `messages.Listener`; does not block."""
+    """Keeps a `SegmentMap` in step with the manager. A `Listener` of the manager; does not block."""
 
     def __init__(self, segments: SegmentMap) -> None:
         self._segments = segments
@@ -216,7 +216,7 @@ def open_lender(
 
 def open_remote(
     config: VCacheConfig, slot_bytes: int, segments: SegmentMap, page_lock: PageLock | None, stack: ExitStack
-) -> RemotePool | None:
+) -> RemoteReader | None:
     """Open what reads slots on other hosts, as `cache.remote` says; None for `off`. `stack` closes it. Raises `ConfigError`
     when Mooncake is missing."""
     protocol, deadline = config.cache.remote, config.storage.deadline
@@ -231,7 +231,7 @@ def open_remote(
     def alive() -> set[bytes]:
         return {info.uuid for info in segments.segments()}
 
-    remote = RemotePool(slot_bytes, make_engine, alive, deadline=deadline, pinning=page_lock)
+    remote = RemoteReader(slot_bytes, make_engine, alive, deadline=deadline, pinning=page_lock)
     stack.callback(remote.close)
     return remote
 

@@ -37,7 +37,7 @@ from ..segment.slots import (
     outlived,
 )
 from ..spec import KVCacheSpec
-from .remote_reads import RemotePool, RemoteRead, RemoteTransfer
+from .remote_reads import RemoteRead, RemoteReader, RemoteTransfer
 from .transfer import JoinedTransfer, PoolTransfer
 
 logger = logging.getLogger("vcache.pool")
@@ -97,7 +97,7 @@ class ChunkPool:
         *,
         placement: Placement = "local",
         namespace: bytes | None = None,
-        remote: RemotePool | None = None,
+        remote: RemoteReader | None = None,
         checksum: ChecksumMode = "off",
     ) -> None:
         """`remote`: reads slots on other hosts; without it they cannot be reached. `checksum`: `CacheConfig.checksum`.

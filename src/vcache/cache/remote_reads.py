@@ -36,9 +36,9 @@ class RemoteRead(NamedTuple):
     skip: int = 0
 
 
-class RemotePool:
-    """Thread-safe. Everything that fails here is a miss plus a counter, and nothing takes longer than its deadline: reads run
-    in threads of their own, those from different lenders side by side."""
+class RemoteReader:
+    """Reads slots of other hosts into the paged cache. Thread-safe. Everything that fails here is a miss plus a counter, and
+    nothing takes longer than its deadline: reads run in threads of their own, those from different lenders side by side."""
 
     def __init__(
         self,
