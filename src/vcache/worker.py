@@ -164,6 +164,7 @@ class Worker:
         )
         self._writing = threading.Lock()
         self._numbers = 0
+        self._made = False
         self._rest = b""
         self._answers: dict[int, _Answer | _Failed] = {}
         self._send(_Start(dict(arguments or {}), path, grace))
@@ -177,12 +178,13 @@ class Worker:
         return self._process.poll() is None
 
     def ready(self, timeout: float | None = None) -> Self:
-        """Wait until the object is made. Raises `WorkerError`, after ending the process, when it cannot be."""
-        try:
-            self._wait(0, "the start", timeout, lambda note: None)
-        except WorkerError:
-            self.kill()
-            raise
+        """Wait until the object is made. Raises `WorkerError`, after ending the process, when it cannot be. Idempotent."""
+        if not self._made:
+            try:
+                self._wait(0, "the start", timeout, lambda note: None)
+            except WorkerError:
+                self.kill()
+                raise
         return self
 
     def call(self, method: Callable[Concatenate[Any, P], R], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -251,8 +253,11 @@ class Worker:
             message = msgspec.json.decode(self._line(method, timeout), type=_Note | _Answer | _Failed)
             if isinstance(message, _Note):
                 on_note(message.value)
+            elif message.number == 0 and isinstance(message, _Failed):
+                raise WorkerFailed(self.name, message.kind, message.text)
             else:
                 self._answers[message.number] = message
+                self._made = True
         answer = self._answers.pop(number)
         if isinstance(answer, _Failed):
             raise WorkerFailed(self.name, answer.kind, answer.text)

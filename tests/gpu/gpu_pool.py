@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from vcache.bench.end_to_end import lender_process
-from vcache.bench.pool_worker import PoolWorker, WorkerSettings
+from vcache.bench.pool_worker import WorkerSettings, pool_worker
+from vcache.bench.processes import lender_process
 from vcache.config import VCacheConfig
 from vcache.manager.api import Manager
 from vcache.spec import KVCacheSpec
+from vcache.worker import Worker
 
 MIB = 2**20
 SPEC = KVCacheSpec(model="test", dtype="bfloat16", num_layers=4, num_kv_heads=4, head_size=128)
@@ -41,8 +42,8 @@ class Pool(NamedTuple):
         given: dict[str, Any] = {"config": config, "spec": spec, "blocks": 256, "device": self.place.device}
         return WorkerSettings(**(given | changes))
 
-    def worker(self, spec: KVCacheSpec = SPEC, **changes: Any) -> PoolWorker:
-        return PoolWorker(self.settings(spec, **changes))
+    def worker(self, spec: KVCacheSpec = SPEC, **changes: Any) -> Worker:
+        return pool_worker(self.settings(spec, **changes))
 
     def lender(self, nbytes: int, slab_bytes: int = 0) -> Any:
         return lender_process(self.address, self.place.kind, nbytes, slab_bytes=slab_bytes)

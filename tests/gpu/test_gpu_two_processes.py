@@ -8,8 +8,9 @@ import msgspec
 import pytest
 from gpu_pool import MIB, SPEC, Pool
 
-from vcache.bench.pool_worker import PoolWorker
+from vcache.bench.pool_worker import PoolEngine
 from vcache.spec import KVCacheSpec
+from vcache.worker import Worker
 
 pytestmark = [pytest.mark.gpu, pytest.mark.processes, pytest.mark.slow]
 
@@ -43,7 +44,7 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def workers(pool: Pool) -> Iterator[tuple[PoolWorker, PoolWorker]]:
+def workers(pool: Pool) -> Iterator[tuple[Worker, Worker]]:
     """A writer and a reader; a third process lends."""
     with pool.lender(512 * MIB), pool.worker(name="writer") as writer, pool.worker(name="reader") as reader:
         yield writer, reader
@@ -51,38 +52,38 @@ def workers(pool: Pool) -> Iterator[tuple[PoolWorker, PoolWorker]]:
 
 @pytest.mark.parametrize(("layout", "spec", "pad"), CASES, ids=lambda value: getattr(value, "dtype", str(value)))
 def test_bytes_arrive(
-    pool: Pool, workers: tuple[PoolWorker, PoolWorker], layout: str, spec: KVCacheSpec, pad: int, request: pytest.FixtureRequest
+    pool: Pool, workers: tuple[Worker, Worker], layout: str, spec: KVCacheSpec, pad: int, request: pytest.FixtureRequest
 ) -> None:
     writer, reader = workers
     spec = msgspec.structs.replace(spec, model=request.node.name)
     settings = pool.settings(spec, layout=layout, pad=pad)
-    writer.reopen(settings)
-    reader.reopen(settings)
-    writer.ask("store", prompt=1, tokens=TOKENS, mapping="random", seed=1)
-    writer.ask("store", prompt=2, tokens=TOKENS, mapping="blocks", seed=2)
+    writer.call(PoolEngine.reopen, settings)
+    reader.call(PoolEngine.reopen, settings)
+    writer.call(PoolEngine.store, prompt=1, tokens=TOKENS, mapping="random", seed=1)
+    writer.call(PoolEngine.store, prompt=2, tokens=TOKENS, mapping="blocks", seed=2)
 
     for prompt in (1, 2):
         for mapping in ("random", "blocks"):
-            found = reader.ask("retrieve_beside", prompt=prompt, tokens=TOKENS, mapping=mapping, seed=3)
-            assert (found["loaded"], found["wrong"], found["touched"]) == (TOKENS, 0, False)
-    found = reader.ask("retrieve_beside", prompt=1, tokens=TOKENS, mapping="random", seed=4, skip=256)
-    assert (found["loaded"], found["wrong"], found["touched"]) == (TOKENS - 256, 0, False)
-    assert found["skipped_intact"]
+            found = reader.call(PoolEngine.retrieve_beside, prompt=prompt, tokens=TOKENS, mapping=mapping, seed=3)
+            assert (found.loaded, found.wrong, found.touched) == (TOKENS, 0, False)
+    found = reader.call(PoolEngine.retrieve_beside, prompt=1, tokens=TOKENS, mapping="random", seed=4, skip=256)
+    assert (found.loaded, found.wrong, found.touched) == (TOKENS - 256, 0, False)
+    assert found.skipped_intact
     # A partial chunk hits for exactly its tokens.
-    assert reader.ask("lookup", prompt=1, tokens=TOKENS - 1)["found"] == 512
-    found = reader.ask("retrieve_beside", prompt=1, tokens=TOKENS - 1, mapping="random", seed=5)
-    assert (found["loaded"], found["wrong"], found["touched"]) == (512, 0, False)
-    assert reader.ask("retrieve", prompt=3, tokens=TOKENS)["loaded"] == 0
-    stats = reader.ask("stats")
-    assert stats["counters"]["stale_reads"] == 0
-    assert stats["counters"]["unreachable"] == 0
+    assert reader.call(PoolEngine.lookup, prompt=1, tokens=TOKENS - 1) == 512
+    found = reader.call(PoolEngine.retrieve_beside, prompt=1, tokens=TOKENS - 1, mapping="random", seed=5)
+    assert (found.loaded, found.wrong, found.touched) == (512, 0, False)
+    assert reader.call(PoolEngine.retrieve, prompt=3, tokens=TOKENS).loaded == 0
+    counters = reader.call(PoolEngine.counters)
+    assert counters["stale_reads"] == 0
+    assert counters["unreachable"] == 0
 
 
-def test_instances_with_other_layouts_and_block_sizes_share_chunks(pool: Pool, workers: tuple[PoolWorker, PoolWorker]) -> None:
+def test_instances_with_other_layouts_and_block_sizes_share_chunks(pool: Pool, workers: tuple[Worker, Worker]) -> None:
     writer, reader = workers
     spec = heads("bfloat16", model="shared")
-    writer.reopen(pool.settings(spec, layout="2BNHD", block_size=16))
-    reader.reopen(pool.settings(spec, layout="B2NHD", block_size=64, blocks=64))
-    writer.ask("store", prompt=7, tokens=TOKENS, mapping="random", seed=1)
-    found = reader.ask("retrieve_beside", prompt=7, tokens=TOKENS, mapping="blocks", seed=2)
-    assert (found["loaded"], found["wrong"], found["touched"]) == (TOKENS, 0, False)
+    writer.call(PoolEngine.reopen, pool.settings(spec, layout="2BNHD", block_size=16))
+    reader.call(PoolEngine.reopen, pool.settings(spec, layout="B2NHD", block_size=64, blocks=64))
+    writer.call(PoolEngine.store, prompt=7, tokens=TOKENS, mapping="random", seed=1)
+    found = reader.call(PoolEngine.retrieve_beside, prompt=7, tokens=TOKENS, mapping="blocks", seed=2)
+    assert (found.loaded, found.wrong, found.touched) == (TOKENS, 0, False)

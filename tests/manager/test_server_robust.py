@@ -33,7 +33,7 @@ from vcache.errors import ManagerRefusedError
 from vcache.manager import wire
 from vcache.manager.api import GateReport, GateWriter, SegmentGone, SegmentMounted, WipeSlots
 from vcache.manager.client import ManagerClient
-from vcache.manager.server import strangers
+from vcache.manager.server import peer, strangers
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory
 
 MAX_FRAME = 2**16
@@ -260,7 +260,12 @@ def test_silent_client_loses_its_session(tmp_path: Path) -> None:
         alive.close()
 
 
-def test_peer_that_does_not_read_is_bounded_and_disconnected(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("turn", [0.0, 1.0], ids=["a frame in each turn", "all in one turn"])
+def test_peer_that_does_not_read_is_bounded_and_disconnected(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, turn: float
+) -> None:
+    """Where its turn ended just before the answers filled its buffer, it was read from again, without a bound."""
+    monkeypatch.setattr(peer, "_TURN_SECONDS", turn)
     with serving(f"unix://{tmp_path}/m.sock", session_timeout=2.0, heartbeat_interval=0.05) as server:
         client = server.client()
         client.mount(segment_of(client, slots=2000))

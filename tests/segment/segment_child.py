@@ -1,14 +1,11 @@
-"""Child process of the segment tests: `segment_child.py importer|lender`, then one JSON command a line."""
+"""What child processes of the segment tests serve: an importer, a lender."""
 
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from segment_support import FakeManager, eventually, mapped_slabs, segment_config
@@ -34,10 +31,9 @@ class ImporterChild:
         self.map: SegmentMap
         self.pins: list[PinnedSlot] = []
 
-    def start(self, client: str, info: str) -> list[int]:
-        segment = msgspec.json.decode(info, type=SegmentInfo)
-        self.map = SegmentMap(bytes.fromhex(client), segment.host, {"host": lambda device: HostBacking()})
-        self.map.update(msgspec.structs.replace(segment, number=1))
+    def start(self, client: bytes, info: SegmentInfo) -> list[int]:
+        self.map = SegmentMap(client, info.host, {"host": lambda device: HostBacking()})
+        self.map.update(msgspec.structs.replace(info, number=1))
         return self.map.unreachable()
 
     def pin(self, slab: int, slot: int, slot_bytes: int) -> bool:
@@ -49,27 +45,26 @@ class ImporterChild:
     def unpin(self) -> None:
         self.map.unpin(self.pins.pop())
 
-    def read(self, slab: int, slot: int, slot_bytes: int) -> str | None:
-        """The whole payload, as hex, through a fresh pin."""
+    def read(self, slab: int, slot: int, slot_bytes: int) -> bytes | None:
+        """The whole payload, through a fresh pin."""
         pinned = self.map.pin(SlotLocation(1, slab, 1, slot, slot_bytes, 2))
         if pinned is None:
             return None
         try:
-            return self.map.read(pinned.slab, pinned.payload_offset, slot_bytes).hex()
+            return self.map.read(pinned.slab, pinned.payload_offset, slot_bytes)
         finally:
             self.map.unpin(pinned)
 
-    def read_pinned(self, nbytes: int) -> str:
+    def read_pinned(self, nbytes: int) -> bytes:
         pinned = self.pins[-1]
-        return self.map.read(pinned.slab, pinned.payload_offset, nbytes).hex()
+        return self.map.read(pinned.slab, pinned.payload_offset, nbytes)
 
-    def write(self, slab: int, slot: int, slot_bytes: int, data: str) -> None:
+    def write(self, slab: int, slot: int, slot_bytes: int, data: bytes) -> None:
         pinned = self.map.pin(SlotLocation(1, slab, 1, slot, slot_bytes, 2))
         assert pinned is not None
         memory: MappedSlab = pinned.slab
         assert memory.buffer is not None
-        raw = bytes.fromhex(data)
-        memory.buffer[pinned.payload_offset : pinned.payload_offset + len(raw)] = raw
+        memory.buffer[pinned.payload_offset : pinned.payload_offset + len(data)] = data
         self.map.unpin(pinned)
 
     def unreachable(self) -> list[int]:
@@ -92,16 +87,16 @@ class LenderChild:
         self.manager = FakeManager()
         self.lender: Lender
 
-    def start(self, folder: str, size: int, slab: int, unmap_timeout: float = 2.0) -> str:
+    def start(self, folder: Path, size: int, slab: int, unmap_timeout: float = 2.0) -> SegmentInfo:
         self.manager.start()
-        self.lender = Lender(self.manager, HostBacking(), segment_config(Path(folder), size, slab, unmap_timeout))
+        self.lender = Lender(self.manager, HostBacking(), segment_config(folder, size, slab, unmap_timeout))
         assert self.lender.wait_mounted(5)
-        return msgspec.json.encode(self.lender.info).decode()
+        return self.lender.info
 
-    def write(self, slab: int, offset: int, data: str) -> None:
+    def write(self, slab: int, offset: int, data: bytes) -> None:
         memory = self.lender.slab(slab)
         assert memory is not None
-        self.lender.backing.write(memory, offset, bytes.fromhex(data))
+        self.lender.backing.write(memory, offset, data)
 
     def touch(self, slab: int) -> None:
         memory = self.lender.slab(slab)
@@ -110,20 +105,3 @@ class LenderChild:
 
     def fork(self, seconds: float) -> int:
         return fork(seconds)
-
-    def read(self, slab: int, offset: int, nbytes: int) -> str:
-        memory = self.lender.slab(slab)
-        assert memory is not None
-        return self.lender.backing.read(memory, offset, nbytes).hex()
-
-
-def main() -> None:
-    child: Any = {"importer": ImporterChild, "lender": LenderChild}[sys.argv[1]]()
-    for line in sys.stdin:
-        arguments = json.loads(line)
-        answer = getattr(child, arguments.pop("command"))(**arguments)
-        print(json.dumps(answer), flush=True)
-
-
-if __name__ == "__main__":
-    main()

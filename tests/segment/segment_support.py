@@ -1,14 +1,9 @@
-"""Helpers of the segment tests: polling, a stand-in for the manager, and child processes that take commands."""
+"""Helpers of the segment tests: polling, a stand-in for the manager, and child processes."""
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import select
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +15,7 @@ from vcache.config import ByteSize, SegmentConfig
 from vcache.errors import ManagerUnavailableError
 from vcache.manager.api import Listener, Push, SessionInfo
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory
+from vcache.worker import Worker
 
 MiB = 2**20
 CLIENT = bytes(range(16))
@@ -124,61 +120,26 @@ class FakeManager:
         self.wiped_tokens.append(token)
 
 
-class Child:
-    """A process that answers one JSON line for each command (see `segment_child.py`)."""
-
-    def __init__(self, role: str) -> None:
-        script = Path(__file__).with_name("segment_child.py")
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), role], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
-
-    def send(self, command: str, **arguments: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
-        self.process.stdin.flush()
-
-    def receive(self, timeout: float = 15.0) -> Any:
-        assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], timeout)
-        assert ready, "the child process did not answer"
-        line = self.process.stdout.readline()
-        assert line, f"the child process ended with {self.process.poll()}"
-        return json.loads(line)
-
-    def ask(self, command: str, **arguments: Any) -> Any:
-        self.send(command, **arguments)
-        return self.receive()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait(10)
+class Child(Worker):
+    """A process with an object of `segment_child.py`."""
 
     def stop(self) -> None:
         """SIGSTOP, and wait until it has stopped."""
-        os.kill(self.process.pid, signal.SIGSTOP)
-        eventually(lambda: Path(f"/proc/{self.process.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
+        self.signal(signal.SIGSTOP)
+        eventually(lambda: Path(f"/proc/{self.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T")
 
     def go_on(self) -> None:
-        os.kill(self.process.pid, signal.SIGCONT)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.go_on()
-            self.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self.signal(signal.SIGCONT)
 
 
 @contextmanager
-def children(*roles: str) -> Iterator[list[Child]]:
-    started = [Child(role) for role in roles]
+def children(*kinds: type) -> Iterator[list[Child]]:
+    started = [Child(kind, timeout=15.0) for kind in kinds]
     try:
         yield started
     finally:
         for child in started:
-            child.close()
+            child.kill()
 
 
 def shared_memory_bytes() -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
+from segment_child import ImporterChild, LenderChild
 from segment_support import CLIENT, Child, FakeManager, MiB, children, eventually, segment_config, shared_memory_bytes
 
 from vcache.lender.lender import Lender
@@ -38,14 +39,12 @@ def lender(manager: FakeManager, tmp_path: Path) -> Iterator[Lender]:
     lender.close()
 
 
-def start(child: Child, client: bytes, info: SegmentInfo | str) -> None:
-    text = info if isinstance(info, str) else msgspec.json.encode(info).decode()
-    assert child.ask("start", client=client.hex(), info=text) == []
+def start(child: Child, client: bytes, info: SegmentInfo) -> None:
+    assert child.call(ImporterChild.start, client, info) == []
 
 
 def read(child: Child, slab: int, slot: int = 0) -> bytes | None:
-    answer = child.ask("read", slab=slab, slot=slot, slot_bytes=SLOT)
-    return None if answer is None else bytes.fromhex(answer)
+    return child.call(ImporterChild.read, slab, slot, SLOT)
 
 
 def fill(lender: Lender, slab: int, slot: int, data: bytes) -> None:
@@ -56,43 +55,43 @@ def fill(lender: Lender, slab: int, slot: int, data: bytes) -> None:
 
 def test_three_processes_see_the_same_bytes(lender: Lender) -> None:
     fill(lender, 1, 3, WORDS)
-    with children("importer", "importer") as (alice, bob):
+    with children(ImporterChild, ImporterChild) as (alice, bob):
         start(alice, ALICE, lender.info)
         start(bob, BOB, lender.info)
         assert read(alice, 1, 3) == WORDS
         assert read(bob, 1, 3) == WORDS
-        alice.ask("write", slab=1, slot=4, slot_bytes=SLOT, data=WORDS[::-1].hex())
+        alice.call(ImporterChild.write, slab=1, slot=4, slot_bytes=SLOT, data=WORDS[::-1])
         assert read(bob, 1, 4) == WORDS[::-1]
         assert lender.importers() == {ALICE, BOB}
 
 
 def test_killed_lender_leaves_readable_bytes_that_are_forgotten_on_request(tmp_path: Path) -> None:
-    with children("lender", "importer") as (owner, alice):
-        info = owner.ask("start", folder=str(tmp_path / "broker"), size=2 * MiB, slab=MiB)
-        offset = slab_geometry(msgspec.json.decode(info, type=SegmentInfo).slabs[0].nbytes, SLOT).payload_offset(2)
-        owner.ask("write", slab=0, offset=offset, data=WORDS.hex())
+    with children(LenderChild, ImporterChild) as (owner, alice):
+        info = owner.call(LenderChild.start, folder=tmp_path / "broker", size=2 * MiB, slab=MiB)
+        offset = slab_geometry(info.slabs[0].nbytes, SLOT).payload_offset(2)
+        owner.call(LenderChild.write, slab=0, offset=offset, data=WORDS)
         start(alice, ALICE, info)
-        assert alice.ask("pin", slab=0, slot=2, slot_bytes=SLOT) is True
+        assert alice.call(ImporterChild.pin, slab=0, slot=2, slot_bytes=SLOT) is True
         owner.kill()
-        eventually(lambda: alice.ask("unreachable") == [1])
-        assert bytes.fromhex(alice.ask("read_pinned", nbytes=SLOT)) == WORDS
+        eventually(lambda: alice.call(ImporterChild.unreachable) == [1])
+        assert alice.call(ImporterChild.read_pinned, nbytes=SLOT) == WORDS
         assert read(alice, 0, 2) == WORDS
         assert read(alice, 1) is None
-        alice.ask("forget")
+        alice.call(ImporterChild.forget)
         assert read(alice, 0, 2) is None
-        assert bytes.fromhex(alice.ask("read_pinned", nbytes=SLOT)) == WORDS
-        alice.ask("unpin")
-        assert alice.ask("mapped", expected=0) == 0
+        assert alice.call(ImporterChild.read_pinned, nbytes=SLOT) == WORDS
+        alice.call(ImporterChild.unpin)
+        assert alice.call(ImporterChild.mapped, expected=0) == 0
 
 
 def test_killed_lenders_memory_is_free_when_the_importers_let_go(tmp_path: Path) -> None:
     size = 256 * MiB
-    with children("lender", "importer") as (owner, alice):
-        info = owner.ask("start", folder=str(tmp_path / "broker"), size=size, slab=size)
+    with children(LenderChild, ImporterChild) as (owner, alice):
+        info = owner.call(LenderChild.start, folder=tmp_path / "broker", size=size, slab=size)
         start(alice, ALICE, info)
-        assert alice.ask("pin", slab=0, slot=0, slot_bytes=SLOT) is True
+        assert alice.call(ImporterChild.pin, slab=0, slot=0, slot_bytes=SLOT) is True
         before = shared_memory_bytes()
-        owner.ask("touch", slab=0)
+        owner.call(LenderChild.touch, slab=0)
         assert shared_memory_bytes() > before + size // 2
         owner.kill()
         alice.kill()
@@ -100,10 +99,10 @@ def test_killed_lenders_memory_is_free_when_the_importers_let_go(tmp_path: Path)
 
 
 def test_killed_importer_is_reported(lender: Lender, manager: FakeManager) -> None:
-    with children("importer", "importer") as (alice, bob):
+    with children(ImporterChild, ImporterChild) as (alice, bob):
         start(alice, ALICE, lender.info)
         start(bob, BOB, lender.info)
-        assert alice.ask("pin", slab=0, slot=0, slot_bytes=SLOT) is True
+        assert alice.call(ImporterChild.pin, slab=0, slot=0, slot_bytes=SLOT) is True
         alice.kill()
         eventually(lambda: manager.gone == [(lender.uuid, ALICE)])
         assert lender.importers() == {BOB}
@@ -111,11 +110,11 @@ def test_killed_importer_is_reported(lender: Lender, manager: FakeManager) -> No
 
 
 def test_forked_child_is_no_sign_of_life_for_its_dead_parent(lender: Lender, manager: FakeManager) -> None:
-    with children("importer") as (alice,):
+    with children(ImporterChild) as (alice,):
         start(alice, ALICE, lender.info)
-        assert alice.ask("pin", slab=0, slot=0, slot_bytes=SLOT) is True
-        grandchild = alice.ask("fork", seconds=20)
-        alice.process.kill()
+        assert alice.call(ImporterChild.pin, slab=0, slot=0, slot_bytes=SLOT) is True
+        grandchild = alice.call(ImporterChild.fork, seconds=20)
+        alice.signal(signal.SIGKILL)
         try:
             eventually(lambda: manager.gone == [(lender.uuid, ALICE)])
         finally:
@@ -123,12 +122,12 @@ def test_forked_child_is_no_sign_of_life_for_its_dead_parent(lender: Lender, man
 
 
 def test_forked_child_does_not_keep_a_dead_lender_alive(tmp_path: Path) -> None:
-    with children("lender", "importer") as (owner, alice):
-        start(alice, ALICE, owner.ask("start", folder=str(tmp_path / "broker"), size=MiB, slab=MiB))
-        grandchild = owner.ask("fork", seconds=20)
-        owner.process.kill()
+    with children(LenderChild, ImporterChild) as (owner, alice):
+        start(alice, ALICE, owner.call(LenderChild.start, folder=tmp_path / "broker", size=MiB, slab=MiB))
+        grandchild = owner.call(LenderChild.fork, seconds=20)
+        owner.signal(signal.SIGKILL)
         try:
-            eventually(lambda: alice.ask("unreachable") == [1])
+            eventually(lambda: alice.call(ImporterChild.unreachable) == [1])
         finally:
             os.kill(grandchild, 9)
 
@@ -139,7 +138,7 @@ def test_stopped_importer_is_not_gone_and_shrinking_is_bounded(lender: Lender, m
     slab = lender.slab(1)
     assert slab is not None
     observer = os.dup(slab.fd)
-    with children("importer") as (alice,):
+    with children(ImporterChild) as (alice,):
         start(alice, ALICE, lender.info)
         assert read(alice, 1) == WORDS
         alice.stop()
@@ -155,8 +154,8 @@ def test_stopped_importer_is_not_gone_and_shrinking_is_bounded(lender: Lender, m
         assert read(alice, 1) in (None, bytes(SLOT))
         eventually(lambda: read(alice, 1) is None)
         assert read(alice, 0) == WORDS
-        assert alice.ask("unreachable") == []
-        assert alice.ask("mapped", expected=1) == 1
+        assert alice.call(ImporterChild.unreachable) == []
+        assert alice.call(ImporterChild.mapped, expected=1) == 1
         assert manager.gone == []
     os.close(observer)
 
@@ -171,18 +170,18 @@ def test_shrinking_returns_memory_while_an_importer_maps_it(lender: Lender) -> N
     slab = lender.slab(1)
     assert slab is not None
     observer = os.dup(slab.fd)
-    with children("importer") as (alice,):
+    with children(ImporterChild) as (alice,):
         start(alice, ALICE, lender.info)
-        assert alice.ask("pin", slab=1, slot=0, slot_bytes=SLOT) is True
-        assert bytes.fromhex(alice.ask("read_pinned", nbytes=SLOT)) == WORDS
+        assert alice.call(ImporterChild.pin, slab=1, slot=0, slot_bytes=SLOT) is True
+        assert alice.call(ImporterChild.read_pinned, nbytes=SLOT) == WORDS
         assert os.fstat(observer).st_blocks > 0
         report = lender.shrink(MiB)
         assert report.late == (ALICE,)
         assert os.fstat(observer).st_blocks == 0
-        assert bytes.fromhex(alice.ask("read_pinned", nbytes=SLOT)) == bytes(SLOT)
-        alice.ask("unpin")
-        assert alice.ask("mapped", expected=0) == 0
-        assert alice.process.poll() is None
+        assert alice.call(ImporterChild.read_pinned, nbytes=SLOT) == bytes(SLOT)
+        alice.call(ImporterChild.unpin)
+        assert alice.call(ImporterChild.mapped, expected=0) == 0
+        assert alice.alive
     os.close(observer)
 
 
@@ -195,7 +194,7 @@ def test_large_segment_shrinks_in_milliseconds_and_returns_its_memory(manager: F
         slabs = [slab for index in range(8) if (slab := lender.slab(index)) is not None]
         observers = [os.dup(slab.fd) for slab in slabs]
         assert sum(os.fstat(fd).st_blocks * 512 for fd in observers) > size
-        with children("importer") as (alice,):
+        with children(ImporterChild) as (alice,):
             start(alice, ALICE, lender.info)
             assert read(alice, 3) == bytes(SLOT)
             report = lender.shrink(size)
@@ -203,7 +202,7 @@ def test_large_segment_shrinks_in_milliseconds_and_returns_its_memory(manager: F
             assert report.freed_bytes > size
             assert report.seconds < 1
             assert sum(os.fstat(fd).st_blocks for fd in observers) == 0
-            assert alice.ask("mapped", expected=0) == 0
+            assert alice.call(ImporterChild.mapped, expected=0) == 0
         for fd in observers:
             os.close(fd)
     finally:
@@ -211,8 +210,8 @@ def test_large_segment_shrinks_in_milliseconds_and_returns_its_memory(manager: F
 
 
 def test_stopped_lender_costs_an_importer_one_timeout(tmp_path: Path) -> None:
-    with children("lender", "importer") as (owner, alice):
-        info = owner.ask("start", folder=str(tmp_path / "broker"), size=2 * MiB, slab=MiB)
+    with children(LenderChild, ImporterChild) as (owner, alice):
+        info = owner.call(LenderChild.start, folder=tmp_path / "broker", size=2 * MiB, slab=MiB)
         start(alice, ALICE, info)
         assert read(alice, 0) == bytes(SLOT)
         owner.stop()
@@ -221,7 +220,7 @@ def test_stopped_lender_costs_an_importer_one_timeout(tmp_path: Path) -> None:
         assert time.monotonic() - began < 4
         began = time.monotonic()
         assert read(alice, 1) is None
-        assert alice.ask("unreachable") == [1]
+        assert alice.call(ImporterChild.unreachable) == [1]
         assert time.monotonic() - began < 0.8
         assert read(alice, 0) == bytes(SLOT)
         owner.go_on()
@@ -234,12 +233,12 @@ def test_stopped_lender_costs_an_importer_one_timeout(tmp_path: Path) -> None:
 
 def test_dead_lenders_socket_is_cleaned_up_by_the_next(tmp_path: Path) -> None:
     folder = tmp_path / "broker"
-    with children("lender", "lender") as (first, second):
-        first.ask("start", folder=str(folder), size=MiB, slab=MiB)
+    with children(LenderChild, LenderChild) as (first, second):
+        first.call(LenderChild.start, folder=folder, size=MiB, slab=MiB)
         old = set(folder.iterdir())
         assert len(old) == 1
         first.kill()
-        second.ask("start", folder=str(folder), size=MiB, slab=MiB)
+        second.call(LenderChild.start, folder=folder, size=MiB, slab=MiB)
         new = set(folder.iterdir())
         assert len(new) == 1
         assert new.isdisjoint(old)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 from ..errors import IntegrityError
 from ..spec import KVCacheSpec
+from ..worker import Worker
 from .paged_data import CHUNK, LLAMA_8B, slab_size
 from .plot import size_text
-from .pool_worker import PoolWorker, WorkerSettings
-from .processes import manager_process, running
+from .pool_worker import PoolEngine, Retrieved, WorkerSettings, pool_worker
+from .processes import lender_process, manager_process
 from .report import percentile
 from .timing import Spread
-
-if TYPE_CHECKING:
-    import subprocess
 
 _SHORT_RUNS = 7
 _LONG_RUNS = 300
@@ -25,20 +22,6 @@ _LONG_RUNS_CPU = 20
 _KERNEL_RUNS = 12
 _LONG_GOAL = 1e-3
 _SHORT_GOAL = 5e-3
-
-
-@contextmanager
-def lender_process(
-    address: str, kind: str, nbytes: int, *, slab_bytes: int = 0, device: str = ""
-) -> Iterator[subprocess.Popen[str]]:
-    """`vcache lend` until the block ends; enters once it lends."""
-    command = [sys.executable, "-m", "vcache.cli", "lend", "--address", address, "--kind", kind, "--size", str(nbytes)]
-    if slab_bytes:
-        command += ["--slab-size", str(slab_bytes)]
-    if device:
-        command += ["--device", device]
-    with running(command, "lending ") as process:
-        yield process
 
 
 class Shape(NamedTuple):
@@ -66,8 +49,8 @@ def measure(rows: list[dict[str, Any]], progress: Callable[[str], None], shape: 
         address = stack.enter_context(manager_process()).address
         slots = shape.long // CHUNK + 2 * (_SHORT_RUNS + 2) * -(-shape.short // CHUNK)
         stack.enter_context(lender_process(address, shape.kind, slab_size(shape.spec, slots)))
-        writer = stack.enter_context(PoolWorker(shape.settings(address, "writer")))
-        reader = stack.enter_context(PoolWorker(shape.settings(address, "reader")))
+        writer = stack.enter_context(pool_worker(shape.settings(address, "writer")))
+        reader = stack.enter_context(pool_worker(shape.settings(address, "reader")))
         progress(f"end to end: {shape.short} tokens, stored by one process, retrieved by another")
         for operation, spread in zip(("store", "retrieve"), _short(writer, reader, shape.short), strict=True):
             rows.append(_row(shape, operation, shape.short, spread))
@@ -81,7 +64,7 @@ def measure(rows: list[dict[str, Any]], progress: Callable[[str], None], shape: 
         runs = _LONG_RUNS if shape.device.startswith("cuda") else _LONG_RUNS_CPU
         named = _retrieves(reader, shape.long, runs)
         unnamed = _retrieves(reader, shape.long, runs, unnamed=True)
-        reader.ask("freeze", frozen=True)
+        reader.call(PoolEngine.freeze)
         frozen = _retrieves(reader, shape.long, runs)
         rows += [_row(shape, "store", shape.long, store), _row(shape, "retrieve, kernels alone", shape.long, kernel)]
         for operation, seconds in (
@@ -106,32 +89,30 @@ def _verdict(operation: str, tokens: int, seconds: list[float], kernel: Spread) 
     )
 
 
-def _short(writer: PoolWorker, reader: PoolWorker, tokens: int) -> tuple[Spread, Spread]:
+def _short(writer: Worker, reader: Worker, tokens: int) -> tuple[Spread, Spread]:
     """The first prompt warms up: kernels are compiled, slabs are mapped."""
     stores, retrieves = [], []
     for prompt in range(_SHORT_RUNS + 2):
-        stores.append(writer.ask("store", prompt=prompt, tokens=tokens, seed=prompt)["seconds"])
-        retrieves.append(_right(reader.ask("retrieve", prompt=prompt, tokens=tokens, seed=prompt + 1), tokens))
+        stores.append(writer.call(PoolEngine.store, prompt=prompt, tokens=tokens, seed=prompt))
+        retrieves.append(_right(reader.call(PoolEngine.retrieve, prompt=prompt, tokens=tokens, seed=prompt + 1), tokens))
     return Spread.of(stores[2:]), Spread.of(retrieves[2:])
 
 
-def _long(writer: PoolWorker, reader: PoolWorker, tokens: int) -> tuple[Spread, Spread]:
-    store = writer.ask("store", prompt=1000, tokens=tokens)["seconds"]
-    _right(reader.ask("retrieve", prompt=1000, tokens=tokens, seed=1), tokens)
-    kernels = reader.ask("time_kernels", prompt=1000, tokens=tokens, runs=_KERNEL_RUNS)["seconds"]
+def _long(writer: Worker, reader: Worker, tokens: int) -> tuple[Spread, Spread]:
+    store = writer.call(PoolEngine.store, prompt=1000, tokens=tokens)
+    _right(reader.call(PoolEngine.retrieve, prompt=1000, tokens=tokens, seed=1), tokens)
+    kernels = reader.call(PoolEngine.time_kernels, prompt=1000, tokens=tokens, runs=_KERNEL_RUNS)
     return Spread.of([store]), Spread.of(kernels[2:])
 
 
-def _retrieves(reader: PoolWorker, tokens: int, runs: int, *, unnamed: bool = False) -> list[float]:
-    answer = reader.ask("time_retrieve", prompt=1000, tokens=tokens, runs=runs + 2, unnamed=unnamed)
-    found: list[float] = answer["seconds"][2:]
-    return found
+def _retrieves(reader: Worker, tokens: int, runs: int, *, unnamed: bool = False) -> list[float]:
+    return reader.call(PoolEngine.time_retrieve, prompt=1000, tokens=tokens, runs=runs + 2, unnamed=unnamed)[2:]
 
 
-def _right(found: dict[str, Any], tokens: int) -> float:
-    if found["wrong"] or found["loaded"] != tokens:
-        raise IntegrityError(f"I1: {found['loaded']} of {tokens} tokens retrieved, {found['wrong']} with wrong bytes")
-    return float(found["seconds"])
+def _right(found: Retrieved, tokens: int) -> float:
+    if found.wrong or found.loaded != tokens:
+        raise IntegrityError(f"I1: {found.loaded} of {tokens} tokens retrieved, {found.wrong} with wrong bytes")
+    return found.seconds
 
 
 def _row(shape: Shape, operation: str, tokens: int, spread: Spread) -> dict[str, Any]:

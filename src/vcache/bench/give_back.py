@@ -12,8 +12,9 @@ from ..errors import VCacheError
 from ..lender.lender import Lender
 from ..manager.connect import connect
 from ..spec import KVCacheSpec
+from ..worker import Worker
 from .paged_data import CHUNK, LLAMA_8B, slab_size
-from .pool_worker import PoolWorker, WorkerSettings
+from .pool_worker import PoolEngine, WorkerSettings, pool_worker
 from .processes import manager_process
 from .remote_slab import open_backing
 
@@ -66,13 +67,13 @@ def measure(what: GiveBack, progress: Callable[[str], None]) -> list[dict[str, A
             device=what.device,
         )
         environment = dict(what.environment)
-        workers = [stack.enter_context(PoolWorker(settings, environment)) for _ in range(what.readers + 1)]
+        workers = [stack.enter_context(pool_worker(settings, environment)) for _ in range(what.readers + 1)]
         writer, *readers = workers
         for worker in workers:
-            worker.ask("ready")
-        writer.ask("store", prompt=90_000, tokens=CHUNK)
+            worker.ready()
+        writer.call(PoolEngine.store, prompt=90_000, tokens=CHUNK)
         for reader in readers:
-            reader.ask("retrieve", prompt=90_000, tokens=CHUNK)
+            reader.call(PoolEngine.retrieve, prompt=90_000, tokens=CHUNK)
         rounds = []
         for number in range(what.rounds):
             progress(f"round {number + 1} of {what.rounds}")
@@ -81,7 +82,7 @@ def measure(what: GiveBack, progress: Callable[[str], None]) -> list[dict[str, A
         return rounds
 
 
-def _round(what: GiveBack, lender: Lender, writer: PoolWorker, readers: list[PoolWorker], prompts: list[int]) -> dict[str, Any]:
+def _round(what: GiveBack, lender: Lender, writer: Worker, readers: list[Worker], prompts: list[int]) -> dict[str, Any]:
     free = [lender.backing.available_bytes()]
     began = time.perf_counter()
     lender.grow(what.nbytes)
@@ -90,15 +91,16 @@ def _round(what: GiveBack, lender: Lender, writer: PoolWorker, readers: list[Poo
         raise VCacheError("the manager did not learn about the memory lent in addition")
     free.append(lender.backing.available_bytes())
     for prompt in prompts:
-        writer.ask("store", prompt=prompt, tokens=what.tokens)
+        writer.call(PoolEngine.store, prompt=prompt, tokens=what.tokens)
     for number, reader in enumerate(readers):
-        there = reader.ask("retrieve", prompt=prompts[-1], tokens=what.tokens, seed=number)
-        if (there["loaded"], there["wrong"]) != (what.tokens, 0):
+        there = reader.call(PoolEngine.retrieve, prompt=prompts[-1], tokens=what.tokens, seed=number)
+        if (there.loaded, there.wrong) != (what.tokens, 0):
             raise VCacheError(f"before the shrink, a reader got {there}")
+    begun = []
     for number, reader in enumerate(readers):
         # The last one looks at every byte; the others only read, so that transfers run all the time.
-        order = "read_for" if number == len(readers) - 1 else "hammer"
-        reader.tell(order, prompts=prompts[number:] + prompts[:number], tokens=what.tokens, seconds=_LOAD)
+        order = PoolEngine.read_for if number == len(readers) - 1 else PoolEngine.hammer
+        begun.append(reader.begin(order, prompts=prompts[number:] + prompts[:number], tokens=what.tokens, seconds=_LOAD))
     time.sleep(_BEFORE)  # the length of the load alone, not a synchronisation
     # Not the figure from before the load: readers and writer took memory of their own on this GPU since then.
     loaded = lender.backing.available_bytes()
@@ -110,8 +112,8 @@ def _round(what: GiveBack, lender: Lender, writer: PoolWorker, readers: list[Poo
         time.sleep(0.0005)
     back = time.perf_counter() - began
     free.append(lender.backing.available_bytes())
-    reads = [reader.answer() for reader in readers]
-    if wrong := sum(read.get("wrong", 0) for read in reads):
+    reads = [read.result() for read in begun]
+    if wrong := sum(read.wrong or 0 for read in reads):
         raise VCacheError(f"I1: {wrong} tokens with wrong bytes while memory was taken back")
     return {
         "grown_ms": round(grown * 1e3, 2),
@@ -121,5 +123,5 @@ def _round(what: GiveBack, lender: Lender, writer: PoolWorker, readers: list[Poo
         "freed_bytes": report.freed_bytes,
         "late_importers": len(report.late),
         "free_bytes": {"before": free[0], "lent": free[1], "loaded": loaded, "after": free[2]},
-        "reads": reads,
+        "reads": [{name: value for name, value in read._asdict().items() if value is not None} for read in reads],
     }

@@ -12,7 +12,7 @@ from ..keys import TokenDatabase
 from ..manager.api import Manager
 from ..manager.connect import connect
 from .population import mount_population, random_keys
-from .processes import choose_cores, manager_process, pinned
+from .processes import choose_cores, manager_process, on_core
 from .report import Column, Report, percentile
 
 TARGET_MS = 5.0
@@ -38,7 +38,7 @@ def bench_lookup(tokens: int, chunk_size: int, progress: Callable[[str], None]) 
     database = TokenDatabase(bytes(16), chunk_size)
     digests = [span.digest for span in database.spans(prompt)]
     cores = choose_cores()
-    with manager_process(cores.server) as manager, pinned(cores.client):
+    with manager_process(cores.server) as manager, on_core(cores.client):
         api = connect(manager.config(), name="bench", role="lender", require=True)
         try:
             progress("mounting chunks")

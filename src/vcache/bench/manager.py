@@ -18,7 +18,7 @@ from ..manager.connect import connect
 from ..segment.slots import LOCATION_BYTES
 from .mooncake_master import measure_mooncake
 from .population import mount_population, random_keys
-from .processes import Cores, choose_cores, cpu_seconds, manager_process, pinned
+from .processes import Cores, choose_cores, cpu_seconds, manager_process, on_core
 from .report import Column, Report, percentile
 
 TARGET_KEYS_PER_SECOND = 500_000
@@ -149,7 +149,7 @@ def _our_rows(
 ) -> list[dict[str, Any]]:
     rows = []
     keys_per_request = len(requests[0])
-    with manager_process(cores.server) as manager, pinned(cores.client):
+    with manager_process(cores.server) as manager, on_core(cores.client):
         progress(f"mounting {len(keys):,} chunks")
         api = connect(manager.config(), name="bench", role="lender", require=True)
         try:

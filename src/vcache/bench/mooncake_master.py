@@ -1,4 +1,4 @@
-"""Mooncake's master, measured the way our manager is: `batch_is_exist` against a master pinned to one core."""
+"""Mooncake's master, measured the way our manager is: `batch_is_exist` against a master on one core."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .processes import Cores, cpu_seconds, pinned, stop
+from .processes import Cores, cpu_seconds, on_core, stop
 from .report import percentile
 
 _START_TIMEOUT = 20.0
@@ -40,7 +40,7 @@ def measure_mooncake(keys: list[bytes], keys_per_request: int, seconds: float, c
     command = [master, f"--rpc_port={rpc}", "--rpc_address=127.0.0.1", f"--metrics_port={metrics}", "--metrics_host=127.0.0.1"]
     command += ["--default_kv_lease_ttl=10000", "--logtostderr=1"]
     with tempfile.TemporaryFile("w+") as words:
-        with pinned(cores.server):
+        with on_core(cores.server):
             server = subprocess.Popen(command, stdout=words, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True)
         try:
             if not _accepts(rpc, server):
@@ -60,7 +60,7 @@ def find_master() -> str | None:
 
 def _drive(rpc: int, server: int, chunks: int, keys_per_request: int, seconds: float, cores: Cores) -> MooncakeResult:
     """The client is a process of its own: its library starts threads and prints what it likes."""
-    with pinned(cores.client):
+    with on_core(cores.client):
         arguments = [str(rpc), str(server), str(chunks), str(keys_per_request), str(seconds)]
         env = {**os.environ, "MC_LOG_LEVEL": "ERROR", "MC_TCP_BIND_ADDRESS": "127.0.0.1"}
         try:

@@ -1,4 +1,4 @@
-"""Processes that benchmarks measure: started pinned to a core, waited for, ended for certain."""
+"""Processes that benchmarks measure: started on a core, waited for, ended for certain."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def choose_cores() -> Cores:
 
 
 @contextmanager
-def pinned(core: int) -> Iterator[None]:
+def on_core(core: int) -> Iterator[None]:
     """This thread, and every process that it starts meanwhile, runs on `core` only."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
@@ -57,7 +57,7 @@ def running(
     does not come within 30 s.
     """
     with tempfile.TemporaryFile("w+") as words, ExitStack() as stack:
-        with pinned(core) if core is not None else nullcontext():
+        with on_core(core) if core is not None else nullcontext():
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=words, stdin=subprocess.DEVNULL, text=True, env=env
             )
@@ -78,6 +78,27 @@ def manager_process(core: int | None = None, *, arguments: Sequence[str] = ()) -
         command = [sys.executable, "-m", "vcache.cli", "serve", "--address", address, *arguments]
         with running(command, address, core=core, env=clean_environment()) as process:
             yield ManagerProcess(address, process.pid)
+
+
+@contextmanager
+def lender_process(
+    address: str,
+    kind: str,
+    nbytes: int,
+    *,
+    slab_bytes: int = 0,
+    device: str = "",
+    prefault: bool = False,
+    core: int | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Iterator[subprocess.Popen[str]]:
+    """`vcache lend` until the block ends; enters once it lends. `env`: its whole environment, default without `VCACHE_*`."""
+    command = [sys.executable, "-m", "vcache.cli", "lend", "--address", address, "--kind", kind, "--size", str(nbytes)]
+    command += ["--slab-size", str(slab_bytes)] if slab_bytes else []
+    command += ["--device", device] if device else []
+    command += ["--prefault"] if prefault else []
+    with running(command, "lending ", core=core, env=clean_environment() if env is None else env) as process:
+        yield process
 
 
 def clean_environment(**more: str) -> dict[str, str]:

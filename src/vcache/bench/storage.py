@@ -21,7 +21,7 @@ from ..storage.guarded import GuardedStorage
 from ..storage.mooncake import MooncakeStorage
 from ..storage.mooncake_master import MooncakeMaster
 from ..storage.mooncake_options import MooncakeOptions, load_store
-from .processes import clean_environment, pinned, running
+from .processes import clean_environment, on_core, running
 from .report import Column, Report
 
 TARGET = 0.85
@@ -60,10 +60,10 @@ def bench_store(nbytes: int, *, core: int | None = None, flags: Sequence[str] = 
     with ExitStack() as stack:
         with ExitStack() as here:
             if core is not None:
-                here.enter_context(pinned(core))
+                here.enter_context(on_core(core))
             master = MooncakeMaster(MooncakeOptions.parse(options), flags=flags)
         stack.callback(master.close)
-        command = [sys.executable, "-m", "vcache.cli", "lend", "--tier", "storage", "--size", str(nbytes)]
+        command = [sys.executable, "-m", "vcache.cli", "lend-storage", "--size", str(nbytes)]
         env = clean_environment(VCACHE_STORAGE_OPTIONS=json.dumps(options))
         stack.enter_context(running(command, "lending", core=core, env=env))
         yield BenchStore(options, master)

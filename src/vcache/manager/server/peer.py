@@ -208,7 +208,8 @@ class Peer(asyncio.Protocol):
     def _next_turn(self) -> None:
         """Go on where the last turn, or the peer's own slowness, made us stop."""
         self._turn = None
-        if self._transport is not None and not self._closing:
+        # A peer that takes no answers is not read from: `resume_writing` goes on here.
+        if self._transport is not None and not self._closing and not self._paused:
             self._transport.resume_reading()
             self._drain()
 
