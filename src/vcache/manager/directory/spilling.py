@@ -83,7 +83,7 @@ class Spilling:
         core.chunks.policy.cool([record for record in records if record.spilled and record.used < planned])
 
     def _candidates(self, host: str, memory: HostMemory, avoid: frozenset[int]) -> Iterator[Record]:
-        """Chunks that lie in the lowest tier of this host altogether, in about the order of their eviction."""
+        """Go through the chunks that lie in the lowest tier of this host altogether, in about the order of their eviction."""
         core = self._core
         lowest = DRAM if memory.nbytes[DRAM] else VRAM
         allowed = {
@@ -99,7 +99,7 @@ class Spilling:
                 yield record
 
     def _forget(self, now: float) -> None:
-        """Plans whose lease has ended otherwise, failures that were long ago."""
+        """Forget plans whose lease has ended otherwise, and failures that were long ago."""
         leases = self._core.leases.leases
         self._plans = {number: plan for number, plan in self._plans.items() if number in leases}
         while self._failed and next(iter(self._failed.values())) <= now:
