@@ -19,6 +19,7 @@ from vcache.bench.population import mount_population, random_keys
 from vcache.bench.processes import Cores, choose_cores, manager_process, resident_bytes, running
 from vcache.errors import ProtocolError, VCacheError
 from vcache.manager.connect import connect
+from vcache.storage import mooncake_master as storage_master
 
 pytestmark = pytest.mark.processes
 
@@ -47,9 +48,10 @@ def test_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_mooncake_that_does_not_start_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mooncake_master, "find_master", lambda: "/bin/false")
+    for module in (mooncake_master, storage_master):
+        monkeypatch.setattr(module, "find_master", lambda: "/bin/false")
     monkeypatch.setattr(mooncake_master, "find_spec", lambda name: name)
-    found = mooncake_master.measure_mooncake([bytes(16)], 1, 0.1, choose_cores())
+    found = mooncake_master.measure_mooncake(1, 1, 0.1, choose_cores())
     assert found.rows == []
     assert "mooncake_master did not start" in found.notes[0]
 

@@ -133,7 +133,7 @@ def bench_manager(keys_per_request: int, seconds: float, chunks: int, progress: 
     )
     report.rows = _our_rows(cores, keys, requests, seconds, progress)
     progress("mooncake_master")
-    theirs = measure_mooncake(keys, keys_per_request, seconds, cores)
+    theirs = measure_mooncake(len(keys), keys_per_request, seconds, cores)
     report.rows += theirs.rows
     report.notes += _verdict(report.rows, keys_per_request)
     report.notes += theirs.notes

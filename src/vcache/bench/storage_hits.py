@@ -72,7 +72,7 @@ def bench_storage_hits(rounds: int, hits: int, progress: Callable[[str], None]) 
         with _flooding(store.options, cores.server):
             measure("saturated by another process")
         measure("busy with this engine's own writes", writing=True)
-        pid = store.master.pid
+        pid = store.process.pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -80,7 +80,7 @@ def bench_storage_hits(rounds: int, hits: int, progress: Callable[[str], None]) 
             measure("master stopped (SIGSTOP)")
         finally:
             os.kill(pid, signal.SIGCONT)
-        store.master.kill()
+        store.process.kill()
         _wake(engines)
         measure("master dead (SIGKILL)")
         errors = engines["with"].call(HitEngine.counters)["storage_errors"]
