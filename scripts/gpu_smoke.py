@@ -307,8 +307,8 @@ def mover() -> dict[str, Any]:
     """One small store and retrieve between a paged cache and another process's slabs, bytes checked, beside a plain copy."""
     import torch
 
-    from vcache.bench.copies import RawCopies
     from vcache.bench.mover_runs import MoverRuns
+    from vcache.bench.moves import RawCopies
     from vcache.bench.paged_data import LLAMA_8B, CacheArena, Slots, slab_size
     from vcache.bench.remote_slab import RemoteSlabs
     from vcache.config import TransferConfig

@@ -214,9 +214,8 @@ def interference(place: Place, found: dict[str, Any], parts: Parts) -> None:
         return
     import torch
 
-    from vcache.bench.copies import RawCopies
     from vcache.bench.interference import Decoding, Products, Work, measure
-    from vcache.bench.moves import Move, copy_engine_moves, mover_moves, plain_moves
+    from vcache.bench.moves import Move, RawCopies, copy_engine_moves, mover_moves, plain_moves
     from vcache.bench.paged_data import CHUNK, CacheArena, Slots
     from vcache.bench.transfer import _lent
 

@@ -21,7 +21,7 @@ from ..storage.mooncake import MooncakeStorage
 from ..storage.mooncake_options import MooncakeOptions, load_store
 from .mooncake_master import BenchMaster, bench_master
 from .processes import clean_environment, running
-from .report import Column, Report
+from .report import Column, Report, verdict
 
 TARGET = 0.85
 VALUE = 4 * 2**20
@@ -84,7 +84,7 @@ def bench_storage(sizes: Sequence[int], rounds: int, progress: Callable[[str], N
     notes = [
         f"values of {ByteSize(VALUE)}, {_BATCH} in a call; raw Mooncake and the tier in turns, {rounds} rounds after one more "
         f"(smaller sizes: up to {_MORE_ROUNDS} times as many); ratio: median of the rounds' ratios, and the quarter points",
-        f"target: a ratio of {TARGET} or more: {'met' if met else 'missed'}",
+        verdict(f"a ratio of {TARGET} or more", met, of=", ".join(str(ByteSize(count * VALUE)) for count in counts)),
     ]
     return Report(
         title="Storage tier beside raw Mooncake calls",
