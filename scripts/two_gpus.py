@@ -83,7 +83,7 @@ class Place(NamedTuple):
     def uuid(self, side: int) -> str:
         import torch
 
-        from vcache.devices import device_name
+        from vcache.paged.layout import device_name
 
         return device_name(torch.device("cuda", self.gpus[side])) if self.on_gpu else ""
 

@@ -86,7 +86,7 @@ def test_what_loads_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     ("setting", "arguments"),
     [
         ("segment.remote", ["lend", "--size", "1MiB", "--remote", "tcp", "--remote-host", "127.0.0.1"]),
-        ("storage.kind", ["lend", "--tier", "storage", "--size", "64MiB"]),
+        ("storage.kind", ["lend-storage", "--size", "64MiB"]),
     ],
 )
 def test_a_machine_without_libibverbs_gets_one_line(setting: str, arguments: list[str], tmp_path: Path) -> None:

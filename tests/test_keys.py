@@ -11,13 +11,14 @@ from array import array
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vcache.errors import ArgumentError, SpecError
 from vcache.keys import DIGEST_BYTES, MAX_TOKEN, CacheKey, TokenDatabase, skipped_tokens, token_array
-from vcache.spec import KVCacheSpec
+from vcache.spec import DTYPE_BYTES, KVCacheSpec
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "key_vectors.json").read_text())
 NAMESPACE = bytes(range(DIGEST_BYTES))
@@ -186,6 +187,8 @@ def test_namespace_fields_cannot_run_into_each_other() -> None:
     ("change", "text"),
     [
         ({"dtype": "float13"}, "spec.dtype: 'float13' is not one of"),
+        ({"dtype": 16}, "spec.dtype: 16 is not one of bfloat16, float16"),
+        ({"dtype": None}, "spec.dtype: None is not one of"),
         ({"num_layers": 0}, "spec.num_layers: must be at least 1, got 0"),
         ({"world_size": 2, "rank": 2}, "spec.rank: must be in [0, world_size=2), got 2"),
         ({"row_format": "mla", "num_kv_heads": 2}, "spec.num_kv_heads: must be 1 for row_format 'mla', got 2"),
@@ -196,6 +199,20 @@ def test_an_impossible_spec_names_its_field(change: dict[str, Any], text: str) -
     with pytest.raises(SpecError) as caught:
         KVCacheSpec(**{**base, **change})
     assert text in str(caught.value)
+
+
+def test_a_torch_dtype_is_as_good_as_its_name() -> None:
+    torch = pytest.importorskip("torch")
+    base: dict[str, Any] = {"model": "m", "num_layers": 1, "num_kv_heads": 1, "head_size": 8}
+    for name in DTYPE_BYTES:
+        spec, named = KVCacheSpec(dtype=getattr(torch, name), **base), KVCacheSpec(dtype=name, **base)
+        assert (spec, hash(str(spec)), spec.dtype) == (named, hash(str(named)), name)
+        assert spec.namespace(256) == named.namespace(256)
+        assert msgspec.json.decode(msgspec.json.encode(spec), type=KVCacheSpec) == named
+        assert spec.element_bytes == getattr(torch, name).itemsize
+    for other in (torch.float64, torch.Tensor, torch.zeros(1)):
+        with pytest.raises(SpecError, match=r"spec\.dtype: .* is not one of bfloat16, .*, or a torch.dtype of them"):
+            KVCacheSpec(dtype=other, **base)
 
 
 # --- kinds of token sequences -----------------------------------------------------------------------------------------

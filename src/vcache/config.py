@@ -10,11 +10,13 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 import msgspec
 
 from .errors import ConfigError
+
+T = TypeVar("T")
 
 _FOREVER = sys.float_info.max
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -230,11 +232,10 @@ class VCacheConfig(_Section, frozen=True, kw_only=True):
                 }
                 merged.setdefault(section, {}).update(plain)
         try:
-            return msgspec.convert(merged, cls, strict=False, dec_hook=_decode)
-        except msgspec.ValidationError as error:
-            text = _explain(error)
-            key = re.match(r"\w+\.\w+", text)
-            raise ConfigError(f"{origin.get(key[0], source) if key else source}: {text}") from None
+            return decode(merged, cls)
+        except ConfigError as error:
+            key = re.match(r"\w+\.\w+", str(error))
+            raise ConfigError(f"{origin.get(key[0], source) if key else source}: {error}") from None
 
 
 def sections() -> dict[str, type[msgspec.Struct]]:
@@ -268,17 +269,23 @@ def _parse_mapping(name: str, value: str) -> dict[str, Any]:
     return parsed
 
 
-def _decode(kind: type, value: Any) -> Any:
+def decode(data: Mapping[str, Any], kind: type[T]) -> T:
+    """Make a struct of plain data, as files and environment hold it. Raises `ConfigError`; its text begins with the key.
+
+    msgspec says "... - at `$.segment.size`", with the key at the end; what a struct checks itself names its key already.
+    """
+    try:
+        return msgspec.convert(data, kind, strict=False, dec_hook=_decode_size)
+    except msgspec.ValidationError as error:
+        text, _, path = str(error).partition(" - at `$.")
+        path = path.rstrip("`")
+        raise ConfigError(text if not path or text.startswith(f"{path}.") else f"{path}: {text}") from None
+
+
+def _decode_size(kind: type, value: Any) -> Any:
     if kind is ByteSize:
         return ByteSize.parse(value)
     raise NotImplementedError(kind)
-
-
-def _explain(error: msgspec.ValidationError) -> str:
-    """msgspec says "... - at `$.segment.size`"; we lead with the key. Range errors of a section name their key themselves."""
-    text, _, path = str(error).partition(" - at `$.")
-    path = path.rstrip("`")
-    return text if not path or text.startswith(f"{path}.") else f"{path}: {text}"
 
 
 def _section_name(section: msgspec.Struct) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from .cache.opening import Resources, open_resources
 from .cache.pool import HEAD_CHUNKS, MANAGER_ERRORS, ChunkPool, PoolTransfer, Presence
-from .cache.storage_tier import LowerTier
+from .cache.storage_tier import ChunkStorage
 from .cache.transfer import StreamFollower, TransferHandle
 from .config import VCacheConfig
 from .errors import ArgumentError, VCacheError
@@ -81,7 +81,7 @@ class VCacheEngine:
             checksum=settings.checksum,
         )
         self.manager.set_write_gate(self.pool.wait_writes)
-        self._lower: LowerTier | None = self._resources.open_lower_tier(self.config, self.pool, self.metrics)
+        self._lower: ChunkStorage | None = self._resources.open_lower_tier(self.config, self.pool, self.metrics)
         self._relief = self._resources.open_relief(self.config, self.pool, self.metrics, self._lower)
         self._executor = ThreadPoolExecutor(self.config.transfer.threads, thread_name_prefix="vcache-transfer")
         self._targets: list[Target] = []

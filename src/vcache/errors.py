@@ -72,6 +72,6 @@ class IntegrityError(VCacheError, AssertionError):
     """`check_integrity` found a broken invariant: a bug in VCache. The text names the rule (I1-I10)."""
 
 
-TRANSFER_ERRORS = Exception
+TRANSFER_ERRORS = (Exception,)
 """What a broken transfer may raise: bindings, compilers and torch have exceptions of their own. Each is a miss, or a write that
 did not happen, and is counted."""

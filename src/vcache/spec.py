@@ -35,6 +35,7 @@ class KVCacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
     model: str
     dtype: str
+    """Element type by name. A `torch.dtype` is taken as well, and kept as its name."""
     num_layers: int
     """Layers held by this rank (under pipeline parallelism, its own)."""
     num_kv_heads: int
@@ -54,8 +55,12 @@ class KVCacheSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """Anything else that decides the bytes (RoPE scaling, hash algorithm of the engine, ...)."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPE_BYTES:
-            raise SpecError(f"spec.dtype: {self.dtype!r} is not one of {', '.join(sorted(DTYPE_BYTES))}")
+        dtype = str(self.dtype).removeprefix("torch.")
+        if dtype not in DTYPE_BYTES:
+            raise SpecError(
+                f"spec.dtype: {self.dtype!r} is not one of {', '.join(sorted(DTYPE_BYTES))}, or a torch.dtype of them"
+            )
+        msgspec.structs.force_setattr(self, "dtype", dtype)
         for name in ("num_layers", "num_kv_heads", "head_size", "world_size"):
             if getattr(self, name) < 1:
                 raise SpecError(f"spec.{name}: must be at least 1, got {getattr(self, name)}")

@@ -11,11 +11,13 @@ import pytest
 from support.commands import invoke
 
 import vcache
+from vcache.config import VCacheConfig
 
 COMMANDS = [
     (),
     ("serve",),
     ("lend",),
+    ("lend-storage",),
     ("status",),
     ("resize",),
     ("clear",),
@@ -55,8 +57,40 @@ def test_help_lists_every_command_with_a_full_sentence() -> None:
             assert not line.endswith("...")
 
 
+@pytest.mark.parametrize(
+    ("called", "now"),
+    [
+        (["--size", "1GiB"], "lend"),
+        (["--tier", "pool", "--kind", "host", "--size", "1GiB"], "lend"),
+        (["--tier", "storage", "--size", "1GiB"], "lend-storage"),
+        (["--size", "1GiB", "--tier=storage", "-a", "unix:///nowhere"], "lend-storage"),
+        (["--ssd", "/tmp", "--ssd-size=1GiB", "--size", "1GiB", "--tier", "storage"], "lend-storage"),
+    ],
+)
+def test_lend_with_a_tier_is_the_command_for_it(called: list[str], now: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[str, VCacheConfig]] = []
+    monkeypatch.setattr("vcache.cli.lend.lend_until_stopped", lambda config, **_: ended.append(("lend", config)))
+    monkeypatch.setattr(
+        "vcache.cli.lend_storage.lend_storage_until_stopped", lambda config, _: ended.append(("lend-storage", config))
+    )
+    result = invoke("lend", *called)
+    assert result.exit_code == 0, result.output
+    ((command, config),) = ended
+    assert (command, config.segment.size) == (now, 2**30)
+
+
 def test_version() -> None:
     assert invoke("--version").output == f"vcache {vcache.__version__}\n"
+
+
+def test_the_package_runs_as_the_command() -> None:
+    """`python -m vcache` said "'vcache' is a package and cannot be directly executed"."""
+    for arguments in (["--version"], ["--help"], ["serve", "--port", "1"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "vcache", *arguments], capture_output=True, text=True, timeout=60, check=False
+        )
+        same = invoke(*arguments)
+        assert (done.returncode, done.stdout) == (same.exit_code, same.stdout)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +102,12 @@ def test_version() -> None:
         ("lend", "--size", "lots"),
         ("lend", "--size", "0"),
         ("lend", "--size", "1000TiB"),
+        ("lend", "--tier"),
+        ("lend", "--tier", "ssd"),
+        ("lend", "--ssd", "/tmp", "--ssd-size", "1GiB"),
+        ("lend", "--tier=storage", "--kind", "host"),
+        ("lend-storage", "--kind", "host"),
+        ("lend-storage", "--ssd", "/tmp"),
         ("resize", "ab"),
         ("resize", "ab", "--size", "-1GiB"),
         ("clear",),

@@ -6,7 +6,7 @@ import json
 import os
 import resource
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from support.commands import invoke
@@ -14,7 +14,7 @@ from support.commands import invoke
 from vcache import bindings
 from vcache.bindings import Problem
 from vcache.cli import doctor
-from vcache.cli.checks import Check, adopt, as_json, print_check, summary
+from vcache.cli.checks import Check, as_json, print_check, summary
 from vcache.config import VCacheConfig
 
 
@@ -141,16 +141,8 @@ def test_mooncake_that_does_not_load_says_why(monkeypatch: pytest.MonkeyPatch) -
         assert found(doctor.mooncake, config(**asked))["Mooncake"].status == "fail"
 
 
-class Foreign(NamedTuple):
-    name: str
-    status: str
-    detail: str
-    advice: str = ""
-
-
-def test_checks_of_other_parts_are_adopted(capsys: pytest.CaptureFixture[str]) -> None:
-    checks = list(adopt([Foreign("GPU 0", "warn", "busy", "wait")]))  # type: ignore[list-item]
-    assert checks == [Check("GPU 0", "warn", "busy", "", "wait")]
+def test_what_to_do_is_said_of_what_is_not_well(capsys: pytest.CaptureFixture[str]) -> None:
+    checks = [Check("GPU 0", "warn", "busy", advice="wait")]
     print_check(checks[0])
     print_check(Check("x", "ok", "fine", why="hidden"))
     assert capsys.readouterr().out == "warn  GPU 0: busy\n        do: wait\nok    x: fine\n"

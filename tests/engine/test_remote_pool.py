@@ -262,7 +262,7 @@ def test_an_engine_that_cannot_be_made_is_a_miss(make: Callable[..., World]) -> 
     def refuse(endpoint: str) -> FakeEngine:
         raise SegmentError("no engine")
 
-    world.remote._peers._make_engine = refuse
+    world.remote._lenders._make_engine = refuse
     assert world.load(tokens).flags() == [False] * 2
     assert world.counter("remote_errors") == 1
 

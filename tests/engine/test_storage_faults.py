@@ -12,8 +12,7 @@ import torch
 from support.paged import Paged, content, spec_for
 
 from vcache import VCacheConfig, VCacheEngine
-from vcache.cache.buffers import StagingPool
-from vcache.cache.remote_buffers import RemoteBuffers
+from vcache.cache.buffers import BufferPool
 from vcache.errors import ArgumentError, StorageDeadlineError
 from vcache.keys import CacheKey
 from vcache.storage.memory import MemoryStorage
@@ -232,7 +231,7 @@ class NoMemory:
 
 
 def pools(pinning: NoMemory) -> list[Any]:
-    return [StagingPool(PAYLOAD, 4, MemoryStorage(), pinning), RemoteBuffers(PAYLOAD, 4, pinning)]
+    return [BufferPool(PAYLOAD, 4, registry=MemoryStorage(), pinning=pinning), BufferPool(PAYLOAD, 4, pinning=pinning)]
 
 
 @pytest.mark.parametrize("kind", [0, 1])
@@ -262,7 +261,7 @@ def test_buffers_that_could_not_be_made_are_not_counted_as_out(kind: int) -> Non
 
 def test_a_buffer_that_cannot_be_pinned_is_not_left_registered() -> None:
     tier, pinning = Tier(), NoMemory()
-    pool = StagingPool(PAYLOAD, 4, tier, pinning)
+    pool = BufferPool(PAYLOAD, 4, registry=tier, pinning=pinning)
     pinning.failing = True
     with pytest.raises(OSError, match="memory"):
         pool.take(1, 0)
@@ -294,7 +293,7 @@ def test_buffers_do_not_grow_in_number(make: Callable[..., World]) -> None:
         call()
     lower = world.engine._lower
     assert lower is not None
-    for pool in lower._staging:
+    for pool in lower._buffers:
         assert len(pool.take(100, 0)) == pool.limit
 
 

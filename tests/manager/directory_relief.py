@@ -29,7 +29,7 @@ class Relief:
             self.leased_by_plan(client, plan.lease, list(dict.fromkeys(move.key for move in plan.moves)))
         for move in plan.moves:
             record, target = visible[move.key], move.grant.location
-            assert move.source == list(record.places())[move.shard]
+            assert move.source == record.places()[move.shard]
             assert target is not None
             assert not {move.source.segment, target.segment} & set(avoid)
             assert [(infos[place.segment].kind, infos[place.segment].host) for place in (move.source, target)] == [

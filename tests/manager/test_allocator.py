@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from vcache.errors import IntegrityError
-from vcache.manager.directory.records import FREE, PROCESSING, USED, Record, Write
-from vcache.manager.directory.slabs import Allocator, Segment, Slab
+from vcache.manager.directory.allocator import Allocator
+from vcache.manager.directory.records import Record
+from vcache.manager.directory.slabs import FREE, PROCESSING, USED, Segment, Slab, Write
 from vcache.segment.slots import SegmentInfo, slab_bytes_for
 
 SLAB = slab_bytes_for(256, 4)

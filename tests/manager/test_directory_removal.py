@@ -9,7 +9,7 @@ import pytest
 from directory_cases import BIG, ME, ONE, TWO, gauges, header, hits, lone, slab_of, store
 from directory_world import CONFIG, World
 
-from vcache.manager.directory.state import WIPE_BATCH
+from vcache.manager.directory.wiping import WIPE_BATCH
 from vcache.segment.slots import (
     slab_bytes_for,
     slab_geometry,

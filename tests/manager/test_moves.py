@@ -9,7 +9,7 @@ from directory_cases import ONE, TWO, gauges, hits, store
 from directory_world import SLAB_BYTES, Client, Flight, World
 
 from vcache.errors import IntegrityError, ProtocolError
-from vcache.manager.directory import demoting as moves_module
+from vcache.manager.directory import demoting
 from vcache.manager.directory.records import Record
 
 ALL = 100 * SLAB_BYTES
@@ -254,7 +254,7 @@ def test_of_two_moves_of_one_shard_only_one_is_taken(world, order):
     store(world, ONE, 0, 8)
     lease, first = planned(world, 0)
     world.release(lease)
-    world.directory._core.chunks.policy.forget_sweeps("h")
+    world.directory._core.chunks.policy.forget_scans("h")
     lease, second = planned(world, 0, mover=1)
     assert first[0].header.key == second[0].header.key
     world.release(lease)
@@ -396,7 +396,7 @@ def test_after_a_restart_in_the_middle_of_a_move_its_end_does_no_harm(world):
 
 
 def test_evictions_for_one_slot_are_bounded(world, monkeypatch):
-    monkeypatch.setattr(moves_module, "EVICTION_ATTEMPTS", 0)
+    monkeypatch.setattr(demoting, "EVICTION_ATTEMPTS", 0)
     store(world, ONE, 0, 8)
     assert demote(world) == []
 

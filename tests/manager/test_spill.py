@@ -12,11 +12,11 @@ from directory_world import CONFIG, SLAB_BYTES, World
 from vcache.config import ManagerConfig
 from vcache.errors import IntegrityError, ProtocolError
 from vcache.manager.api import RoomWanted, SpillPlan
-from vcache.manager.directory import spilling as spills_module
+from vcache.manager.directory import spilling
 from vcache.manager.directory.directory import Directory
 from vcache.manager.directory.eviction import make_policy
-from vcache.manager.directory.hosts import ASK_AGAIN
 from vcache.manager.directory.records import Record
+from vcache.manager.directory.slabs import ASK_AGAIN
 
 ALL = 100 * SLAB_BYTES
 
@@ -138,7 +138,7 @@ def test_what_was_not_written_is_left_alone_for_a_while(world):
     assert gauges(world)["leases"] == 0
     left = keys_of(plan)[1]
     assert left not in spill(world, 2 * 256)
-    world.advance(spills_module.RETRY_SECONDS)
+    world.advance(spilling.RETRY_SECONDS)
     assert left in spill(world, 3 * 256)
 
 

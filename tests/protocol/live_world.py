@@ -148,7 +148,7 @@ class Process:
 
 
 class Writer(Process):
-    """Puts chunks, by the pool and a mover, or as relief copies a slot."""
+    """Puts chunks, by the pool and a mover, or as a room maker copies a slot."""
 
     def __init__(self, world: World, name: str, copies: bool = False) -> None:
         super().__init__(world, name)
@@ -196,7 +196,7 @@ class Writer(Process):
         return len(self.pool.put([chunk], b"", self.rows).result().stored)
 
     def copy(self, key: bytes, value: int) -> int:
-        """As relief moves a chunk: from a slot of our own into one with a ticket."""
+        """As a room maker moves a chunk: from a slot of our own into one with a ticket."""
         with self.pool.writing():
             grants = self.pool._put_start([Chunk(key, 0, TOKENS, 0)], b"", "host")
             location = grants[0].location

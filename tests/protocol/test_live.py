@@ -9,10 +9,10 @@ from live_world import World, Writer
 from stepping import Agent
 
 from vcache.cache.pool import ChunkPool
-from vcache.manager.directory.slabs import Allocator
+from vcache.manager.directory.allocator import Allocator
 from vcache.paged import cpu_mover
+from vcache.segment import slot_protocol
 from vcache.segment.gate import Gate, Passage, WriteGate
-from vcache.segment.slots import SlotHeader
 
 
 @pytest.fixture
@@ -268,11 +268,8 @@ def goodbye_amid_a_write(patch):
 
 
 def identity_before_the_odd_generation(patch):
-    def parts(self):
-        raw = self.pack()
-        return (0, raw[:8]), (16, raw[16:]), (8, raw[8:16])
-
-    patch.setattr(SlotHeader, "announce_parts", parts)
+    assert set(slot_protocol.ANNOUNCED) == {(0, 8), (8, 16), (16, 64)}
+    patch.setattr(slot_protocol, "ANNOUNCED", ((0, 8), (16, 64), (8, 16)))
 
 
 FAULTS = [

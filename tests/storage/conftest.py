@@ -44,7 +44,7 @@ class Store:
         self.masters.pop().kill()
 
     def lend(self, size: str = "64MiB", *more: str) -> Command:
-        self.donors.append(Command(self.folder, "lend", "--tier", "storage", "--size", size, *more, env=self.env))
+        self.donors.append(Command(self.folder, "lend-storage", "--size", size, *more, env=self.env))
         self.donors[-1].wait_for("lending")
         return self.donors[-1]
 

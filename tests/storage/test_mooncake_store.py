@@ -243,7 +243,7 @@ def test_doctor_tries_the_store(store: Store, monkeypatch: pytest.MonkeyPatch) -
     status, detail, advice = line()
     assert status == "fail"
     assert "nobody lends memory" in detail
-    assert "vcache lend --tier storage" in advice
+    assert "vcache lend-storage" in advice
     store.lend("16MiB")
     assert line()[:2] == ("ok", f"master at {store.parsed.master}: a put and a get work")
     monkeypatch.setattr(doctor, "_STORE_TIMEOUT", 1.0)

@@ -84,7 +84,7 @@ def test_a_chunk_of_one_host_is_retrieved_on_the_other(hosts: Hosts, store: Stor
     env = {**store.env, "VCACHE_STORAGE_KIND": "mooncake"}
     socket = f"unix://{store.folder}/manager.sock"
     hosts.start(0, env, *CLI, "serve", "--with-mooncake", "--address", socket, ready="manager ready").wait_ready()
-    hosts.start(0, env, *CLI, "lend", "--tier", "storage", "--size", "32MiB", ready="lending").wait_ready()
+    hosts.start(0, env, *CLI, "lend-storage", "--size", "32MiB", ready="lending").wait_ready()
     engines = [hosts.start(host, env, ENGINE, ready="ready") for host in (0, 1)]
     one, two = (engine.wait_ready() for engine in engines)
     assert eventually(lambda: one.ask("store 1")["written"], what="stored") == 4
@@ -133,7 +133,7 @@ def test_own_memory_other_memory_and_storage_in_one_retrieve(pool: Pool, store: 
     pool.hosts.start(0, env, *CLI, "serve", "--with-mooncake", ready="manager ready").wait_ready()
     # An engine with a pool of its own, which the others see nothing of: what it stores is in storage only.
     alone = {"VCACHE_MANAGER_ADDRESS": "embedded", "VCACHE_SEGMENT_LEND": "true", "VCACHE_SEGMENT_REMOTE": "off"}
-    donor = pool.hosts.start(0, env, *CLI, "lend", "--tier", "storage", "--size", "32MiB", ready="lending")
+    donor = pool.hosts.start(0, env, *CLI, "lend-storage", "--size", "32MiB", ready="lending")
     started = [donor, pool.lend(0), pool.lend(1), pool.engine(0), pool.engine(1, **storage), pool.engine(0, **storage, **alone)]
     _, _, _, one, two, third = (each.wait_ready() for each in started)
     assert eventually(lambda: third.ask("store 1")["written"], what="stored") == 4

@@ -92,7 +92,7 @@ def mooncake() -> Iterator[dict[str, str]]:
         donor = None
         try:
             master.wait_for("manager ready")
-            donor = Command(Path(folder), "lend", "--tier", "storage", "--size", "64MiB", env=env)
+            donor = Command(Path(folder), "lend-storage", "--size", "64MiB", env=env)
             donor.wait_for("lending")
             yield options
         finally:

@@ -68,6 +68,18 @@ class TestLoads:
         now[0] = 1.0
         assert w.connector.get_num_new_matched_tokens(request, 0) == (3 * CHUNK, True)
 
+    def test_an_answer_is_kept_for_the_same_question_only(self) -> None:
+        from vcache.integrations.vllm.scheduler import _Found
+
+        found = _Found([1], epoch=2, computed=16, ends=[32, 64], valid_until=9.0)
+        assert found.matches(16, [32, 64, 96], 8.9, 2), "what was not found then is not looked up again"
+        assert not found.matches(32, [64, 96], 8.9, 2)
+        assert not found.matches(16, [32, 64, 96], 9.0, 2)
+        assert not found.matches(16, [32], 8.9, 2)
+        assert not found.matches(16, [32, 48], 8.9, 2)
+        assert not found.matches(16, [32, 64], 8.9, 4)
+        assert found._replace(leases=[]).matches(16, [32, 64], 8.9, 4), "what storage has outlives the manager"
+
     def test_a_waiting_request_renews_its_lease_in_time(self, world: Any) -> None:
         w = world()
         now = [0.0]

@@ -19,7 +19,7 @@ BLOCKS = [4, 5, 6, 7]
 
 
 class Store:
-    """`store.ShardStore`, with results from the test."""
+    """`jobs.ShardStore`, with results from the test."""
 
     def __init__(self) -> None:
         import torch
@@ -188,7 +188,7 @@ def test_an_error_while_the_store_is_opened_turns_the_worker_off_and_it_says_so_
 
 
 def test_work_that_cannot_follow_the_stream_is_reported_too(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA error in the thread before the work began, or in the runner's: blocks stayed pinned, and the request waited for
+    """A CUDA error in the thread before the work began, or in the runner's: blocks stayed held, and the request waited for
     ever."""
     from vcache.integrations.vllm import worker as module
 
@@ -228,7 +228,7 @@ def test_work_whose_thread_cannot_be_started_is_reported_once(worker: Any, monke
         late.append(work)
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(worker._savers, "submit", submit)
+    monkeypatch.setattr(worker._savers._executor, "submit", submit)
     worker.start_saves(step(1, save()))
     assert worker.report().saves[2].dropped
     late[0]()
@@ -261,7 +261,7 @@ def test_a_worker_of_another_namespace_takes_no_part(worker: Any) -> None:
 
 
 def test_a_worker_that_declined_answers_all_the_same(caplog_vllm: pytest.LogCaptureFixture) -> None:
-    """The scheduler's side had decided otherwise: its blocks stayed pinned, its requests waited, and an idle engine never came
+    """The scheduler's side had decided otherwise: its blocks stayed held, its requests waited, and an idle engine never came
     to rest."""
     from vcache.integrations.vllm.declined import DeclinedWorker
 

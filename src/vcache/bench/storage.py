@@ -47,7 +47,7 @@ def bench_store(nbytes: int, *, core: int | None = None, flags: Sequence[str] = 
     """A master and a lender of `nbytes`, on `core` if given. Raises `ConfigError` without Mooncake, `StorageError` when it does
     not work here. `flags`: further flags of the master."""
     with bench_master(core=core, flags=flags) as master:
-        command = [sys.executable, "-m", "vcache.cli", "lend", "--tier", "storage", "--size", str(nbytes)]
+        command = [sys.executable, "-m", "vcache.cli", "lend-storage", "--size", str(nbytes)]
         env = clean_environment(VCACHE_STORAGE_OPTIONS=json.dumps(master.options))
         with running(command, "lending", core=core, env=env):
             yield master

@@ -277,7 +277,7 @@ def _engine_moves(moves: list[Move], arena: CacheArena, name: str, slots: Slots,
 
 
 def _lent(spec: KVCacheSpec, kind: str, place: torch.device, through: torch.device, slots: int) -> RemoteSlabs:
-    from ..devices import device_name
+    from ..paged.layout import device_name
 
     nbytes = slab_size(spec, min(slots, _SLAB_SLOTS))
     count = -(-slots // min(slots, _SLAB_SLOTS))

@@ -22,14 +22,12 @@ from ..segment.host import HostBacking
 from ..segment.hostinfo import host_id
 from ..segment.mapping import BackingFactory, SegmentMap
 from ..segment.remote_engine import MooncakeEngine, load_engine, local_address
-from ..segment.slots import HEADER_BYTES, SegmentKind
+from ..segment.slots import SegmentKind
 from ..storage.base import StorageTier
-from .buffers import Staging, StagingPool
 from .pool import ChunkPool
 from .remote_reads import RemotePool
 from .room_maker import RoomMaker
-from .spill import SPILL_BUFFERS, Spiller
-from .storage_tier import LowerTier
+from .storage_tier import ChunkStorage
 
 if TYPE_CHECKING:
     from ..segment.cuda import PageLock
@@ -76,32 +74,15 @@ class Resources:
         """UUID of the GPU that reads and writes slots; empty on a machine without one."""
         self._stack = stack
 
-    def open_lower_tier(self, config: VCacheConfig, pool: ChunkPool, metrics: EngineMetrics) -> LowerTier | None:
+    def open_lower_tier(self, config: VCacheConfig, pool: ChunkPool, metrics: EngineMetrics) -> ChunkStorage | None:
         """The storage tier that `config.storage` asks for; None for none. Raises `StorageError` when it cannot be opened."""
         storage = open_storage(config.storage)
         if storage is None:
             return None
-        pinning, write = self._pinning(), config.storage.write
-        room = max(1, config.storage.queue // (pool.slot_bytes + HEADER_BYTES))
-        staging = Staging.open(pool.slot_bytes, room, storage, pinning)
-        spiller = None
-        if write == "eviction":
-            own = StagingPool(pool.slot_bytes, min(SPILL_BUFFERS, room), storage, pinning)
-            spiller = Spiller(storage, pool.segments, own, metrics)
-        return LowerTier(
-            storage,
-            pool,
-            metrics,
-            staging,
-            config.storage.queue,
-            deadline=config.storage.deadline,
-            write=write,
-            promote=config.storage.promote,
-            spiller=spiller,
-        )
+        return ChunkStorage(storage, pool, metrics, config.storage, self._pinning())
 
     def open_relief(
-        self, config: VCacheConfig, pool: ChunkPool, metrics: EngineMetrics, lower: LowerTier | None
+        self, config: VCacheConfig, pool: ChunkPool, metrics: EngineMetrics, lower: ChunkStorage | None
     ) -> RoomMaker | None:
         """What moves chunks down when the manager asks for room; None when `config` wants neither kind. Close it before
         `lower`."""

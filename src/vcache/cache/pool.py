@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
 
-from ..devices import device_name
 from ..errors import TRANSFER_ERRORS, ManagerRefusedError, ManagerUnavailableError, ProtocolError
 from ..manager.api import Manager, Placement, PutGrant, PutRequest, Ticket
 from ..metrics import EngineMetrics
 from ..paged.checksum import TRAILER_BYTES, ChecksumMode, contradicts, slot_bytes_for, trailer_offset
+from ..paged.layout import device_name
 from ..paged.mover import Rows, SlotTransfer, Transfer
 from ..segment.gate import Passage
 from ..segment.mapping import MappedSlab, PinnedSlot, SegmentMap

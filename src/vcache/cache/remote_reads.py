@@ -12,10 +12,9 @@ from typing import NamedTuple
 from ..metrics import EngineMetrics
 from ..paged.mover import Rows, SlotTransfer, Transfer
 from ..segment.mapping import RemoteSlot
-from ..segment.slots import HEADER_BYTES, SlabHeader, SlotHeader
-from .buffers import Pinning
-from .remote_buffers import RemoteBuffer, RemoteBuffers
-from .remote_lenders import EngineFactory, Peer, Peers
+from ..segment.slots import HEADER_BYTES, SlabHeader, SlotHeader, align_up
+from .buffers import BufferPool, Pinning, SlotBuffer
+from .remote_lenders import EngineFactory, RemoteLender, RemoteLenders
 from .transfer import StreamFollower
 
 logger = logging.getLogger("vcache.remote")
@@ -23,6 +22,8 @@ logger = logging.getLogger("vcache.remote")
 BUFFER_BYTES = 256 * 2**20
 """Host memory for reads under way, within the limits that follow."""
 MIN_BUFFERS, MAX_BUFFERS = 4, 64
+PROOF_BYTES = 2 * HEADER_BYTES
+"""At the end of a buffer: what was read after the payload."""
 
 
 class RemoteRead(NamedTuple):
@@ -52,9 +53,10 @@ class RemotePool:
         of slots, some dozen MiB, from a lender, and for buffers to do so. `pinning`: makes buffers reachable for the GPU.
         `limit`: buffers in use at a time."""
         fitting = BUFFER_BYTES // (payload_bytes + HEADER_BYTES)
-        self._buffers = RemoteBuffers(payload_bytes, limit or min(MAX_BUFFERS, max(MIN_BUFFERS, fitting)), pinning)
-        self._peers = Peers(make_engine)
-        self._alive = alive
+        limit = limit or min(MAX_BUFFERS, max(MIN_BUFFERS, fitting))
+        nbytes = HEADER_BYTES + align_up(payload_bytes, HEADER_BYTES) + PROOF_BYTES
+        self._buffers = BufferPool(nbytes, limit, pinning=pinning)
+        self._lenders = RemoteLenders(make_engine, alive)
         self._deadline = deadline
         self._changed = threading.Condition()
         self._running = 0
@@ -73,7 +75,7 @@ class RemotePool:
             self._running += len(groups)
         transfer.expect(len(groups))
         for indices in groups.values():
-            job = _Job(transfer, reads, indices, rows, metrics)
+            job = _Job(transfer, reads, indices, rows, metrics, self._lenders, self._buffers, self._deadline)
             try:
                 follower = StreamFollower(rows.target.cache.device)
                 threading.Thread(target=self._run, args=(job, follower), name="vcache-remote", daemon=True).start()
@@ -90,13 +92,13 @@ class RemotePool:
         if not over:
             logger.warning("reads from other hosts still run after %.1f s; they are left behind", timeout)
         # Engines first: with them ends the last write to a buffer.
-        self._peers.close()
+        self._lenders.close()
         self._buffers.close()
 
     def _run(self, job: _Job, follower: StreamFollower) -> None:
         failure: Exception | None = None
         try:
-            follower.run(lambda: job.run(self._peers, self._buffers, self._alive, self._deadline))
+            follower.run(job.run)
         except Exception as error:  # noqa: BLE001 - a miss, whatever an engine or a compiler raises
             failure = error
         finally:
@@ -159,7 +161,7 @@ class _Batch(NamedTuple):
 
     transfer: Transfer
     indices: list[int]
-    buffers: list[RemoteBuffer]
+    buffers: list[SlotBuffer]
 
 
 class _Job:
@@ -172,29 +174,35 @@ class _Job:
         indices: list[int],
         rows: Rows,
         metrics: EngineMetrics,
+        lenders: RemoteLenders,
+        buffers: BufferPool,
+        deadline: float,
     ) -> None:
         self.transfer = transfer
         self.metrics = metrics
         self._reads = reads
         self._indices = indices
         self._rows = rows
+        self._lenders = lenders
+        self._buffers = buffers
+        self._deadline = deadline
         self._token_bytes = rows.target.cache.spec.token_bytes
         self._moving: deque[_Batch] = deque()
 
-    def run(self, peers: Peers, buffers: RemoteBuffers, alive: Callable[[], Collection[bytes]], deadline: float) -> None:
+    def run(self) -> None:
         """Read in batches of half of the buffers: one is on its way into the cache while the next one is read."""
         began = time.perf_counter()
         first = self._reads[self._indices[0]].slot
         position = 0
         try:
-            peer = peers.find(first, alive)
-            if not peer.usable(first):
+            lender = self._lenders.find(first)
+            if not lender.usable(first):
                 self.metrics.count("remote_bypassed", len(self._indices))
                 return
             while position < len(self._indices) and self._indices[position] < self.transfer.first_failed:
-                taken = self._take(buffers, len(self._indices) - position, deadline)
+                taken = self._take(len(self._indices) - position)
                 batch = self._indices[position : position + len(taken)]
-                if not batch or not self._read(peer, peers, buffers, batch, taken, time.monotonic() + deadline):
+                if not batch or not self._read(lender, batch, taken):
                     self.metrics.count("remote_errors")
                     break
                 position += len(batch)
@@ -202,25 +210,25 @@ class _Job:
             if position < len(self._indices):
                 self.transfer.failed(self._indices[position])
             while self._moving:
-                self._finish(buffers)
+                self._finish()
             self._observe(time.perf_counter() - began)
 
-    def _take(self, buffers: RemoteBuffers, wanted: int, deadline: float) -> list[RemoteBuffer]:
+    def _take(self, wanted: int) -> list[SlotBuffer]:
+        buffers = self._buffers
         wanted = min(wanted, max(1, buffers.limit // 2))
         taken = buffers.take(wanted, timeout=0)
         while not taken and self._moving:
             # Two loads that wait for each other's buffers would wait for ever.
-            self._finish(buffers)
+            self._finish()
             taken = buffers.take(wanted, timeout=0)
-        return taken or buffers.take(wanted, timeout=deadline)
+        return taken or buffers.take(wanted, timeout=self._deadline)
 
-    def _read(
-        self, peer: Peer, peers: Peers, buffers: RemoteBuffers, batch: list[int], taken: list[RemoteBuffer], until: float
-    ) -> bool:
+    def _read(self, lender: RemoteLender, batch: list[int], taken: list[SlotBuffer]) -> bool:
         """Read the chunks `batch` and send those that are good on their way. False when the lender could not be read."""
+        until = time.monotonic() + self._deadline
         reads = [self._reads[index] for index in batch]
         for buffer in taken:
-            buffer.blank()
+            _blank(buffer)
         # Headers and payloads first, in any order. Then the headers again, in a call that begins when all of that has landed.
         # A writer makes the header odd before it touches the payload, and generations only grow: a header that is still the
         # promised one after the payload was read proves that no byte of the payload was overwritten before it was read. That
@@ -230,25 +238,23 @@ class _Job:
             targets += [buffer.address, buffer.address + HEADER_BYTES]
             sources += [read.slot.header, read.slot.payload]
             sizes += [HEADER_BYTES, read.header.payload_bytes]
-        checks = [buffer.address + buffer.check_offset for buffer in taken]
-        checks += [buffer.address + buffer.format_offset for buffer in taken]
+        proofs = [buffer.address + _proof_offset(buffer) for buffer in taken]
+        proofs += [proof + HEADER_BYTES for proof in proofs]
         headers = [*(read.slot.header for read in reads), *(read.slot.slab for read in reads)]
         arrived = False
         try:
-            arrived = peer.read(taken, targets, sources, sizes, until) and peer.read(
-                taken, checks, headers, [HEADER_BYTES] * len(headers), until
+            arrived = lender.read(taken, targets, sources, sizes, until) and lender.read(
+                taken, proofs, headers, [HEADER_BYTES] * len(headers), until
             )
         finally:
             if not arrived:
-                peers.retire(peer.engine, taken)
-                buffers.retire(taken)
+                self._lenders.retire(lender.engine, taken)
+                self._buffers.retire(taken)
         if not arrived:
             return False
         good: list[int] = []
         for index, read, buffer in zip(batch, reads, taken, strict=True):
-            same = buffer.header() == buffer.check() == read.header.pack()
-            slab = SlabHeader.unpack(buffer.format())
-            if not same or slab is None or slab.format_generation >= read.header.generation:
+            if not _proves(buffer, read.header):
                 self.metrics.count("remote_stale")
                 self.transfer.failed(index, stale=True)
                 break
@@ -259,18 +265,18 @@ class _Job:
             for buffer, read in zip(taken[: len(good)], reads, strict=False)
         ]
         if not transfers:
-            buffers.give(taken)
+            self._buffers.give(taken)
             return True
         try:
             self._moving.append(_Batch(self._rows.load(transfers), good, taken))
         except BaseException:
-            buffers.give(taken)
+            self._buffers.give(taken)
             raise
         if len(self._moving) > 1:
-            self._finish(buffers)
+            self._finish()
         return True
 
-    def _finish(self, buffers: RemoteBuffers) -> None:
+    def _finish(self) -> None:
         """Wait until the oldest batch is in the paged cache."""
         batch = self._moving.popleft()
         try:
@@ -285,7 +291,7 @@ class _Job:
             self.transfer.failed(batch.indices[0])
             logger.warning("transfer failed, treated as a miss: %s", error)
         finally:
-            buffers.give(batch.buffers)
+            self._buffers.give(batch.buffers)
 
     def _observe(self, seconds: float) -> None:
         flags = self.transfer.verified()
@@ -296,3 +302,22 @@ class _Job:
         self.metrics.count("retrieve_chunks", len(arrived))
         self.metrics.count("retrieve_tokens", tokens)
         self.metrics.observe("retrieve", "remote", seconds, tokens * self._token_bytes)
+
+
+def _proof_offset(buffer: SlotBuffer) -> int:
+    """Where in a buffer the slot's header lies, and behind it the slab's, as they are after the payload was read."""
+    return buffer.slab.nbytes - PROOF_BYTES
+
+
+def _blank(buffer: SlotBuffer) -> None:
+    """Forget all headers: whatever is found there afterwards was read afterwards."""
+    buffer.view[:HEADER_BYTES] = bytes(HEADER_BYTES)
+    buffer.view[_proof_offset(buffer) :] = bytes(PROOF_BYTES)
+
+
+def _proves(buffer: SlotBuffer, header: SlotHeader) -> bool:
+    """Whether the slot carried this header before and after its payload was read, and its slab the format it belongs to."""
+    proof = buffer.view[_proof_offset(buffer) :]
+    slab = SlabHeader.unpack(bytes(proof[HEADER_BYTES:]))
+    same = buffer.view[:HEADER_BYTES] == proof[:HEADER_BYTES] == header.pack()
+    return same and slab is not None and slab.format_generation < header.generation

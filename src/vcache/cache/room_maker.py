@@ -1,4 +1,4 @@
-"""Makes room in the pool when the manager asks: cold chunks go from VRAM to host memory, the coldest of all to storage."""
+"""Makes room in the pool when the manager asks: demotes cold chunks from VRAM to host memory, spills the coldest to storage."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ..segment.gate import Passage
 from ..segment.slot_protocol import SourceSlot, TargetSlot, copy_slot
 from ..segment.slots import SlabHeader
 from .pool import MANAGER_ERRORS, ChunkPool
-from .spill import Spiller
+from .storage_writer import Spiller
 
-logger = logging.getLogger("vcache.relief")
+logger = logging.getLogger("vcache.room")
 
 PLAN_BYTES = 256 * 2**20
 """Payload of one plan at most: what is moved becomes visible this often, and the sources' lease is held no longer."""
@@ -28,26 +28,26 @@ _Outcome = Literal["more", "nothing", "stuck"]
 
 
 class RoomMaker:
-    """One thread that sleeps until the manager pushes `RoomWanted`; then it works off plans until there is nothing more to do,
-    or nothing that it can do. A `messages.Listener`. A put or a retrieve never waits for it."""
+    """Carries out the manager's plans in a thread that sleeps until `RoomWanted` is pushed, and then works until there is
+    nothing more to do, or nothing that it can do. A `Listener` of the manager. A put or a retrieve never waits for it."""
 
     def __init__(
         self, pool: ChunkPool, metrics: EngineMetrics, *, demote: bool, spiller: Spiller | None, plan_bytes: int = PLAN_BYTES
     ) -> None:
-        """`demote`: move chunks to host memory. `spiller`: write them to storage; None: do not. Subscribes to the manager of
-        `pool`; close it before the pool's segments and the spiller."""
+        """`demote`: copy chunks to host memory. `spiller`: writes them to storage; None: nobody does. Subscribes to the
+        manager of `pool`; close it before the pool's segments and the spiller."""
         self._pool = pool
         self._metrics = metrics
-        self._demoting = demote
+        self._demotes = demote
         self._spiller = spiller
         self._plan_bytes = plan_bytes
         self._changed = threading.Condition()
         self._wanted = False
         self._busy = False
         self._closed = False
-        self._moving = threading.Lock()
+        self._writing = threading.Lock()
         """Held while slots are written."""
-        self._thread = threading.Thread(target=self._run, name="vcache-relief", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="vcache-room-maker", daemon=True)
         self._thread.start()
         pool.manager.subscribe(self)
 
@@ -75,7 +75,7 @@ class RoomMaker:
             self._closed = True
             self._changed.notify_all()
         self._thread.join(timeout)
-        with self._moving:
+        with self._writing:
             pass
 
     def _run(self) -> None:
@@ -97,44 +97,45 @@ class RoomMaker:
                 logger.warning("no room made: %s", error)
 
     def _make_room(self) -> None:
-        demoting, spiller = self._demoting, self._spiller
+        """Carry out plans of both kinds, until neither gets anywhere."""
+        spiller, demotes = self._spiller, self._demotes
         spilled: _Outcome = "nothing"
-        moved: _Outcome = "nothing"
+        demoted: _Outcome = "nothing"
         while not self._closed:
-            # In turns, and storage first: what moves down may push the coldest out of host memory.
+            # In turns, and storage first: what is demoted may push the coldest out of host memory.
             if spiller is not None:
                 spilled = self._spill_some(spiller)
                 spiller = None if spilled == "stuck" else spiller
-            if demoting and not self._closed:
-                moved = self._demote_some()
-                demoting = moved != "stuck"
-            if "more" not in (spilled, moved):
+            if demotes and not self._closed:
+                demoted = self._demote_some()
+                demotes = demoted != "stuck"
+            if "more" not in (spilled, demoted):
                 return
 
-    # -- VRAM to host memory -------------------------------------------------------------------------------------------
+    # -- demote: VRAM to host memory -----------------------------------------------------------------------------------
 
     def _demote_some(self) -> _Outcome:
-        """Carry out one plan."""
+        """Carry out one plan of demotions: copy, publish, give the lease on the sources back."""
         manager, avoid = self._pool.manager, self._pool.segments.unreachable()
-        with self._moving, self._pool.writing():
+        with self._writing, self._pool.writing():
             began, epoch = time.perf_counter(), manager.epoch
             plan = manager.demote(self._plan_bytes, avoid)
             if not plan.lease:
                 return "nothing"
             try:
                 copied = self._copy(plan.moves, epoch)
-                moved = self._publish(plan.moves, copied)
+                demoted = self._publish(plan.moves, copied)
             finally:
                 self._pool.release(plan.lease)
-        self._metrics.count("demoted_chunks", len(moved))
-        self._metrics.count("demote_refused", len(plan.moves) - len(moved))
-        if moved:
-            nbytes = sum(copied[move.key, move.shard] for move in moved)
+        self._metrics.count("demoted_chunks", len(demoted))
+        self._metrics.count("demote_refused", len(plan.moves) - len(demoted))
+        if demoted:
+            nbytes = sum(copied[move.key, move.shard] for move in demoted)
             self._metrics.observe("demote", "dram", time.perf_counter() - began, nbytes)
-        return "more" if moved else "stuck"
+        return "more" if demoted else "stuck"
 
     def _copy(self, moves: Sequence[Move], epoch: int) -> dict[tuple[bytes, int], int]:
-        """Payload bytes of each shard that was copied."""
+        """Copy shards, one by one; the payload bytes of each that was."""
         copied: dict[tuple[bytes, int], int] = {}
         for move in moves:
             if self._closed or self._pool.manager.epoch != epoch:
@@ -146,6 +147,7 @@ class RoomMaker:
         return copied
 
     def _copy_one(self, move: Move) -> int:
+        """Copy one shard, inside the gate of its new slot; its payload bytes, 0 when it was refused or failed."""
         segments, grant = self._pool.segments, move.grant
         if grant.location is None:
             return 0
@@ -179,7 +181,7 @@ class RoomMaker:
                 segments.unpin(slot)
 
     def _publish(self, moves: Sequence[Move], copied: dict[tuple[bytes, int], int]) -> list[Move]:
-        """End all tickets of a plan; the moves that the manager took."""
+        """End all tickets of a plan; the moves of which the manager took the copy."""
         good: list[tuple[Move, Ticket]] = []
         bad: list[Ticket] = []
         for move in moves:
@@ -198,10 +200,10 @@ class RoomMaker:
                 manager.put_revoke(bad)
         return [move for (move, _), ok in zip(good, answers, strict=True) if ok]
 
-    # -- memory to storage ---------------------------------------------------------------------------------------------
+    # -- spill: memory to storage --------------------------------------------------------------------------------------
 
     def _spill_some(self, spiller: Spiller) -> _Outcome:
-        """Carry out one plan."""
+        """Carry out one plan of spills: write, and tell the manager what is in storage now."""
         manager = self._pool.manager
         plan = manager.spill(self._plan_bytes, self._pool.segments.unreachable())
         if not plan.lease:

@@ -1,4 +1,4 @@
-"""The engine's way to the storage tier: values through staging buffers, verified like slots of the pool."""
+"""`ChunkStorage`: named chunks between a paged KV cache and the storage tier, verified like slots of the pool."""
 
 from __future__ import annotations
 
@@ -6,58 +6,51 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Literal
 
-from ..errors import StorageDeadlineError, VCacheError
+from ..config import StorageConfig
+from ..errors import VCacheError
 from ..keys import CacheKey
 from ..metrics import EngineMetrics
 from ..paged.mover import Rows, SlotTransfer
 from ..segment.slots import HEADER_BYTES, SlotHeader
 from ..storage.base import StorageTier
 from ..storage.values import is_intact, value_bytes
-from .buffers import Staging, StagingBuffer
+from .buffers import Pinning, SlotBuffer
 from .pool import Chunk, ChunkPool
-from .spill import Spiller
-from .storage_writer import BackgroundWriter
+from .storage_writer import Spiller, StorageBuffers, StorageWriter
 
 logger = logging.getLogger("vcache.storage")
-
-WritePolicy = Literal["through", "eviction", "never"]
 
 _DIRECT_GENERATION = 2
 """Generation of values that never were in a slot: the smallest even one above 0."""
 
 
-class LowerTier:
-    """Thread-safe. Everything that fails here is a miss plus a counter."""
+class ChunkStorage:
+    """Loads chunks from a storage tier, and has them written to it. Thread-safe. Everything that fails here is a miss plus a
+    counter."""
 
     def __init__(
         self,
         storage: StorageTier,
         pool: ChunkPool,
         metrics: EngineMetrics,
-        staging: Staging,
-        queue_bytes: int,
-        *,
-        deadline: float,
-        write: WritePolicy,
-        promote: bool = False,
-        spiller: Spiller | None = None,
+        config: StorageConfig,
+        pinning: Pinning | None = None,
     ) -> None:
-        """`deadline`: seconds that a load waits for buffers which earlier ones still use. `write`: what is kept: all that is
-        stored (`through`), only what finds no room in the pool (`eviction`; the rest is for `spiller`), nothing (`never`).
-        `promote`: put what was loaded into the pool too. Closes `spiller`, too."""
+        """Owns `storage`: `close` closes it. `pinning`: makes buffers reachable for the GPU."""
         self._storage = storage
         self._pool = pool
         self._metrics = metrics
-        self._staging = staging
-        self._deadline = deadline
-        self._promote = promote
-        self._write = write
-        self.spiller = spiller
-        self._writer: BackgroundWriter | None = None
-        if write != "never":
-            self._writer = BackgroundWriter(storage, pool, staging, metrics, queue_bytes, patience=deadline)
+        self._config = config
+        room = max(1, config.queue // (pool.slot_bytes + HEADER_BYTES))
+        self._buffers = StorageBuffers.open(pool.slot_bytes, room, storage, pinning)
+        self.spiller: Spiller | None = None
+        """Writes what is about to be evicted; None unless `storage.write` says so."""
+        if config.write == "eviction":
+            self.spiller = Spiller(storage, pool.segments, self._buffers.spills, metrics)
+        self._writer: StorageWriter | None = None
+        if config.write != "never":
+            self._writer = StorageWriter(storage, pool, self._buffers, metrics, config.queue, patience=config.deadline)
 
     def prefix(self, digests: Sequence[bytes]) -> int:
         """Number of leading digests in storage; 0 when it fails. Blocks up to the tier's deadline."""
@@ -78,29 +71,29 @@ class LowerTier:
             if not count:
                 break
             loaded += count
-        if self._promote and loaded:
+        if self._config.promote and loaded:
             self._put_above(chunks[:loaded], parent, rows)
         return loaded
 
     def save_later(self, chunks: Sequence[Chunk]) -> None:
         """Queue chunks that were just stored in the pool, unless they are written on eviction. Does not block."""
-        if self._writer is not None and self._write == "through":
+        if self._writer is not None and self._config.write == "through":
             self._writer.submit(chunks)
 
     def save_now(self, chunks: Sequence[Chunk], rows: Rows) -> None:
-        """Gather chunks that found no slot into staging and queue them. Blocks for the copy; drops, counted, what finds no
+        """Gather chunks that found no slot into buffers and queue them. Blocks for the copy; drops, counted, what finds no
         free buffer: an engine never waits for storage."""
         if self._writer is None:
             return
         for position, chunk in enumerate(chunks):
-            buffers = self._staging.gathers.take(1, timeout=0)
+            buffers = self._buffers.gathers.take(1, timeout=0)
             if not buffers:
                 self._metrics.count("storage_dropped", len(chunks) - position)
                 return
             if self._gather(chunk, buffers[0], rows):
                 self._writer.submit_filled(chunk, buffers[0])
             else:
-                self._staging.gathers.give(buffers)
+                self._buffers.gathers.give(buffers)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Block until queued writes are done; False on timeout (seconds)."""
@@ -110,9 +103,7 @@ class LowerTier:
         """Write what waits, at most `timeout` seconds. Idempotent."""
         with ExitStack() as stack:  # all of them, whatever one raises; the last one first
             stack.callback(self._storage.close)
-            stack.callback(self._staging.close)
-            if self.spiller is not None:
-                stack.callback(self.spiller.close)
+            stack.callback(self._buffers.close)
             if self._writer is not None:
                 stack.callback(self._writer.close, timeout)
 
@@ -126,45 +117,37 @@ class LowerTier:
 
     def _load_some(self, chunks: Sequence[Chunk], rows: Rows) -> int:
         began = time.perf_counter()
-        buffers: list[StagingBuffer] = []
         try:
-            buffers = self._staging.reads.take(len(chunks), self._deadline)
+            buffers = self._buffers.reads.take(len(chunks), self._config.deadline)
             if not buffers:
                 self._metrics.count("storage_busy")
                 return 0
-            chunks = chunks[: len(buffers)]
-            keys = self._keys([chunk.digest for chunk in chunks])
-            sizes = self._storage.get(keys, self._pool.spec.rank, [buffer.view for buffer in buffers])
-            transfers: list[SlotTransfer] = []
-            for chunk, buffer, size in zip(chunks, buffers, sizes, strict=True):
-                header = self._valid_header(chunk, buffer, size)
-                if header is None:
-                    break
-                transfers.append(SlotTransfer(buffer.slot, header, chunk.start, chunk.skip))
-            if not transfers:
-                return 0
-            transfer = rows.load(transfers)
-            transfer.wait()
-            verified = transfer.verified()
+            with self._buffers.reads.giving_back(buffers):
+                chunks = chunks[: len(buffers)]
+                keys = self._keys([chunk.digest for chunk in chunks])
+                sizes = self._storage.get(keys, self._pool.spec.rank, [buffer.view for buffer in buffers])
+                transfers: list[SlotTransfer] = []
+                for chunk, buffer, size in zip(chunks, buffers, sizes, strict=True):
+                    header = self._valid_header(chunk, buffer, size)
+                    if header is None:
+                        break
+                    transfers.append(SlotTransfer(buffer.slot, header, chunk.start, chunk.skip))
+                if not transfers:
+                    return 0
+                transfer = rows.load(transfers)
+                transfer.wait()
+                verified = transfer.verified()
             good = next((i for i, ok in enumerate(verified) if not ok), len(verified))
             nbytes = sum(self._pool.spec.payload_bytes(chunk.tokens - chunk.skip) for chunk in chunks[:good])
             self._metrics.observe("retrieve", "storage", time.perf_counter() - began, nbytes)
             self._metrics.count("retrieve_chunks", good)
             self._metrics.count("retrieve_tokens", sum(chunk.tokens - chunk.skip for chunk in chunks[:good]))
             return good
-        except StorageDeadlineError as error:
-            # The call still writes to its buffers.
-            late, buffers = buffers, []
-            error.when_over(lambda: self._staging.reads.give(late))
-            self._failed("get", error)
-            return 0
         except Exception as error:  # noqa: BLE001 - a miss, whatever a binding or a compiler raises
             self._failed("get", error)
             return 0
-        finally:
-            self._staging.reads.give(buffers)
 
-    def _valid_header(self, chunk: Chunk, buffer: StagingBuffer, size: int) -> SlotHeader | None:
+    def _valid_header(self, chunk: Chunk, buffer: SlotBuffer, size: int) -> SlotHeader | None:
         """The value's own header, if it names exactly this chunk and the value is whole (rule I1); None is a miss. A value that
         can never be read is removed, or it would keep its chunk from being written again."""
         if size < 0:
@@ -183,7 +166,7 @@ class LowerTier:
             self._writer.remove(chunk)
         return None
 
-    def _gather(self, chunk: Chunk, buffer: StagingBuffer, rows: Rows) -> bool:
+    def _gather(self, chunk: Chunk, buffer: SlotBuffer, rows: Rows) -> bool:
         buffer.view[:HEADER_BYTES] = bytes(HEADER_BYTES)  # or the mover would respect the last use's generation
         transfer = SlotTransfer(buffer.slot, self._pool.header(chunk, _DIRECT_GENERATION), chunk.start)
         try:

@@ -1,4 +1,4 @@
-"""The background writer: brings chunks to the storage tier, from the pool or from staging. Bounded; never blocks an engine."""
+"""Writes chunks to the storage tier: in the background once they are stored, and before they are evicted. No engine waits."""
 
 from __future__ import annotations
 
@@ -6,27 +6,59 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from ..errors import StorageDeadlineError
+from ..errors import StorageError
 from ..keys import CacheKey
+from ..manager.api import Spill
 from ..metrics import EngineMetrics
+from ..segment.mapping import SegmentMap
+from ..segment.slot_protocol import SourceSlot, read_slot, slot_header
+from ..segment.slots import HEADER_BYTES
 from ..storage.base import StorageTier
-from ..storage.values import seal
-from .buffers import Staging, StagingBuffer
+from ..storage.values import TRAILER_BYTES, seal, value_bytes
+from .buffers import BufferPool, Pinning, SlotBuffer
 from .pool import Chunk, ChunkPool, leased
 
 logger = logging.getLogger("vcache.storage")
 
+BUFFER_LIMITS = (8, 4, 8, 4)
+"""Of `StorageBuffers`: bounds host memory, and is enough to fill batched gets and puts."""
 BATCH = 4
 """Chunks written in one call: in a busy process every call waits several times for the interpreter lock."""
+
+
+class StorageBuffers(NamedTuple):
+    """The host buffers between an engine and its storage tier, apart for each use: none of them ever waits for another one's.
+    A buffer holds one value."""
+
+    reads: BufferPool
+    """From storage to the paged cache."""
+    writes: BufferPool
+    """From the pool to storage."""
+    gathers: BufferPool
+    """From the paged cache to storage: what found no room in the pool."""
+    spills: BufferPool
+    """From the pool to storage, before an eviction."""
+
+    @classmethod
+    def open(cls, payload_bytes: int, limit: int, storage: StorageTier, pinning: Pinning | None = None) -> StorageBuffers:
+        """`payload_bytes`: of the largest value. `limit`: buffers of each kind, at most. `pinning`: makes them reachable for
+        the GPU."""
+        nbytes = value_bytes(payload_bytes)
+        return cls(*(BufferPool(nbytes, min(most, limit), registry=storage, pinning=pinning) for most in BUFFER_LIMITS))
+
+    def close(self) -> None:
+        """As `BufferPool.close`."""
+        for pool in self:
+            pool.close()
 
 
 class _Job(NamedTuple):
     chunk: Chunk
     nbytes: int
-    filled: StagingBuffer | None
+    filled: SlotBuffer | None
     """Holds header and payload already; None when they are to be read from the pool."""
     damaged: bool = False
     """Nothing is written: what storage holds is to be removed."""
@@ -37,14 +69,15 @@ class _Job(NamedTuple):
         return self.filled is not None or self.damaged
 
 
-class BackgroundWriter:
-    """One thread and a queue of chunks. When more than `limit` payload bytes wait, further chunks are dropped and counted."""
+class StorageWriter:
+    """Writes chunks in a thread of its own, in the order of a queue. When more than `limit` payload bytes wait, further chunks
+    are dropped and counted."""
 
     def __init__(
         self,
         storage: StorageTier,
         pool: ChunkPool,
-        staging: Staging,
+        buffers: StorageBuffers,
         metrics: EngineMetrics,
         limit: int,
         patience: float,
@@ -52,11 +85,11 @@ class BackgroundWriter:
         """`patience`: seconds to wait for buffers that an earlier write has not given back."""
         self._storage = storage
         self._pool = pool
-        self._staging = staging
+        self._buffers = buffers
         self._metrics = metrics
         self._limit = limit
         self._patience = patience
-        self._batch = min(BATCH, staging.writes.limit)
+        self._batch = min(BATCH, buffers.writes.limit)
         self._queue: deque[_Job] = deque()
         self._waiting_bytes = 0
         self._busy = False
@@ -71,10 +104,10 @@ class BackgroundWriter:
         for chunk in chunks:
             self._enqueue(_Job(chunk, self._pool.spec.payload_bytes(chunk.tokens), None))
 
-    def submit_filled(self, chunk: Chunk, buffer: StagingBuffer) -> None:
+    def submit_filled(self, chunk: Chunk, buffer: SlotBuffer) -> None:
         """Queue a chunk whose header and payload lie in a buffer for gathers; the writer gives it back. Does not block."""
         if not self._enqueue(_Job(chunk, self._pool.spec.payload_bytes(chunk.tokens), buffer)):
-            self._staging.gathers.give([buffer])
+            self._buffers.gathers.give([buffer])
 
     def remove(self, chunk: Chunk) -> None:
         """Queue the removal of a damaged value, so that the chunk can be written again. Does not block."""
@@ -92,7 +125,7 @@ class BackgroundWriter:
             self._closed = True
             if self._queue:
                 self._metrics.count("storage_dropped", len(self._queue))
-            self._staging.gathers.give([job.filled for job in self._queue if job.filled is not None])
+            self._buffers.gathers.give([job.filled for job in self._queue if job.filled is not None])
             self._queue.clear()
             self._changed.notify_all()
         self._thread.join(timeout)
@@ -149,15 +182,15 @@ class BackgroundWriter:
             return
         filled = jobs[0].filled
         buffers = [filled] if filled is not None else []
-        staging = self._staging.gathers if filled is not None else self._staging.writes
-        try:
+        pool = self._buffers.gathers if filled is not None else self._buffers.writes
+        with pool.giving_back(buffers):
             there = self._storage.prefix(self._keys(jobs), shard)
             if there:
                 self._metrics.count("storage_exists", there)
             jobs = jobs[there:]
             while jobs:
                 if len(jobs) > len(buffers) and filled is None:
-                    buffers += staging.take(len(jobs) - len(buffers), self._patience if not buffers else 0)
+                    buffers += pool.take(len(jobs) - len(buffers), self._patience if not buffers else 0)
                 if not buffers:
                     self._metrics.count("storage_dropped", len(jobs))
                     return
@@ -165,15 +198,8 @@ class BackgroundWriter:
                 here = [True] if filled is not None else self._read(ready, buffers)
                 self._put(ready, buffers, here, shard, began)
                 began = time.perf_counter()
-        except StorageDeadlineError as error:
-            # The call still reads from its buffers.
-            late, buffers = buffers, []
-            error.when_over(lambda: staging.give(late))
-            raise
-        finally:
-            staging.give(buffers)
 
-    def _put(self, jobs: list[_Job], buffers: list[StagingBuffer], here: list[bool], shard: int, began: float) -> None:
+    def _put(self, jobs: list[_Job], buffers: list[SlotBuffer], here: list[bool], shard: int, began: float) -> None:
         """Write those that are `here`; the others were evicted before their turn."""
         found = [(job, seal(buffer.view, job.nbytes)) for job, buffer, ok in zip(jobs, buffers, here, strict=False) if ok]
         if len(found) < len(jobs):
@@ -188,7 +214,7 @@ class BackgroundWriter:
         if len(written) < len(found):
             self._metrics.count("storage_rejected", len(found) - len(written))
 
-    def _read(self, jobs: list[_Job], buffers: list[StagingBuffer]) -> list[bool]:
+    def _read(self, jobs: list[_Job], buffers: list[SlotBuffer]) -> list[bool]:
         """Whether each chunk's header and payload are in its buffer now; False for those that left the pool."""
         here: list[bool] = []
         while len(here) < len(jobs):
@@ -203,3 +229,93 @@ class BackgroundWriter:
 
     def _keys(self, jobs: Sequence[_Job]) -> list[CacheKey]:
         return [CacheKey(self._pool.namespace, job.chunk.digest) for job in jobs]
+
+
+class SpillReport(NamedTuple):
+    """What became of a plan."""
+
+    keys: list[bytes]
+    """Chunks that are in storage with all their shards."""
+    failed: bool
+    """Storage did not work: more of the same would fail, too."""
+
+
+class _Value(NamedTuple):
+    """A shard in a staging buffer."""
+
+    key: CacheKey
+    shard: int
+    view: memoryview
+
+
+class Spiller:
+    """Writes chunks that are about to be evicted, whoever stored them: what `storage.write: eviction` is. Used by one thread.
+    Everything that fails here leaves a chunk where it was."""
+
+    def __init__(self, storage: StorageTier, segments: SegmentMap, buffers: BufferPool, metrics: EngineMetrics) -> None:
+        """`buffers`: for nobody but this spiller; larger values than they hold are skipped."""
+        self._storage = storage
+        self._segments = segments
+        self._buffers = buffers
+        self._metrics = metrics
+
+    def write(self, spills: Sequence[Spill], stopped: Callable[[], bool]) -> SpillReport:
+        """Bring shards of any namespace to storage, each verified by its header before and after it was read; those that
+        are there already are not written again. Ends early when `stopped`. Blocks; raises nothing for a miss."""
+        done: set[tuple[bytes, int]] = set()
+        failed, position = False, 0
+        try:
+            while position < len(spills) and not stopped():
+                position += self._write_some(spills[position:], done)
+        except Exception as error:  # noqa: BLE001 - whatever a binding raises, its chunks stay where they are
+            failed = True
+            self._metrics.count("spill_errors")
+            logger.warning("storage takes no chunks that are about to be evicted: %s", error)
+        missing = {spill.key for spill in spills if (spill.key, spill.shard) not in done}
+        return SpillReport([key for key in dict.fromkeys(spill.key for spill in spills) if key not in missing], failed)
+
+    def _write_some(self, spills: Sequence[Spill], done: set[tuple[bytes, int]]) -> int:
+        """Write as many shards as there are buffers; the number dealt with. Adds to `done` what is in storage."""
+        began = time.perf_counter()
+        buffers = self._buffers.take(len(spills), timeout=0)
+        if not buffers:
+            raise StorageError("an earlier write has not ended yet")
+        with self._buffers.giving_back(buffers):
+            values = []
+            for spill, buffer in zip(spills, buffers, strict=False):
+                value = self._read(spill, buffer, done)
+                if value is not None:
+                    values.append(value)
+            accepted, nbytes = 0, 0
+            for shard in sorted({value.shard for value in values}):
+                batch = [value for value in values if value.shard == shard]
+                flags = self._storage.put([value.key for value in batch], shard, [value.view for value in batch])
+                for value, ok in zip(batch, flags, strict=True):
+                    self._metrics.count("spilled_chunks" if ok else "spill_skipped")
+                    if ok:
+                        accepted, nbytes = accepted + 1, nbytes + len(value.view) - HEADER_BYTES - TRAILER_BYTES
+                        done.add((value.key.digest, shard))
+            if accepted:
+                self._metrics.observe("spill", "storage", time.perf_counter() - began, nbytes)
+            return len(buffers)
+
+    def _read(self, spill: Spill, buffer: SlotBuffer, done: set[tuple[bytes, int]]) -> _Value | None:
+        """Header and payload in the buffer; None when the shard is in storage (then it is `done`), stale or out of reach."""
+        slot = self._segments.pin(spill.source)
+        if slot is None:
+            self._metrics.count("unreachable")
+            return None
+        try:
+            source = SourceSlot(slot, spill.source, spill.key, spill.shard)
+            header = slot_header(self._segments, source)
+            if header is not None and value_bytes(header.payload_bytes) <= buffer.view.nbytes:
+                key = CacheKey(header.namespace, header.key)
+                if self._storage.prefix([key], header.shard):
+                    done.add((spill.key, spill.shard))
+                    return None
+                if read_slot(self._segments, source, header, buffer.view):
+                    return _Value(key, header.shard, seal(buffer.view, header.payload_bytes))
+            self._metrics.count("spill_skipped")
+            return None
+        finally:
+            self._segments.unpin(slot)

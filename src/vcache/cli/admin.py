@@ -34,7 +34,7 @@ def resize_segment(config: VCacheConfig, prefix: str, size: ByteSize, timeout: f
 
 
 def find_segment(segments: list[SegmentInfo], prefix: str) -> SegmentInfo:
-    """The one segment whose UUID starts with `prefix` (hex). Raises `ArgumentError` for none or several."""
+    """Find the one segment whose UUID starts with `prefix` (hex). Raises `ArgumentError` for none or several."""
     found = [segment for segment in segments if prefix and segment.uuid.hex().startswith(prefix.lower())]
     if len(found) == 1:
         return found[0]
@@ -85,7 +85,7 @@ def _follow(api: Manager, before: SegmentInfo, target: int, deadline: float) -> 
 
 
 class Payload(NamedTuple):
-    """Bounds of the payload bytes that a segment of known physical size holds. See `segment.lent.slab_bytes`."""
+    """Bounds of the payload bytes that a segment of known physical size holds. See `lender.slabs.slab_bytes`."""
 
     low: int
     high: int

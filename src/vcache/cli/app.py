@@ -11,11 +11,13 @@ from .. import __version__
 from ..config import ByteSize
 from .bench import bench
 from .exits import Exit, guarded
+from .old_names import Commands
 from .options import Address, ConfigFile, load_config, parse_size
 
 # Help without rich markup: it opens in a third of the time, and usage errors do not load rich either.
 app = typer.Typer(
     name="vcache",
+    cls=Commands,
     help="KV cache shared by LLM inference engines at VRAM level.",
     epilog="Start with: vcache serve, then vcache lend, then vcache status. `vcache doctor` says what works on this machine.",
     rich_markup_mode=None,
@@ -107,10 +109,6 @@ def lend(
         bool, typer.Option("--prefault", help="Touch all host memory now: slower start, faster first writes.")
     ] = False,
     name: Annotated[str | None, typer.Option(metavar="TEXT", help="Shown in `vcache status`. Default: lend-PID.")] = None,
-    tier: Annotated[
-        Literal["pool", "storage"],
-        typer.Option(help="Lend to the pool of this host, or to the Mooncake store at storage.options.master."),
-    ] = "pool",
     remote: Annotated[
         Literal["off", "tcp", "rdma"] | None,
         typer.Option(help="Let engines on other hosts read it, by Mooncake's transfer engine. Default: segment.remote."),
@@ -121,9 +119,31 @@ def lend(
             metavar="ADDRESS", help="With --remote: address of this host for the others. Default: segment.remote_host."
         ),
     ] = None,
+) -> None:
+    """Lend memory to the pool until Ctrl-C or SIGTERM.
+
+    A process of its own that holds the chunks: engines come and go, and so may the manager, without losing one. To lend to a
+    storage tier, see `vcache lend-storage`.
+    """
+    from .lend import lend_until_stopped
+
+    segment = {"kind": kind, "size": size, "slab_size": slab_size, "remote": remote, "remote_host": remote_host}
+    settings = load_config(config, manager={"address": address}, segment=segment)
+    lend_until_stopped(settings, device=device, prefault=prefault, name=name)
+
+
+@app.command("lend-storage")
+@guarded
+def lend_storage(
+    config: ConfigFile = None,
+    size: Annotated[
+        ByteSize | None,
+        typer.Option(
+            "--size", parser=parse_size, metavar="SIZE", help="How much memory, such as 64GiB. Default: segment.size."
+        ),
+    ] = None,
     ssd: Annotated[
-        Path | None,
-        typer.Option(metavar="FOLDER", help="With --tier storage: what is evicted from the memory lent goes to this folder."),
+        Path | None, typer.Option(metavar="FOLDER", help="What is evicted from the memory lent goes to this folder.")
     ] = None,
     ssd_size: Annotated[
         ByteSize | None,
@@ -131,41 +151,20 @@ def lend(
             "--ssd-size", parser=parse_size, metavar="SIZE", help="How much of it, such as 500GiB. Needed with --ssd."
         ),
     ] = None,
+    address: Annotated[str | None, typer.Option("--address", "-a", hidden=True)] = None,
 ) -> None:
-    """Lend memory to the pool until Ctrl-C or SIGTERM.
+    """Lend host memory to a Mooncake store.
 
-    A process of its own that holds the chunks: engines come and go, and so may the manager, without losing one. With
-    --tier storage it lends this host's memory to Mooncake instead; that needs no manager and no GPU.
+    Until Ctrl-C or SIGTERM, to the store at storage.options.master. Needs no manager and no GPU. `vcache lend --tier storage`
+    is the same command.
     """
-    if tier == "storage":
-        from .lend_storage import lend_storage_until_stopped
+    from ..storage.ssd import Ssd
+    from .lend_storage import lend_storage_until_stopped
 
-        pool_only = {
-            "--kind": kind,
-            "--device": device,
-            "--slab-size": slab_size,
-            "--prefault": prefault or None,
-            "--name": name,
-            "--remote": remote,
-            "--remote-host": remote_host,
-        }
-        wrong = [option for option, value in pool_only.items() if value is not None]
-        if wrong:
-            raise typer.BadParameter(f"{', '.join(wrong)}: only without --tier storage")
-        if (ssd is None) != (ssd_size is None):
-            raise typer.BadParameter("--ssd FOLDER and --ssd-size SIZE go together")
-        from ..storage.ssd import Ssd
-
-        below = Ssd(ssd.absolute(), ssd_size) if ssd is not None and ssd_size is not None else None
-        lend_storage_until_stopped(load_config(config, manager={"address": address}, segment={"size": size}), below)
-        return
-    if ssd is not None or ssd_size is not None:
-        raise typer.BadParameter("--ssd and --ssd-size: only with --tier storage")
-    from .lend import lend_until_stopped
-
-    segment = {"kind": kind, "size": size, "slab_size": slab_size, "remote": remote, "remote_host": remote_host}
-    settings = load_config(config, manager={"address": address}, segment=segment)
-    lend_until_stopped(settings, device=device, prefault=prefault, name=name)
+    if (ssd is None) != (ssd_size is None):
+        raise typer.BadParameter("--ssd FOLDER and --ssd-size SIZE go together")
+    below = Ssd(ssd.absolute(), ssd_size) if ssd is not None and ssd_size is not None else None
+    lend_storage_until_stopped(load_config(config, manager={"address": address}, segment={"size": size}), below)
 
 
 @app.command()

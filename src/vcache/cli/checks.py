@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import typer
 
@@ -28,37 +28,18 @@ class Check(NamedTuple):
     """What to do about it; empty when nothing."""
 
 
-class ForeignCheck(Protocol):
-    """What other parts return as their checks: at least these (read only), perhaps `why` too."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def status(self) -> Status: ...
-    @property
-    def detail(self) -> str: ...
-    @property
-    def advice(self) -> str: ...
-
-
 Checker = Callable[[VCacheConfig], Iterable[Check]]
 """Looks at one thing and yields its lines. May block for a second or two; reports what it cannot find out as a line."""
 
 
-def adopt(found: Iterable[ForeignCheck]) -> Iterator[Check]:
-    """Checks of other parts, as ours."""
-    for check in found:
-        yield Check(check.name, check.status, check.detail, getattr(check, "why", ""), check.advice)
-
-
 def run_checks(config: VCacheConfig, checkers: Iterable[Checker]) -> Iterator[Check]:
-    """The lines of all checkers, each as soon as it is known."""
+    """Run all checkers; yields each line as soon as it is known."""
     for checker in checkers:
         yield from checker(config)
 
 
 def print_check(check: Check) -> None:
-    """`ok    name: detail`; below it, where there is something to do, why it matters and what to do."""
+    """Print `ok    name: detail`; below it, where there is something to do, why it matters and what to do."""
     mark = typer.style(f"{check.status:<5}", fg=_COLOURS[check.status], bold=check.status != "ok")
     typer.echo(f"{mark} {check.name}: {check.detail}")
     if check.status == "ok":
@@ -69,11 +50,12 @@ def print_check(check: Check) -> None:
 
 
 def summary(checks: Iterable[Check]) -> str:
-    """Such as `12 ok, 2 warn, 0 fail`."""
+    """Count them: `12 ok, 2 warn, 0 fail`."""
     counts = Counter(check.status for check in checks)
     return ", ".join(f"{counts[status]} {status}" for status in _COLOURS)
 
 
 def as_json(checks: Iterable[Check]) -> dict[str, Any]:
+    """Make plain data of them, with whether one failed."""
     found = list(checks)
     return {"checks": [check._asdict() for check in found], "failed": any(check.status == "fail" for check in found)}

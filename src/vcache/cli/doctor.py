@@ -8,14 +8,14 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import import_module, metadata
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..config import ByteSize, VCacheConfig, sections
 from ..errors import ConfigError, ManagerUnavailableError, SegmentError, StorageError, VCacheError
 from ..manager.address import parse_address
-from .checks import Check, Checker, Status, adopt
+from .checks import Check, Checker, Status
 from .options import default_address, socket_folder
 
 _OTHER_VARIABLES = {"VCACHE_CONFIG", "VCACHE_TOKEN", "VCACHE_LOG_LEVEL"}
@@ -24,6 +24,7 @@ _STORE_TIMEOUT = 15.0
 
 
 def python(_: VCacheConfig) -> Iterator[Check]:
+    """Check the operating system; names Python and the cores."""
     version = ".".join(map(str, sys.version_info[:3]))
     if sys.platform != "linux":
         why = "VCache shares memory by memfd, SO_PEERCRED and file descriptors over unix sockets"
@@ -33,6 +34,7 @@ def python(_: VCacheConfig) -> Iterator[Check]:
 
 
 def packages(config: VCacheConfig) -> Iterator[Check]:
+    """Check which packages are installed."""
     required = _versions(("vcache", "msgspec", "uvloop", "prometheus-client", "PyYAML", "rich", "typer"))
     yield Check("packages", "ok", ", ".join(f"{name} {version}" for name, version in required.items()))
     optional = _versions(("torch", "numpy", "triton", "cuda-bindings"))
@@ -46,6 +48,7 @@ def packages(config: VCacheConfig) -> Iterator[Check]:
 
 
 def environment(_: VCacheConfig) -> Iterator[Check]:
+    """Look for variables that look like settings and are none."""
     prefixes = tuple(f"VCACHE_{section.upper()}_" for section in sections())
     set_here = sorted(name for name in os.environ if name.startswith("VCACHE_"))
     for name in set_here:
@@ -57,6 +60,7 @@ def environment(_: VCacheConfig) -> Iterator[Check]:
 
 
 def memory(config: VCacheConfig) -> Iterator[Check]:
+    """Compare host memory, and `/dev/shm`, with what is to be lent."""
     from ..segment.hostinfo import available_memory
 
     available = available_memory()
@@ -83,6 +87,7 @@ def memory(config: VCacheConfig) -> Iterator[Check]:
 
 
 def limits(config: VCacheConfig) -> Iterator[Check]:
+    """Compare limits on locked memory and open files with what is to be lent."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     detail = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / _MIB:.0f} MiB"
     if config.storage.kind != "mooncake" or soft == resource.RLIM_INFINITY or soft >= config.storage.queue:
@@ -103,6 +108,7 @@ def limits(config: VCacheConfig) -> Iterator[Check]:
 
 
 def shared_memory(_: VCacheConfig) -> Iterator[Check]:
+    """Try a slab of host memory: create it, map it twice, free it."""
     from ..segment.host import HostBacking
 
     why = "host segments are memfd slabs, handed to other processes as file descriptors"
@@ -128,6 +134,7 @@ def shared_memory(_: VCacheConfig) -> Iterator[Check]:
 
 
 def sockets(config: VCacheConfig) -> Iterator[Check]:
+    """Try what unix sockets pass on; check the folder for them."""
     why = "peers are recognised by the kernel's word (SO_PEERCRED), and memory travels as file descriptors (SCM_RIGHTS)"
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with left, right:
@@ -164,6 +171,7 @@ def _folder(config: VCacheConfig) -> Check:
 
 
 def manager(config: VCacheConfig) -> Iterator[Check]:
+    """Ask the manager who lends what."""
     from .session import tool_session
 
     address, name = config.manager.address, "manager"
@@ -198,6 +206,9 @@ def manager(config: VCacheConfig) -> Iterator[Check]:
 
 
 def gpu(config: VCacheConfig) -> Iterator[Check]:
+    """Check the driver and every GPU, and the links between them."""
+    from . import doctor_gpu
+
     driver = Path("/proc/driver/nvidia/version")
     if not driver.exists():
         wanted = config.segment.kind == "cuda"
@@ -209,15 +220,15 @@ def gpu(config: VCacheConfig) -> Iterator[Check]:
         why = "lending VRAM needs it; without it the pool is made of host memory"
         yield Check("GPU", "warn", "package cuda-bindings is not installed", why, "pip install 'vcache[cuda]'")
         return
-    cuda_doctor = import_module("vcache.cli.doctor_gpu")
-    yield from adopt(cuda_doctor.checks())
-    table = cuda_doctor.link_table(cuda_doctor.links())
-    for row in table[1:]:
-        pairs = ", ".join(f"{target} {kind}" for target, kind in zip(table[0][1:], row[1:], strict=True))
+    yield from doctor_gpu.checks()
+    heads, *rows = doctor_gpu.link_table(doctor_gpu.links())
+    for row in rows:
+        pairs = ", ".join(f"{target} {kind}" for target, kind in zip(heads[1:], row[1:], strict=True))
         yield Check(f"links from {row[0]}", "ok", pairs)
 
 
 def mooncake(config: VCacheConfig) -> Iterator[Check]:
+    """Check whether Mooncake is installed and loads, and its store if one is named."""
     from ..bindings import MISSING, find_problem
     from ..storage.mooncake_options import find_master
 
@@ -261,7 +272,7 @@ def _mooncake_store(config: VCacheConfig, wanted: bool) -> Iterator[Check]:
     except StorageError as error:
         advice = "look at the output of the master and of those who lend to it; restart what does not answer"
         if "no room" in str(error):
-            advice = "lend memory to it: vcache lend --tier storage --size SIZE"
+            advice = "lend memory to it: vcache lend-storage --size SIZE"
         yield Check(name, bad, str(error), why, advice)
     else:
         yield Check(name, "ok", f"master at {options.master}: a put and a get work")

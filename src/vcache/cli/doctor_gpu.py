@@ -1,4 +1,4 @@
-"""What this machine's GPUs can do for VCache: features, free memory, and the links between them."""
+"""What `vcache doctor` says of GPUs: features, free memory, and the links between them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import DeviceUnavailableError
 from ..segment.cuda_driver import CudaCallError, CudaDriver, Gpu
+from .checks import Check
 
 LinkKind = Literal["same", "nvlink", "pcie", "none"]
 """`same`: one GPU. `nvlink`, `pcie`: one GPU reads the other's memory directly. `none`: no direct way; chunks go through the
 DRAM tier."""
-
-
-class Check(NamedTuple):
-    """One line of `vcache doctor`."""
-
-    name: str
-    status: Literal["ok", "warn", "fail"]
-    detail: str
-    """What was found."""
-    advice: str = ""
-    """What to do about it; empty when nothing."""
 
 
 class Link(NamedTuple):
@@ -36,19 +26,19 @@ class Link(NamedTuple):
 
 
 def checks() -> list[Check]:
-    """Driver, then every visible GPU: virtual memory, file descriptor handles, pinned host memory, free memory. Raises
-    nothing: what cannot be found out is a line, too. Creates a context on each GPU; takes up to a second."""
+    """Check the driver, then every visible GPU: shareable memory, pinned host memory, free memory. Raises nothing: what cannot
+    be found out is a line, too. Creates a context on each GPU; takes up to a second."""
     try:
         driver = CudaDriver()
         major, minor = driver.version()
     except (DeviceUnavailableError, CudaCallError) as error:
-        return [Check("CUDA", "fail", str(error), "without a GPU, VCache lends host memory (`vcache lend --kind host`)")]
+        return [Check("CUDA", "fail", str(error), advice="without a GPU, VCache lends host memory (`vcache lend --kind host`)")]
     found = [Check("CUDA", "ok", f"driver for CUDA {major}.{minor}, {driver.device_count} GPU(s) visible")]
     for ordinal in range(driver.device_count):
         try:
             found += _device_checks(driver, ordinal)
         except (DeviceUnavailableError, CudaCallError) as error:
-            found.append(Check(f"GPU {ordinal}", "fail", str(error), "is another process holding the GPU exclusively?"))
+            found.append(Check(f"GPU {ordinal}", "fail", str(error), advice="is another process holding the GPU exclusively?"))
     return found
 
 
@@ -62,23 +52,25 @@ def _device_checks(driver: CudaDriver, ordinal: int) -> Iterator[Check]:
             gpu.release(gpu.create(gpu.granularity()))
             yield Check(f"{name}: shareable memory", "ok", f"granularity {gpu.granularity() // 2**20} MiB")
         except (DeviceUnavailableError, CudaCallError) as error:
-            yield Check(f"{name}: shareable memory", "fail", str(error), "this GPU cannot lend VRAM; lend host memory instead")
+            advice = "this GPU cannot lend VRAM; lend host memory instead"
+            yield Check(f"{name}: shareable memory", "fail", str(error), advice=advice)
         if driver.attribute(ordinal, "HOST_REGISTER_SUPPORTED"):
             yield Check(f"{name}: pinned host memory", "ok", "host slabs are read and written in place")
         else:
-            yield Check(f"{name}: pinned host memory", "warn", "not supported", "host slabs go through the CPU on this GPU")
+            advice = "host slabs go through the CPU on this GPU"
+            yield Check(f"{name}: pinned host memory", "warn", "not supported", advice=advice)
         free, total = gpu.memory()
         detail = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
         low = free < 2**30
         advice = "leave VCache some: lower the engine's GPU memory utilisation" if low else ""
-        yield Check(f"{name}: memory", "warn" if low else "ok", detail, advice)
+        yield Check(f"{name}: memory", "warn" if low else "ok", detail, advice=advice)
     finally:
         gpu.close()
 
 
 def links() -> list[Link]:
-    """The matrix of links, row by row, over all GPUs of the host where NVML is available (package `nvidia-ml-py`), else over
-    the GPUs that this process sees. Empty without a GPU."""
+    """Find the links between GPUs, as a matrix row by row: over all GPUs of the host where NVML is available (package
+    `nvidia-ml-py`), else over the GPUs that this process sees. Empty without a GPU."""
     with _nvml() as nvml:
         if nvml is not None:
             return _nvml_links(nvml)
@@ -89,7 +81,7 @@ def links() -> list[Link]:
 
 
 def link_table(matrix: list[Link]) -> list[list[str]]:
-    """`links()` as a table of words, headings first: one row for each source GPU. GPUs are named by the first digits of
+    """Make a table of words of `links()`, headings first: one row for each source GPU. GPUs are named by the first digits of
     their UUIDs."""
     names = list(dict.fromkeys(link.source for link in matrix))
     words = {(link.source, link.target): link.kind for link in matrix}
@@ -143,6 +135,7 @@ def _nvml_links(nvml: Any) -> list[Link]:
 
 
 def driver_links(driver: CudaDriver) -> Iterator[Link]:
+    """Find the links between the GPUs that this process sees, by asking the driver."""
     uuids = [driver.uuid(i) for i in range(driver.device_count)]
     for i, source in enumerate(uuids):
         for j, target in enumerate(uuids):

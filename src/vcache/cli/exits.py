@@ -19,7 +19,7 @@ R = TypeVar("R")
 
 
 class Exit(IntEnum):
-    """Exit codes of all commands. Ctrl-C and SIGTERM are the normal end of `serve`, `lend` and `status --watch`: `OK`."""
+    """Exit codes of all commands. Ctrl-C and SIGTERM are the normal end of `serve`, both `lend`s and `status --watch`: `OK`."""
 
     OK = 0
     FAILED = 1
@@ -33,14 +33,14 @@ class Exit(IntEnum):
 
 
 def exit_code(error: VCacheError) -> Exit:
-    """The code for an error that ends a command."""
+    """Choose the code for an error that ends a command."""
     if isinstance(error, ConfigError | ArgumentError | AddressInUseError):
         return Exit.USAGE
     return Exit.UNREACHABLE if isinstance(error, ManagerUnavailableError) else Exit.FAILED
 
 
 def complain(text: str) -> None:
-    """`error: text` in one red line on stderr (red on a terminal only)."""
+    """Print `error: text` in one line on stderr, red on a terminal."""
     line = " ".join(text.split())
     typer.echo(f"{typer.style('error:', fg='red', bold=True)} {typer.style(line, fg='red')}", err=True)
 

@@ -50,7 +50,7 @@ def lend_until_stopped(config: VCacheConfig, *, device: str | None, prefault: bo
 
 
 def open_backing(kind: str, device: str | None, prefault: bool) -> SlabBacking:
-    """Host memory or one GPU. `kind` `auto`: the GPU where one can be used. `device`: number or UUID of a GPU, None = first."""
+    """Open host memory or one GPU. `kind` `auto`: the GPU where one can be used. `device`: number or UUID, None = the first."""
     if kind == "host" or (kind == "auto" and device is None):
         backing = None if kind == "host" else _usable_gpu()
         if backing is not None:

@@ -1,4 +1,4 @@
-"""`vcache lend --tier storage`: this host's memory for a Mooncake store. Imports neither torch nor NumPy."""
+"""`vcache lend-storage`: this host's memory for a Mooncake store. Imports neither torch nor NumPy."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ _LARGEST = ByteSize(2**48)
 
 
 def parse_size(text: str | int) -> ByteSize:
-    """For `--size`: raises what typer shows as a usage error."""
+    """Parse the value of `--size`. Raises what typer shows as a usage error."""
     try:
         size = ByteSize.parse(text)
     except ValueError as error:
@@ -43,7 +43,7 @@ CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Als
 
 
 def load_config(file: Path | None, **sections: dict[str, Any]) -> VCacheConfig:
-    """Defaults, file, environment, then the options given (those that are not None). Raises `ConfigError`.
+    """Read the configuration: defaults, file, environment, then the options that are not None. Raises `ConfigError`.
 
     Several processes cannot share an embedded manager: where the configuration names no address, it becomes the socket of this
     user on this host, so that `vcache serve`, `lend` and `status` find each other without any configuration.
@@ -58,12 +58,12 @@ def load_config(file: Path | None, **sections: dict[str, Any]) -> VCacheConfig:
 
 
 def socket_folder(config: VCacheConfig) -> Path:
-    """Where the sockets of this user's manager and lenders are. Does not create it."""
+    """Name the folder for the sockets of this user's manager and lenders. Does not create it."""
     from ..segment.handover import default_broker_dir
 
     return Path(config.segment.broker_dir).absolute() if config.segment.broker_dir else default_broker_dir()
 
 
 def default_address(config: VCacheConfig) -> str:
-    """Where `vcache serve` listens when nothing else is said."""
+    """Name the socket where `vcache serve` listens when nothing else is said."""
     return f"unix://{socket_folder(config) / 'manager.sock'}"

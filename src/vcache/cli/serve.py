@@ -49,5 +49,5 @@ def _start_master(config: VCacheConfig, stack: ExitStack, ssd: bool) -> str:
     master = MooncakeMaster(options, ssd=ssd)
     stack.callback(master.close)
     how = "was running already" if master.adopted else f"pid {master.pid}"
-    lend = "vcache lend --tier storage --size SIZE" + (" --ssd FOLDER --ssd-size SIZE" if ssd else "")
+    lend = "vcache lend-storage --size SIZE" + (" --ssd FOLDER --ssd-size SIZE" if ssd else "")
     return f"mooncake_master at {options.master} ({how}); lend memory to it: {lend}"

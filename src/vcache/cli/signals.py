@@ -16,8 +16,8 @@ class Stopped(BaseException):
 
 @contextmanager
 def stop_signals() -> Iterator[None]:
-    """In the block the first of `STOP_SIGNALS` raises `Stopped`, which ends the block quietly; later ones are ignored, because
-    what follows (giving memory back, goodbye to the manager) is bounded. Main thread only."""
+    """End the block quietly at the first of `STOP_SIGNALS`, by `Stopped`; later ones are ignored, because what follows (giving
+    memory back, goodbye to the manager) is bounded. Main thread only."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in STOP_SIGNALS:

@@ -80,7 +80,7 @@ def _console() -> Console:
 
 
 def to_json(stats: StatsReply) -> dict[str, Any]:
-    """`StatsReply` with ids in hexadecimal, and the hit ratio."""
+    """Make plain data of a `StatsReply`: ids in hexadecimal, and the hit ratio."""
     plain: dict[str, Any] = _hex(msgspec.to_builtins(stats, builtin_types=(bytes,)))
     for segment, row in zip(stats.segments, plain["segments"], strict=True):
         row["tier"], row["nbytes"] = segment.info.tier, segment.info.nbytes
@@ -88,13 +88,13 @@ def to_json(stats: StatsReply) -> dict[str, Any]:
 
 
 def hit_ratio(stats: StatsReply) -> float | None:
-    """Share of the chunks asked for that were present; None before the first look-up."""
+    """Compute the share of the chunks asked for that were present; None before the first look-up."""
     asked = stats.counters.get("lookups", 0)
     return stats.counters.get("hits", 0) / asked if asked else None
 
 
 def render(stats: StatsReply, address: str) -> Group:
-    """Heading, segments, sessions, counters."""
+    """Draw the heading and the tables of segments, sessions, counters."""
     from rich.console import Group
     from rich.text import Text
 

@@ -1,1 +1,1 @@
-"""The giving side of the pool: a segment of memory, its slabs, and the socket that hands them over."""
+"""The giving side of the pool: what lends a segment of memory, slab by slab, to processes of this host and of others."""

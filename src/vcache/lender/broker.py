@@ -1,4 +1,4 @@
-"""The lender's side of fd passing: a unix socket, served by one thread, that hands out slabs and asks for them back."""
+"""Hands the descriptors of a segment's slabs to importers over a unix socket, and asks for the slabs back; in one thread."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class _Connection:
 
 
 class Broker:
-    """Serves one segment from construction until `close`. Thread-safe.
+    """Serves the importers of one segment, from construction until `close`. Thread-safe.
 
     A connection that breaks the protocol is served no more, but its end still counts as the importer's sign of life: the
     socket is kept, unread, until the peer hangs up.
@@ -114,13 +114,13 @@ class Broker:
         return late
 
     def importers(self) -> set[bytes]:
-        """Client ids of the processes that are connected now."""
+        """Tell which processes are connected now, by client id."""
         with self._lock:
             return {connection.client for connection in self._connections.values() if connection.client}
 
     def bar(self, client: bytes) -> bool:
-        """True when this process maps nothing of the segment and, from now on, never will: its writes are over. False while it
-        is connected."""
+        """Keep a process out for good, if it is not connected: True when it maps nothing of the segment and never will, so that
+        its writes are over; False while it is connected."""
         with self._lock:
             if any(connection.client == client for connection in self._connections.values()):
                 return False
@@ -210,7 +210,7 @@ class Broker:
             self._refuse(connection, f"user {uid} may not import from a lender of user {self._uid}")
 
     def _serve(self, connection: _Connection, events: int) -> None:
-        """One event of one importer. The kernel reports again what is left."""
+        """Deal with one event of one importer. The kernel reports again what is left."""
         if connection.condemned or not events & select.EPOLLIN:
             if events & (select.EPOLLHUP | select.EPOLLERR):
                 self._drop(connection)
@@ -347,7 +347,7 @@ def _listen(path: str) -> socket.socket:
 
 
 def _remove_stale_sockets(folder: Path) -> None:
-    """Sockets of lenders that were killed refuse connections; nobody will ever serve them again."""
+    """Remove the sockets of lenders that were killed: they refuse connections, and nobody will ever serve them again."""
     for path in folder.glob("*.sock"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
             try:

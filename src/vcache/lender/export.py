@@ -1,4 +1,4 @@
-"""The lender's side of reads from other hosts: its slabs, registered with a transfer engine of its own."""
+"""Lets other hosts read a lender's slabs: registers them with a transfer engine of its own."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class RemoteExport:
         self.endpoint = engine.endpoint
 
     def register(self, slab: MappedSlab) -> int:
-        """Address by which other hosts read the slab; 0 when they cannot. Over RDMA the slab's memory is allocated and pinned,
-        which may take 0.3 s a GiB."""
+        """Register a slab; the address by which other hosts read it, 0 when they cannot. Over RDMA the slab's memory is
+        allocated and pinned, which may take 0.3 s a GiB."""
         engine = self._engine
         if engine is None or self._refused:
             return 0
@@ -49,12 +49,13 @@ class RemoteExport:
         return 0
 
     def unregister(self, slab: MappedSlab) -> None:
-        """Before the slab is freed. Reads under way fail, or fail verification. Slabs that were not registered are ignored."""
+        """Undo `register`, before the slab is freed. Reads under way fail, or fail verification. Slabs that were not registered
+        are ignored."""
         if self._engine is not None:
             self._engine.unregister(slab.address)
 
     def close(self) -> None:
-        """No more reads. All slabs are unregistered before. Takes up to a second, during which Mooncake holds the interpreter
+        """End all reads. All slabs are unregistered before. Takes up to a second, during which Mooncake holds the interpreter
         lock. Idempotent."""
         self._engine = None
 
@@ -68,7 +69,7 @@ class RemoteExport:
 
 
 def open_export(config: SegmentConfig, manager: tuple[str, int] | None) -> RemoteExport | None:
-    """What `segment.remote` asks for; None for `off`. `manager`: host and port of a manager on TCP, None for any other.
+    """Open what `segment.remote` asks for; None for `off`. `manager`: host and port of a manager on TCP, None for any other.
 
     Raises `ConfigError` when Mooncake is missing or nothing says which address other hosts shall use, `SegmentError` when the
     transfer engine cannot start."""
@@ -80,8 +81,9 @@ def open_export(config: SegmentConfig, manager: tuple[str, int] | None) -> Remot
 
 
 def export_host(config: SegmentConfig, manager: tuple[str, int] | None) -> str:
-    """Address of this host for others: `segment.remote_host`, or the one from which it reaches a manager on TCP. Raises
-    `ConfigError` when neither says it."""
+    """Find the address of this host for others: `segment.remote_host`, or the one from which it reaches a manager on TCP.
+
+    Raises `ConfigError` when neither says it."""
     if config.remote_host:
         return config.remote_host
     advice = "set segment.remote_host to the address of this host for other hosts"

@@ -1,4 +1,4 @@
-"""Lending memory: owns a segment, announces it to the manager, hands its slabs out and gets them back."""
+"""Lends a segment of memory: allocates it, announces it to the manager, grows it, and gives it back to its owner."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _POLL = 0.05
 
 
 class ShrinkReport(NamedTuple):
-    """What came back to the owner."""
+    """What a shrink gave back to the owner."""
 
     slabs: int
     """Slabs taken out of the pool."""
@@ -44,7 +44,7 @@ class ShrinkReport(NamedTuple):
 
 
 class Lender:
-    """One segment, lent from construction to `close`. A `messages.Listener`. Thread-safe.
+    """Lends one segment, from construction to `close`. A `Listener` of the manager. Thread-safe.
 
     What the manager must be told is worked off by a thread of its own, again and again until it has succeeded; resizing has
     another, because it waits for importers.
@@ -228,7 +228,7 @@ class Lender:
             self._importer_gone(push.client)
 
     def _ended(self, writer: bytes) -> bool:
-        """Whether that client's writes are over: nobody maps a slab without a connection to the broker."""
+        """Tell whether that client's writes are over, for good: nobody maps a slab without a connection to the broker."""
         return writer != self._manager.client_id and self._broker.bar(writer)
 
     def _importer_gone(self, client: bytes) -> None:
@@ -263,7 +263,7 @@ class Lender:
                 problem, pause = str(error), _RETRY
 
     def _tell_manager(self) -> None:
-        """Whatever the manager does not know yet. Idempotent; stops at the first call that fails."""
+        """Tell whatever the manager does not know yet. Idempotent; stops at the first call that fails."""
         if self._session is None:
             return
         with self._manager_lock:
@@ -294,7 +294,7 @@ class Lender:
                 self._gone.discard(client)
 
     def _tell_of_writers(self) -> None:
-        """Of those that the manager waits for, who has left."""
+        """Tell who has left the gate, of those that the manager waits for."""
         left = self._awaited - self._gate.writers({slab for _, slab in self._awaited}) if self._awaited else set()
         if left:
             self._manager.writers_left(self.uuid, [GateWriter(client, slab) for client, slab in sorted(left)])

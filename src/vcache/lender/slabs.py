@@ -22,7 +22,7 @@ _HEADER_SHARE = 128
 
 
 def slab_bytes(payload: int, granularity: int) -> int:
-    """Physical size of a slab that is to hold `payload` bytes of slots: 1/128 more, for headers, rounded up to `granularity`.
+    """Compute the physical size of a slab for `payload` bytes of slots: 1/128 more, for headers, rounded up to `granularity`.
 
     Enough for slots of 16 KiB and more to fill the payload; a slab of 256 MiB gets 258 MiB (exactly eight slots of 32 MiB),
     one of 1 MiB gets 1 MiB and 8 KiB. Pure.
@@ -31,6 +31,8 @@ def slab_bytes(payload: int, granularity: int) -> int:
 
 
 class LentSlab(NamedTuple):
+    """One slab, lent from `create` to `remove`."""
+
     memory: OwnedSlab
     payload: int
     """Bytes meant for slots; the rest is room for headers."""
@@ -48,7 +50,7 @@ class TakenBack(NamedTuple):
 
 
 class LentSlabs:
-    """Thread-safe. Slab numbers are never reused."""
+    """Allocates, finds and frees the slabs of one segment. Thread-safe. Slab numbers are never reused."""
 
     def __init__(
         self,
@@ -77,17 +79,17 @@ class LentSlabs:
             return sum(slab.payload for slab in self._slabs.values())
 
     def infos(self) -> list[SlabInfo]:
-        """By index."""
+        """List the slabs that are lent now, by index."""
         with self._lock:
             return [SlabInfo(index, slab.memory.nbytes, slab.address) for index, slab in sorted(self._slabs.items())]
 
     def find(self, index: int) -> OwnedSlab | None:
-        """None when it is not lent (any more)."""
+        """This process's own mapping of a slab; None when it is not lent (any more)."""
         slab = self._slabs.get(index)
         return None if slab is None else slab.memory
 
     def physical_bytes(self, payload: int) -> int:
-        """What `create(payload)` allocates."""
+        """Compute how many bytes `create(payload)` allocates."""
         whole, rest = divmod(payload, self._slab_payload)
         granularity = self._backing.granularity
         return whole * slab_bytes(self._slab_payload, granularity) + (slab_bytes(rest, granularity) if rest else 0)
@@ -121,7 +123,7 @@ class LentSlabs:
                 self._next_index += 1
 
     def newest(self, payload: int) -> list[int]:
-        """The last slabs that hold `payload` bytes together, or all there are."""
+        """Choose the last slabs that hold `payload` bytes together, or all there are."""
         chosen: list[int] = []
         with self._lock:
             for index in sorted(self._slabs, reverse=True):
@@ -160,7 +162,7 @@ class LentSlabs:
         return TakenBack(freed, late)
 
     def inventory(self, indices: Sequence[int]) -> list[SlabInventory]:
-        """The headers of these slabs, as they are now; slabs that are gone are left out."""
+        """Read the headers of these slabs, as they are now; slabs that are gone are left out."""
         found = []
         for index in indices:
             memory = self.find(index)
@@ -197,7 +199,7 @@ class LentSlabs:
 
 
 def unfinished_writers(inventory: Iterable[SlabInventory]) -> set[bytes]:
-    """Client ids that signed slot headers of unfinished writes."""
+    """Find the client ids that signed slot headers of unfinished writes. Pure."""
     writers = set()
     for slab in inventory:
         for start in range(0, len(slab.slot_headers), HEADER_BYTES):

@@ -1,4 +1,4 @@
-"""Arguments of movers, checked before a byte moves."""
+"""Check the arguments of movers, before a byte moves."""
 
 from __future__ import annotations
 

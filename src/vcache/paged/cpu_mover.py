@@ -6,7 +6,7 @@ NumPy rather than torch, because gathers of long rows into a given buffer run se
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from ctypes import c_char
 from math import gcd
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from ..errors import SegmentError
 from ..segment.mapping import MappedSlab
 from ..segment.shared import Fence
-from ..segment.slots import HEADER_BYTES, SlotHeader, formatted_since, outlived
+from ..segment.slot_protocol import HostMemory, announce, carries, publish, still_carries
 from .checks import check_transfers
 from .checksum import TRAILER_BYTES, contradicts, trailer
 from .layout import PagedCache, Region
@@ -48,13 +48,21 @@ class RegionView(NamedTuple):
     seamless: bool
 
 
+class CacheViews(NamedTuple):
+    """A paged cache's memory, understood once."""
+
+    regions: list[RegionView]
+    seamless: bool
+    block_size: int
+
+
 class CpuMover(Mover):
     """Runs inline: `store` and `load` return when all is done. Any number of threads may call it at once."""
 
     def __init__(self, threads: int = 1) -> None:
         """`threads`: how many chunks of one call are moved at a time, when there is enough to move."""
         self._executor = ThreadPoolExecutor(threads, thread_name_prefix="vcache-mover") if threads > 1 else None
-        self._views: WeakKeyDictionary[PagedCache, list[RegionView]] = WeakKeyDictionary()
+        self._views: WeakKeyDictionary[PagedCache, CacheViews] = WeakKeyDictionary()
         self._fence = Fence()
 
     def reaches(self, slab: MappedSlab) -> bool:
@@ -63,13 +71,13 @@ class CpuMover(Mover):
     def store(
         self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes
     ) -> FinishedTransfer:
-        slots, began = self._prepare(cache, slot_mapping, transfers), time.perf_counter()
-        done = self._each(transfers, lambda transfer: self._store_one(cache, slots, transfer, writer))
+        slots, views, began = self._prepare(cache, slot_mapping, transfers), self._understood(cache), time.perf_counter()
+        done = self._each(transfers, lambda transfer: self._store_one(views, slots, transfer, writer))
         return FinishedTransfer(done, time.perf_counter() - began)
 
     def load(self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> FinishedTransfer:
-        slots, began = self._prepare(cache, slot_mapping, transfers), time.perf_counter()
-        done = self._each(transfers, lambda transfer: self._load_one(cache, slots, transfer))
+        slots, views, began = self._prepare(cache, slot_mapping, transfers), self._understood(cache), time.perf_counter()
+        done = self._each(transfers, lambda transfer: self._load_one(views, slots, transfer))
         return FinishedTransfer(done, time.perf_counter() - began)
 
     def _each(self, transfers: Sequence[SlotTransfer], move: Callable[[SlotTransfer], Outcome]) -> list[Outcome]:
@@ -81,50 +89,33 @@ class CpuMover(Mover):
         wait(moving)  # also when one breaks: whoever hears of that takes all as ended
         return [each.result() for each in moving]
 
-    def _store_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer, writer: bytes) -> Outcome:
-        memory, offset = _buffer(transfer.slot.slab), transfer.slot.header_offset
-        header = transfer.header
-        odd = header.writing(writer)
-        if transfer.slab_header and not _format(memory, transfer.slab_header):
+    def _store_one(self, views: CacheViews, slots: Slots, transfer: SlotTransfer, writer: bytes) -> Outcome:
+        memory, at, header = self._memory(transfer), transfer.slot.header_offset, transfer.header
+        odd = announce(memory, at, header, writer, transfer.slab_header)
+        if odd is None:
             return Outcome.FAILED
-        found = SlotHeader.unpack(memory[offset : offset + HEADER_BYTES])
-        if found is not None and found.generation > odd.generation:
-            return Outcome.FAILED
-        self._write_header(memory, offset, odd.announce_parts())
-        self._move(cache, slots[transfer.start : transfer.start + header.tokens], transfer, to_slot=True)
+        payload = _payload(memory.buffer, transfer)
+        self._move(views, slots[transfer.start : transfer.start + header.tokens], transfer, payload, to_slot=True)
         if transfer.trailer:
-            sealed = trailer(_payload(memory, transfer), header.generation)
-            memory[transfer.trailer : transfer.trailer + TRAILER_BYTES] = sealed
-        self._fence()
-        if memory[offset : offset + HEADER_BYTES] != odd.pack():
-            return Outcome.FAILED
-        self._write_header(memory, offset, header.publish_parts())
-        return Outcome.VERIFIED
+            memory.write(transfer.trailer, trailer(payload, header.generation))
+        return Outcome.VERIFIED if publish(memory, at, odd, header) else Outcome.FAILED
 
-    def _load_one(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer) -> Outcome:
-        memory, offset = _buffer(transfer.slot.slab), transfer.slot.header_offset
-        expected = transfer.header.pack()
-        if memory[offset : offset + HEADER_BYTES] != expected:
+    def _load_one(self, views: CacheViews, slots: Slots, transfer: SlotTransfer) -> Outcome:
+        memory, at, header = self._memory(transfer), transfer.slot.header_offset, transfer.header
+        expected = header.pack()
+        if not carries(memory, at, expected):
             return Outcome.FAILED
-        self._fence()
-        count = transfer.header.tokens - transfer.skip
-        self._move(cache, slots[transfer.start : transfer.start + count], transfer, to_slot=False)
+        count, payload = header.tokens - transfer.skip, _payload(memory.buffer, transfer)
+        self._move(views, slots[transfer.start : transfer.start + count], transfer, payload, to_slot=False)
         damaged = False
-        if at := transfer.trailer:
-            damaged = contradicts(memory[at : at + TRAILER_BYTES], _payload(memory, transfer), transfer.header.generation)
-        self._fence()
-        if memory[offset : offset + HEADER_BYTES] != expected:
-            return Outcome.FAILED
-        if offset and outlived(memory[:HEADER_BYTES], transfer.header.generation):
+        if transfer.trailer:
+            damaged = contradicts(memory.read(transfer.trailer, TRAILER_BYTES), payload, header.generation)
+        if not still_carries(memory, at, expected):
             return Outcome.FAILED
         return Outcome.DAMAGED if damaged else Outcome.VERIFIED
 
-    def _write_header(self, memory: memoryview, offset: int, parts: Iterable[tuple[int, bytes]]) -> None:
-        """Write a slot header part by part; each is seen before the next, and all before anything that follows."""
-        self._fence()
-        for at, data in parts:
-            memory[offset + at : offset + at + len(data)] = data
-            self._fence()
+    def _memory(self, transfer: SlotTransfer) -> HostMemory:
+        return HostMemory(_buffer(transfer.slot.slab), self._fence)
 
     def _prepare(self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> Slots:
         slots = slot_mapping.detach().cpu()
@@ -132,17 +123,21 @@ class CpuMover(Mover):
         check_transfers(cache, slots, transfers, self.reaches)
         return slots.numpy().astype(np.int64, copy=False)
 
-    def _move(self, cache: PagedCache, slots: Slots, transfer: SlotTransfer, *, to_slot: bool) -> None:
+    def _understood(self, cache: PagedCache) -> CacheViews:
         views = self._views.get(cache)
         if views is None:
-            views = self._views[cache] = [_view(region, cache) for region in cache.regions]
-        parts = plan(slots, cache.block_size, all(view.seamless for view in views))
-        payload = np.frombuffer(_payload(_buffer(transfer.slot.slab), transfer), np.uint8)
-        payload = payload.reshape(len(views), transfer.header.tokens, -1)[:, transfer.skip :]
-        for view, rows in zip(views, payload, strict=True):
+            regions = [_view(region, cache) for region in cache.regions]
+            views = self._views[cache] = CacheViews(regions, all(view.seamless for view in regions), cache.block_size)
+        return views
+
+    def _move(self, views: CacheViews, slots: Slots, transfer: SlotTransfer, payload: memoryview, *, to_slot: bool) -> None:
+        regions, seamless, block_size = views
+        parts = plan(slots, block_size, seamless)
+        bodies = np.frombuffer(payload, np.uint8).reshape(len(regions), transfer.header.tokens, -1)[:, transfer.skip :]
+        for view, rows in zip(regions, bodies, strict=True):
             body = rows.view(view.rows.dtype).reshape(len(rows), *view.row)
             for part in parts:
-                _copy(view, body[part.first : part.first + part.tokens], part, cache.block_size, to_slot)
+                _copy(view, body[part.first : part.first + part.tokens], part, block_size, to_slot)
 
 
 class FinishedTransfer(Transfer):
@@ -178,16 +173,6 @@ def _buffer(slab: MappedSlab) -> memoryview:
 def _payload(memory: memoryview, transfer: SlotTransfer) -> memoryview:
     start = transfer.slot.payload_offset
     return memory[start : start + transfer.header.payload_bytes]
-
-
-def _format(memory: memoryview, slab_header: bytes) -> bool:
-    """Write the slab header unless it is there; False when the slab was formatted anew since the ticket was given."""
-    if memory[:HEADER_BYTES] == slab_header:
-        return True
-    if formatted_since(memory[:HEADER_BYTES], slab_header):
-        return False
-    memory[:HEADER_BYTES] = slab_header
-    return True
 
 
 def _view(region: Region, cache: PagedCache) -> RegionView:

@@ -136,8 +136,18 @@ class PagedCache:
         check_slot_mapping(slot_mapping, count, self.num_slots)
 
 
+def device_name(device: torch.device) -> str:
+    """Name a device as `SegmentInfo.device` does: `"host"` for CPU memory, `"GPU-<uuid>"` for a GPU, which means the same in
+    every process, whatever `CUDA_VISIBLE_DEVICES` says. Takes microseconds after the first call for a device."""
+    if device.type != "cuda":
+        return "host"
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
 def check_slot_mapping(slot_mapping: torch.Tensor, count: int, num_slots: int) -> None:
-    """See `PagedCache.check_slot_mapping`."""
+    """Raise `ArgumentError` for what is no slot mapping of `num_slots` slots (`PagedCache.check_slot_mapping`)."""
     dtype = str(getattr(slot_mapping, "dtype", type(slot_mapping).__name__))
     if dtype not in ("torch.int64", "torch.int32"):
         raise ArgumentError(f"slot_mapping: expected a tensor of torch.int64 or torch.int32, got {dtype}")

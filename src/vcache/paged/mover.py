@@ -1,4 +1,7 @@
-"""The interface of movers: paged KV cache <-> slot payloads, with the header protocol of design section 5."""
+"""Move rows between a paged KV cache and slot payloads: the interface of movers, and what they are given and answer.
+
+Both follow the protocol of `segment/slot_protocol.py`.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,7 @@ class SlotTransfer(NamedTuple):
 
 
 class Transfer(ABC):
-    """Transfers under way. Slots, slabs and `slot_mapping` must stay alive until done."""
+    """Follow transfers under way. Slots, slabs and `slot_mapping` must stay alive until done."""
 
     @abstractmethod
     def done(self) -> bool:
@@ -69,7 +72,8 @@ class Transfer(ABC):
 
 
 class Mover(ABC):
-    """Moves bytes; knows nothing of tokens, managers or leases. Thread-safe. Raises nothing for a stale slot."""
+    """Moves bytes between paged caches and slots; knows nothing of tokens, managers or leases. Thread-safe. Raises nothing
+    for a stale slot."""
 
     @abstractmethod
     def reaches(self, slab: MappedSlab) -> bool:

@@ -1,4 +1,4 @@
-"""Which mover serves a paged cache."""
+"""Choose the mover that serves a paged cache."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from .mover import Mover
 
 
 def mover_for(cache: PagedCache, config: TransferConfig) -> Mover:
-    """A mover for `cache`: Triton kernels for a cache on a GPU, NumPy copies for one in host memory.
+    """Make a mover for `cache`: Triton kernels for a cache on a GPU, NumPy copies for one in host memory.
 
     Make one per cache and keep it: it holds streams and staging buffers, and its kernels are compiled here, which takes
-    seconds the first time on a machine. Raises `DeviceUnavailableError` for any other
-    device, or when Triton is missing.
+    seconds the first time on a machine. Raises `DeviceUnavailableError` for any other device, or when Triton is missing.
     """
     if cache.device.type == "cpu":
         from .cpu_mover import CpuMover

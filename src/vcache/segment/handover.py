@@ -1,4 +1,4 @@
-"""What a lender's broker and an importer say to each other, and where the broker's socket lies.
+"""Defines what a lender's broker and an importer say to each other, and where the broker's socket lies.
 
 Unix `SOCK_SEQPACKET`: the kernel keeps message boundaries, so one message is one frame and a file descriptor belongs to exactly
 one. Frames are msgpack arrays that start with a one-letter tag. An importer connects **once** per segment and keeps the
@@ -100,7 +100,7 @@ def encode(message: FromImporter | FromLender) -> bytes:
 
 
 def decode_from_importer(frame: bytes) -> FromImporter:
-    """Raises `ProtocolError` for anything that no importer sends."""
+    """Decode one message to a lender. Raises `ProtocolError` for anything that no importer sends."""
     try:
         return _from_importer.decode(frame)
     except _NOT_DECODABLE as error:
@@ -108,7 +108,7 @@ def decode_from_importer(frame: bytes) -> FromImporter:
 
 
 def decode_from_lender(frame: bytes) -> FromLender:
-    """Raises `ProtocolError` for anything that no lender sends."""
+    """Decode one message to an importer. Raises `ProtocolError` for anything that no lender sends."""
     try:
         return _from_lender.decode(frame)
     except _NOT_DECODABLE as error:
@@ -116,6 +116,7 @@ def decode_from_lender(frame: bytes) -> FromLender:
 
 
 def batches(indices: list[int]) -> list[list[int]]:
+    """Split slab indices into lists that fit one message each."""
     return [indices[start : start + MAX_INDICES] for start in range(0, len(indices), MAX_INDICES)]
 
 
@@ -145,7 +146,7 @@ def prepare_broker_dir(path: str) -> Path:
 
 
 def socket_path(folder: Path, segment: bytes) -> Path:
-    """Path of the socket of `segment`. Raises `SegmentError` when it is too long for the system."""
+    """Name the socket of `segment`. Raises `SegmentError` when it is too long for the system."""
     path = folder / f"{segment[:8].hex()}.sock"
     if len(os.fsencode(path)) > MAX_SOCKET_PATH:
         raise SegmentError(

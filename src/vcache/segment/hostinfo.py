@@ -1,4 +1,4 @@
-"""What this host is called, how much memory can still be had on it, and how many files may be open."""
+"""Asks the system: what this host is called, how much memory can still be had, how many files may be open."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOST_ID = "VCACHE_HOST_ID"
 
 
 def host_id() -> str:
-    """Identity of this host: processes with the same one share memory. `VCACHE_HOST_ID` where it is set, for containers that
+    """Name this host: processes with the same one share memory. `VCACHE_HOST_ID` where it is set, for containers that
     run on one kernel but share no memory (or not the sockets' folder); else that of the running kernel, which is another one
     after a reboot. Raises `SegmentError` where the system has none."""
     if named := os.environ.get(HOST_ID, "").strip():
@@ -41,7 +41,7 @@ def host_id() -> str:
 
 
 def available_memory(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> AvailableMemory:
-    """The least of the system's available memory and what this process's memory cgroup still allows."""
+    """Find how much host memory can be had: the least of what the system has and what this process's memory cgroup allows."""
     found = AvailableMemory(_system_available(proc), "the system's available memory")
     for headroom in _cgroup_headroom(proc, cgroups):
         if headroom < found.nbytes:

@@ -1,4 +1,4 @@
-"""The importer's side of fd passing: one thread per process that talks to all lenders, maps slabs and unmaps on request."""
+"""Maps other processes' slabs: one thread that talks to all lenders' brokers, maps what they hand over, unmaps on request."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Link:
 
 
 class Importer:
-    """Thread-safe. No method blocks but `close`."""
+    """Connects to lenders, maps slabs and unmaps them, in a thread of its own. Thread-safe. No method blocks but `close`."""
 
     def __init__(self, client_id: bytes, *, timeout: float = 1.0, retry_after: float = 2.0) -> None:
         """`timeout`: seconds that a lender may take to answer hello. `retry_after`: seconds between attempts to connect."""
@@ -111,8 +111,8 @@ class Importer:
         self._post(lambda: self._connect(link))
 
     def map(self, link: Link, index: int, nbytes: int) -> Future[MappedSlab]:
-        """The mapped slab, once it is there. However often it is asked for, it is mapped once. The future fails with
-        `SlabGoneError` when it is not lent any more, with another `VCacheError` when it cannot be had now."""
+        """Ask for a slab; the mapped one, once it is there. However often it is asked for, it is mapped once. The future
+        fails with `SlabGoneError` when it is not lent any more, with another `VCacheError` when it cannot be had now."""
         future: Future[MappedSlab] = Future()
         if not self._post(lambda: self._want(link, index, nbytes, future)):
             future.set_exception(SegmentError("the segment map is closed"))
@@ -123,7 +123,7 @@ class Importer:
         self._post(lambda: self._drop(link, list(link.mapped) if indices is None else indices))
 
     def unbind(self, link: Link) -> None:
-        """Nobody wants the segment now: keep what is mapped for as long as its lender lives, in case it comes back."""
+        """Stop wanting the segment: keep what is mapped for as long as its lender lives, in case it comes back."""
         link.bound = False
         self._post(lambda: self._tidy(link))
 
@@ -236,7 +236,7 @@ class Importer:
         self._selector.register(sock, selectors.EVENT_READ, link)
 
     def _fail(self, link: Link, problem: str) -> None:
-        """Nothing can be mapped now."""
+        """Fail all that waits: nothing can be mapped now."""
         if link.problem != problem:
             logger.log(logging.INFO if self._closing else logging.WARNING, "segment %s: %s", link.uuid.hex()[:8], problem)
         link.problem = problem
@@ -247,8 +247,8 @@ class Importer:
                 future.set_exception(SegmentError(problem))
 
     def _lost(self, link: Link, problem: str) -> None:
-        """No word from the lender any more. What is mapped stays, and so does our end of the socket: while it is open, a lender
-        that lives (but broke with us) does not take this process's writes for ended."""
+        """Give the lender up: no word comes from it any more. What is mapped stays, and so does our end of the socket: while it
+        is open, a lender that lives (but broke with us) does not take this process's writes for ended."""
         if link._sock is not None and link.state != "lost":
             self._selector.unregister(link._sock)
         link.state = "lost"

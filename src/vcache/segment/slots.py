@@ -50,7 +50,9 @@ class SlabGeometry(NamedTuple):
     payload_base: int
     stride: int
 
-    def header_offset(self, slot: int) -> int:
+    @staticmethod
+    def header_offset(slot: int) -> int:
+        """The same for every slot size."""
         return HEADER_BYTES * (1 + slot)
 
     def payload_offset(self, slot: int) -> int:
@@ -167,15 +169,50 @@ class SlotLocation(NamedTuple):
         units = align_up(self.slot_bytes, ALIGNMENT) // ALIGNMENT
         return _LOCATION.pack(self.segment, self.slab, self.tokens, self.slot, units, self.generation)
 
-    @property
-    def slab_id(self) -> bytes:
-        """Names the slab within its epoch."""
-        return self.segment.to_bytes(4, "little") + self.slab.to_bytes(2, "little")
+    @classmethod
+    def unpack(cls, raw: bytes | memoryview) -> SlotLocation:
+        """Inverse of `pack`; `slot_bytes` comes back rounded up to `ALIGNMENT`."""
+        segment, slab, tokens, slot, units, generation = _LOCATION.unpack(raw)
+        return cls(segment, slab, tokens, slot, units * ALIGNMENT, generation)
 
     @classmethod
     def unpack_many(cls, raw: bytes | memoryview) -> list[SlotLocation]:
-        """Inverse of joined `pack`s; `slot_bytes` comes back rounded up to `ALIGNMENT`."""
+        """Inverse of joined `pack`s."""
         return [cls(s, b, t, i, units * ALIGNMENT, g) for s, b, t, i, units, g in _LOCATION.iter_unpack(raw)]
+
+
+# Packed locations, read without unpacking them: the directory does so for every chunk that it looks at. `_LOCATION` says where
+# what lies.
+
+
+def segment_id(number: int) -> bytes:
+    """Name a segment as the packed locations in it do."""
+    return number.to_bytes(4, "little")
+
+
+def slab_id(segment: int, slab: int) -> bytes:
+    """Name a slab, within its epoch, as the packed locations in it do."""
+    return segment.to_bytes(4, "little") + slab.to_bytes(2, "little")
+
+
+def segment_ids(packed: bytes) -> list[bytes]:
+    """Name the segment of every location of these, joined."""
+    return [packed[at : at + 4] for at in range(0, len(packed), LOCATION_BYTES)]
+
+
+def slab_ids(packed: bytes) -> list[bytes]:
+    """Name the slab of every location of these, joined."""
+    return [packed[at : at + 6] for at in range(0, len(packed), LOCATION_BYTES)]
+
+
+def stride_of(packed: bytes) -> int:
+    """Read the slot size, rounded up to `ALIGNMENT`, of a packed location, or of the first of joined ones."""
+    return int.from_bytes(packed[12:16], "little") * ALIGNMENT
+
+
+def generation_of(packed: bytes) -> int:
+    """Read the generation of a packed location, or of the first of joined ones."""
+    return int.from_bytes(packed[16:24], "little")
 
 
 class SlabInfo(msgspec.Struct, frozen=True, array_like=True):

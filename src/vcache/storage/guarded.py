@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import mmap
-import queue
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 from ..errors import StorageDeadlineError, StorageError
-from ..guard import CircuitBreaker
+from ..guard import CallTimeoutError, CircuitBreaker, DaemonThreads, Guard
 from ..keys import CacheKey
 from .base import StorageTier
 
@@ -24,7 +20,6 @@ LOOKUP_SHARE = 0.2
 WRITE_FACTOR = 10
 """Writes, which nobody waits for, may take this many times the deadline."""
 _PROBE_KEY = CacheKey(bytes(16), bytes(16))
-_MAX_COOLDOWN = 4.0
 
 
 class _Read(NamedTuple):
@@ -48,16 +43,12 @@ class GuardedStorage(StorageTier):
         """`deadline`: seconds that a `get` may take. `threads`: reads at a time."""
         self._tier = tier
         self._deadline = deadline
-        self.breaker = breaker or CircuitBreaker(
-            time.monotonic, threshold=2, cooldown=0.5, max_cooldown=_MAX_COOLDOWN, jitter=random.random
-        )
-        self._reads = _Lane("read", threads)
-        self._writes = _Lane("write", 1)
-        self._probes = _Lane("probe", 1)
-        self._probe: Future[None] | None = None
+        self._reads = DaemonThreads("vcache-storage-read", threads)
+        self._writes = DaemonThreads("vcache-storage-write", 1)
+        self._probes = DaemonThreads("vcache-storage-probe", 1)
+        self._guard = Guard(self._probes.start, breaker)
+        self.breaker = self._guard.breaker
         self._failed_read: _Read | None = None
-        self._lock = threading.Lock()
-        self._closed = False
 
     def prefix(self, keys: Sequence[CacheKey], shard: int) -> int:
         return self._call(self._reads, "look-up", LOOKUP_SHARE * self._deadline, lambda: self._tier.prefix(keys, shard))
@@ -84,101 +75,47 @@ class GuardedStorage(StorageTier):
 
     def close(self) -> None:
         """Give the tier's own close the deadline; what still hangs then is left to the end of the process."""
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        for lane in (self._reads, self._writes, self._probes):
-            lane.close()
+        if not self._guard.close():
+            return
+        for threads in (self._reads, self._writes, self._probes):
+            threads.close()
         closer = threading.Thread(target=self._tier.close, name="vcache-storage-close", daemon=True)
         closer.start()
         closer.join(self._deadline)
 
-    def _call(self, lane: _Lane, what: str, deadline: float, work: Callable[[], T], read: _Read | None = None) -> T:
+    def _call(self, threads: DaemonThreads, what: str, deadline: float, work: Callable[[], T], read: _Read | None = None) -> T:
         """Run `work` within `deadline` seconds. `read`: what it reads, if it does."""
-        if self._closed:
+        if self._guard.closed:
             raise StorageError(f"storage {what}: already closed")
-        if self.breaker.state != "closed":
-            self._probe_when_due()
+        if not self._guard.admits(self._probe):
             raise StorageError(f"storage {what}: bypassed after repeated failures, next try in {self.breaker.retry_in():.1f} s")
-        future = lane.submit(work)
+
+        def failing() -> None:
+            self._failed_read = read or self._failed_read
+
         try:
-            error = future.exception(deadline)
-        except FutureTimeout:
-            self._failed_read = read or self._failed_read
-            self.breaker.trip()
-            if future.cancel():
+            return self._guard.call(work, time.monotonic() + deadline, threads.start, failing)
+        except CallTimeoutError as late:
+            if not late.began:
                 raise StorageError(f"storage {what}: no thread was free within {deadline:g} s") from None
-            raise StorageDeadlineError(
-                f"storage {what}: no answer within {deadline:g} s", lambda call: future.add_done_callback(lambda _: call())
-            ) from None
-        if error is not None:
-            self._failed_read = read or self._failed_read
-            self.breaker.failure()
+            raise StorageDeadlineError(f"storage {what}: no answer within {deadline:g} s", late.when_over) from None
+        except Exception as error:
             raise _storage_error(what, error) from error
-        self.breaker.success()
-        return future.result()
 
-    def _probe_when_due(self) -> None:
-        with self._lock:
-            if self._closed or (self._probe is not None and not self._probe.done()) or not self.breaker.allow():
-                return
-            self._probe = self._probes.submit(self._try)
-        self._probe.add_done_callback(self._probed)
-
-    def _try(self) -> None:
-        """Look up, and read again what could not be read. Blocks for as long as the tier does."""
+    def _probe(self) -> None:
+        """Look up, and read again what could not be read. Blocks for as long as the tier does; raises what it raises."""
         self._tier.prefix([_PROBE_KEY], 0)
         read = self._failed_read
-        if read is None or not read.nbytes:
-            return
-        buffer = memoryview(mmap.mmap(-1, read.nbytes))
-        self._tier.register(buffer)
-        try:
-            for key in read.keys:  # which may lie with several owners
-                self._tier.get([key], read.shard, [buffer])
-        finally:
-            self._tier.unregister(buffer)
-
-    def _probed(self, probe: Future[None]) -> None:
-        if probe.cancelled() or probe.exception() is not None:
-            self.breaker.failure()
-        else:
-            self._failed_read = None
-            self.breaker.success()
-
-
-def _storage_error(what: str, error: BaseException) -> StorageError:
-    return error if isinstance(error, StorageError) else StorageError(f"storage {what}: {type(error).__name__}: {error}")
-
-
-class _Lane:
-    """Daemon threads that work off a queue. (Those of `ThreadPoolExecutor` are waited for at the end of the process.)"""
-
-    def __init__(self, name: str, threads: int) -> None:
-        self._threads = threads
-        self._work: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        for number in range(threads):
-            threading.Thread(target=self._run, name=f"vcache-storage-{name}-{number}", daemon=True).start()
-
-    def submit(self, work: Callable[[], T]) -> Future[T]:
-        future: Future[T] = Future()
-        self._work.put((future, work))
-        return future
-
-    def close(self) -> None:
-        """Threads end after what they are doing and what is queued."""
-        for _ in range(self._threads):
-            self._work.put(None)
-
-    def _run(self) -> None:
-        while (item := self._work.get()) is not None:
-            future, work = item
-            if not future.set_running_or_notify_cancel():
-                continue
+        if read is not None and read.nbytes:
+            buffer = memoryview(mmap.mmap(-1, read.nbytes))
+            self._tier.register(buffer)
             try:
-                result = work()
-            except BaseException as error:  # noqa: BLE001 - it belongs to the caller
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+                for key in read.keys:  # which may lie with several owners
+                    self._tier.get([key], read.shard, [buffer])
+            finally:
+                self._tier.unregister(buffer)
+        self._failed_read = None
+
+
+def _storage_error(what: str, error: Exception) -> StorageError:
+    return error if isinstance(error, StorageError) else StorageError(f"storage {what}: {type(error).__name__}: {error}")

@@ -1,7 +1,7 @@
 """The storage tier on a Mooncake store: DRAM and SSD of other hosts and DPUs, found through a `mooncake_master`.
 
 Needs `vcache[mooncake]` and, with its wheels, the system libraries `bindings.LIBRARIES`. The process that uses it lends
-nothing to the store: that is what `vcache lend --tier storage` does, in a process of its own.
+nothing to the store: that is what `vcache lend-storage` does, in a process of its own.
 """
 
 from __future__ import annotations

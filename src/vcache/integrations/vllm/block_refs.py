@@ -11,7 +11,7 @@ MAX_SHARE = 0.25
 
 
 class BlockRefs:
-    """References to blocks by save job. Used by the scheduler's thread only."""
+    """Holds references to blocks, by save job. Used by the scheduler's thread only."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -20,7 +20,7 @@ class BlockRefs:
         """References held: at least as many as blocks that nobody else refers to."""
 
     def bind(self, pool: Any) -> None:
-        """`pool`: vLLM's `BlockPool`."""
+        """Say whose blocks they are: `pool` is vLLM's `BlockPool`."""
         self._pool = pool
 
     @property
@@ -49,7 +49,7 @@ class BlockRefs:
         self._count += len(held)
 
     def release(self, job: int) -> None:
-        """Idempotent."""
+        """Let go of the blocks of a job. Idempotent."""
         held = self._held.pop(job, None)
         if held is not None:
             self._count -= len(held)

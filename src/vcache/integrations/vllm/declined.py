@@ -18,7 +18,7 @@ logger = logging.getLogger("vllm.vcache")
 
 
 class DeclinedWorker:
-    """In place of a `WorkerSide`: refuses whatever is offered, and says once that there is no use in offering more."""
+    """Refuses whatever is offered, in place of a `WorkerSide`, and says once that there is no use in offering more."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -27,13 +27,13 @@ class DeclinedWorker:
         self._finished = Finished(set(), set())
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def unregister(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
     def start_loads(self, metadata: VCacheMetadata) -> None:
-        """All of them fail at once; their blocks hold nothing that counts."""
+        """Refuse all of them: their blocks hold nothing that counts."""
         if metadata.step and not self._asked:  # a scheduler's side that declines as well counts no steps
             self._asked = True
             self._report.off = 1
@@ -47,22 +47,22 @@ class DeclinedWorker:
                 self._finished.loaded.add(job.request)
 
     def start_saves(self, metadata: VCacheMetadata) -> None:
-        """None of them is started."""
+        """Refuse all of them."""
         self._report.saves |= {job.job: SaveOutcome(1, False, True) for job in metadata.saves}
 
     def finished(self, *, idle: bool = False) -> Finished:
-        """What was refused since the last call."""
+        """Take what was refused since the last call."""
         finished, self._finished = self._finished, Finished(set(), set())
         return finished
 
     def report(self) -> VCacheWorkerMetadata | None:
-        """For the scheduler's side: since the last call; None when there is nothing to say."""
+        """Take what the scheduler's side has to hear since the last call; None when there is nothing to say."""
         report, self._report = self._report, VCacheWorkerMetadata()
         return report or None
 
     def take_stats(self) -> VCacheStats | None:
-        """Nothing is counted."""
+        """Return None: nothing is counted."""
         return None
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""

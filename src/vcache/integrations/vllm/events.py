@@ -18,7 +18,7 @@ class EventLog:
         self._events: list[Any] = []
 
     def stored(self, request: Any, start: int, end: int) -> None:
-        """Blocks `[start, end)` of a request (in units of `block_size`) can now be loaded by every instance."""
+        """Note that blocks `[start, end)` of a request (in units of `block_size`) can now be loaded by every instance."""
         if not self._enabled:
             return
         from vllm.distributed.kv_events import BlockStored
@@ -40,12 +40,13 @@ class EventLog:
         )
 
     def cleared(self) -> None:
-        """The pool forgot everything of this model."""
+        """Note that the pool forgot everything of this model."""
         if self._enabled:
             from vllm.distributed.kv_events import AllBlocksCleared
 
             self._events.append(AllBlocksCleared())
 
     def take(self) -> list[Any]:
+        """Take the events since the last call."""
         events, self._events = self._events, []
         return events

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ...cache.opening import Resources
 from ...cache.pool import Chunk, ChunkPool, PoolTransfer, PutReport
 from ...cache.room_maker import RoomMaker
-from ...cache.storage_tier import LowerTier
+from ...cache.storage_tier import ChunkStorage
 from ...metrics import EngineMetrics
 from ...paged.mover import Rows, Target
 from .kv_group import KVGroup
@@ -86,7 +86,7 @@ class ShardStore:
         self,
         target: Target,
         pool: ChunkPool,
-        lower: LowerTier | None,
+        lower: ChunkStorage | None,
         resources: Resources,
         metrics: EngineMetrics,
         block_size: int,

@@ -17,7 +17,7 @@ _PERSON = b"vcache-vllm-v1"
 
 
 class ChunkNames:
-    """Digests of a request's chunks. Immutable.
+    """Names a request's chunks by digests. Immutable.
 
     vLLM chains its block hashes over the prompt; they also cover multimodal inputs and cache salts. So the hash of a chunk's
     last block stands for the whole prefix up to there. LoRA adapters are in the hashes by name (vLLM 0.26) or name and path.
@@ -31,40 +31,40 @@ class ChunkNames:
         self.hash_block_size = hash_block_size
 
     def digest(self, block_hashes: Sequence[bytes], end: int, adapter: bytes = b"") -> bytes:
-        """Digest of the chunk that ends before token `end`, a multiple of `hash_block_size`. Pure."""
+        """Name the chunk that ends before token `end`, a multiple of `hash_block_size`. Pure."""
         state = blake2b(self.namespace, digest_size=DIGEST_BYTES, person=_PERSON)
         state.update(block_hashes[end // self.hash_block_size - 1])
         state.update(adapter)
         return state.digest()
 
     def of(self, request: Any, ends: Sequence[int], adapter: bytes = b"") -> list[bytes]:
-        """Digests of the chunks of a vLLM request that end before these tokens. `adapter`: by `weights.Adapters`. Pure."""
+        """Name the chunks of a vLLM request that end before these tokens. `adapter`: by `weights.Adapters`. Pure."""
         return [self.digest(request.block_hashes, end, adapter) for end in ends]
 
     def whole(self, block_hashes: Sequence[bytes], tokens: int) -> int:
-        """Number of whole chunks within the first `tokens` tokens whose hashes are known. Pure."""
+        """Count the whole chunks within the first `tokens` tokens whose hashes are known. Pure."""
         return min(tokens, len(block_hashes) * self.hash_block_size) // self.chunk_tokens
 
     def tail(self, block_hashes: Sequence[bytes], tokens: int) -> int:
-        """End of the whole blocks within the first `tokens` tokens; the last whole chunk's end when there are none after it."""
+        """Find where the whole blocks within the first `tokens` tokens end: at the last whole chunk's end, or after it."""
         return min(tokens, len(block_hashes) * self.hash_block_size) // self.block_size * self.block_size
 
 
 def chunk_tokens(chunk_size: int, block_size: int) -> int:
-    """`chunk_size` rounded up to a multiple of the block size. Pure."""
+    """Round `chunk_size` up to a multiple of the block size. Pure."""
     return -(-chunk_size // block_size) * block_size
 
 
 def shard_count(vllm_config: Any, group: KVGroup) -> int:
-    """Shards of a chunk: one for each worker, but with MLA all tensor-parallel ranks hold the same. Pure."""
+    """Count the shards of a chunk: one for each worker, but with MLA all tensor-parallel ranks hold the same. Pure."""
     parallel = vllm_config.parallel_config
     tensor = 1 if group.mla else int(parallel.tensor_parallel_size)
     return tensor * int(parallel.pipeline_parallel_size)
 
 
 def namespace(vllm_config: Any, group: KVGroup, chunk: int, weights: str) -> bytes:
-    """16 bytes, equal for all workers of an instance and for all instances whose chunks are interchangeable. `weights`: by
-    `weights.of_model`. Pure."""
+    """Make the namespace: 16 bytes, equal for all workers of an instance and all instances whose chunks are interchangeable.
+    `weights`: by `weights.of_model`. Pure."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     load, cache = vllm_config.load_config, vllm_config.cache_config
     extra = {
@@ -96,7 +96,7 @@ def namespace(vllm_config: Any, group: KVGroup, chunk: int, weights: str) -> byt
 
 
 def worker_spec(vllm_config: Any, group: KVGroup, layers: int, rank: int) -> KVCacheSpec:
-    """What one worker stores: sizes for its own layers and heads. `rank`: its shard."""
+    """Describe what one worker stores: sizes for its own layers and heads. `rank`: its shard."""
     return KVCacheSpec(
         model=str(vllm_config.model_config.model),
         dtype=group.dtype,

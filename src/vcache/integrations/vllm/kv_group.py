@@ -38,7 +38,7 @@ class KVGroup(NamedTuple):
 
 
 def shared_group(vllm_config: Any, kv_cache_config: Any) -> KVGroup:
-    """The group to share. Pure. Raises `DeclinedError`, with one line for the log, when there is no such group."""
+    """Find the group to share. Pure. Raises `DeclinedError`, with one line for the log, when there is no such group."""
     _check_hashes(vllm_config.cache_config)
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):

@@ -23,7 +23,7 @@ DEFAULT_CHUNKS = 16
 
 
 def lendable(settings: Settings, slot_bytes: int, device: torch.device) -> SegmentConfig:
-    """What this worker can lend: the configured segment, or less, or nothing. Logs when it is less than asked for.
+    """Decide what this worker lends: the configured segment, or less, or nothing. Logs when it is less than asked for.
 
     To be called after vLLM allocated its KV cache. `slot_bytes`: payload of one chunk.
     """
@@ -43,7 +43,7 @@ def lendable(settings: Settings, slot_bytes: int, device: torch.device) -> Segme
 
 
 def in_slabs(segment: SegmentConfig, slot_bytes: int) -> SegmentConfig:
-    """`segment` in `MIN_SLABS` slabs or about so many, of whole chunks. Pure.
+    """Divide `segment` into `MIN_SLABS` slabs or about so many, of whole chunks. Pure.
 
     A slab holds slots of one size. Pipeline stages, and other models, have other sizes, and need a slab that is still empty:
     with one slab for each worker, whoever saves first takes them all, and no chunk is ever complete.
@@ -53,7 +53,7 @@ def in_slabs(segment: SegmentConfig, slot_bytes: int) -> SegmentConfig:
 
 
 def fit(segment: SegmentConfig, room: int, slot_bytes: int, where: str) -> SegmentConfig:
-    """`segment`, cut to `room` bytes in whole chunks; lending nothing when not even one fits. Logs a cut. Pure otherwise."""
+    """Cut `segment` to `room` bytes in whole chunks; to nothing when not even one fits. Logs a cut. Pure otherwise."""
     if segment.size <= room:
         return segment
     chunks = max(0, room) * 99 // 100 // slot_bytes  # headers, and slabs rounded up to the driver's granularity

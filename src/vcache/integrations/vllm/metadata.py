@@ -113,7 +113,7 @@ class VCacheWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
 
 
 def merge_loads(first: LoadOutcome | None, second: LoadOutcome) -> LoadOutcome:
-    """The outcome over the workers of both. Pure."""
+    """Join two outcomes into that of the workers of both. Pure."""
     if first is None:
         return second
     broken = first.broken + tuple(each for each in second.broken if each not in first.broken)
@@ -121,7 +121,7 @@ def merge_loads(first: LoadOutcome | None, second: LoadOutcome) -> LoadOutcome:
 
 
 def merge_saves(first: SaveOutcome | None, second: SaveOutcome) -> SaveOutcome:
-    """The outcome over the workers of both. Pure."""
+    """Join two outcomes into that of the workers of both. Pure."""
     if first is None:
         return second
     return SaveOutcome(first.workers + second.workers, first.complete and second.complete, first.dropped or second.dropped)

@@ -35,7 +35,7 @@ UNSETTLED = 2**62
 
 
 class Policy(NamedTuple):
-    """What the scheduler's side is told once."""
+    """Settings of the scheduler's side."""
 
     loads: bool
     saves: bool
@@ -137,7 +137,10 @@ class _Save(NamedTuple):
 
 
 class SchedulerSide:
-    """Used by the scheduler's thread only. Calls to the manager are bounded by its client's deadline; a failure is a miss."""
+    """Decides what is loaded and what is saved, and holds leases and blocks for it.
+
+    Used by the scheduler's thread only. Calls to the manager are bounded by its client's deadline; a failure is a miss.
+    """
 
     def __init__(
         self,
@@ -178,8 +181,11 @@ class SchedulerSide:
 
     # -- requests --------------------------------------------------------------------------------------------------
 
-    def add(self, request: Any) -> _Request:
+    def add(self, request: Any) -> None:
         """Remember a request. Idempotent."""
+        self._state(request)
+
+    def _state(self, request: Any) -> _Request:
         state = self._requests.get(request.request_id)
         if state is None:
             adapter = self._adapters.name(getattr(request, "lora_request", None))
@@ -200,13 +206,13 @@ class SchedulerSide:
     # -- loading ---------------------------------------------------------------------------------------------------
 
     def match(self, request: Any, computed: int) -> tuple[int | None, bool]:
-        """Tokens that can be loaded beyond `computed`, and whether to load them beside the steps. (0, False) for a miss; None
-        tokens: ask again, they may come in a moment.
+        """Find out how many tokens can be loaded beyond `computed`, and whether to load them beside the steps. (0, False) for a
+        miss; None tokens: ask again, they may come in a moment.
 
         Leases what it finds, until the request is scheduled, finishes, or does not ask for a while. Blocks for one round trip
         to the manager, or not at all when the answer is known.
         """
-        state = self.add(request)
+        state = self._state(request)
         if not self._policy.loads or state.load_failed or computed % self._group.block_size or self._reset_owed():
             return 0, False
         if self._off or state.adapter is None or getattr(request, "skip_reading_prefix_cache", False):
@@ -237,11 +243,11 @@ class SchedulerSide:
         return self._clock() < state.wait_until
 
     def allocated(self, request: Any, blocks: Sequence[int], tokens: int) -> None:
-        """The request got `blocks` (all it has). Load `tokens` tokens into them; 0 means that nothing is wanted from here.
+        """Load `tokens` tokens of a request into `blocks`, which are all it has; 0 means that nothing is wanted from here.
 
         vLLM counts them as computed. Where they are not what was found, those that cannot be loaded are reported as failed.
         """
-        state = self.add(request)
+        state = self._state(request)
         state.blocks, state.settled = list(blocks), UNSETTLED
         found, state.found = state.found, None
         if found is None:
@@ -358,7 +364,7 @@ class SchedulerSide:
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def build(self, output: Any) -> VCacheMetadata:
-        """The work that goes with one step. `output`: vLLM's `SchedulerOutput`, not changed."""
+        """Put together the work that goes with one step. `output`: vLLM's `SchedulerOutput`, not changed."""
         self._step += 1
         metadata = VCacheMetadata(self._step, self._failed_step, not output.num_scheduled_tokens, self._loads)
         self._loads = []
@@ -562,18 +568,18 @@ class SchedulerSide:
         return self._reset.owed
 
     def take_events(self) -> list[Any]:
-        """KV cache events since the last call."""
+        """Take the KV cache events since the last call."""
         return self._events.take()
 
     def take_stats(self) -> VCacheStats | None:
-        """Counters since the last call; None when nothing happened."""
+        """Take the counters since the last call; None when nothing happened."""
         if self.stats.is_empty():
             return None
         stats, self.stats = self.stats, VCacheStats()
         return stats
 
     def close(self) -> None:
-        """Give leases back, say goodbye to the manager. Bounded."""
+        """Give leases back, say goodbye to the manager. Blocks for a bounded time."""
         for state in self._requests.values():
             self._drop_found(state)
         if self._storage is not None:

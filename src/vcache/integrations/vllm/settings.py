@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from ...config import ByteSize, VCacheConfig, sections
+from ...config import ByteSize, VCacheConfig, decode, sections
 from ...errors import ConfigError
 from ...segment.handover import default_broker_dir
 
@@ -50,11 +50,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def __post_init__(self) -> None:
         for name, low in (("load_threads", 1), ("save_threads", 1), ("min_load_tokens", 1)):
             if getattr(self, name) < low:
-                raise ConfigError(f"{SOURCE}: {name}: must be at least {low}, got {getattr(self, name)}")
+                raise ConfigError(f"{name}: must be at least {low}, got {getattr(self, name)}")
         if not 0 < self.lookup_deadline_ms < 1e6:
-            raise ConfigError(f"{SOURCE}: lookup_deadline_ms: must be above 0, got {self.lookup_deadline_ms}")
+            raise ConfigError(f"lookup_deadline_ms: must be above 0, got {self.lookup_deadline_ms}")
         if not 0 <= (self.wait_for_prefill_ms or 0) < 1e6:
-            raise ConfigError(f"{SOURCE}: wait_for_prefill_ms: must be at least 0, got {self.wait_for_prefill_ms}")
+            raise ConfigError(f"wait_for_prefill_ms: must be at least 0, got {self.wait_for_prefill_ms}")
 
 
 class Settings(NamedTuple):
@@ -70,7 +70,7 @@ class Settings(NamedTuple):
 
 
 def read_settings(extra: Mapping[str, Any], env: Mapping[str, str] | None = None) -> Settings:
-    """Later wins: defaults, configuration file, environment, `extra`. Raises `ConfigError` naming an unknown key or bad value.
+    """Read the settings; later wins: defaults, file, environment, `extra`. Raises `ConfigError`, which names the wrong key.
 
     `extra` holds option names, section names with a mapping (`"segment": {"size": "8GiB"}`) or dotted keys
     (`"segment.size": "8GiB"`).
@@ -94,7 +94,7 @@ def read_settings(extra: Mapping[str, Any], env: Mapping[str, str] | None = None
 
 
 def default_address(config: VCacheConfig) -> str:
-    """The socket where `vcache serve` listens unless told otherwise."""
+    """Name the socket where `vcache serve` listens unless told otherwise."""
     folder = os.path.abspath(config.segment.broker_dir) if config.segment.broker_dir else str(default_broker_dir())
     return f"unix://{folder}/manager.sock"
 
@@ -117,13 +117,6 @@ def _split(extra: Mapping[str, Any]) -> tuple[Options, dict[str, dict[str, Any]]
             names = ", ".join((*Options.__struct_fields__, *known))
             raise ConfigError(f"{SOURCE}: unknown key {key!r}; known: {names}")
     try:
-        return msgspec.convert(own, Options, strict=False, dec_hook=_decode), overrides
-    except msgspec.ValidationError as error:
-        text, _, path = str(error).partition(" - at `$.")
-        raise ConfigError(f"{SOURCE}: {path.rstrip('`')}: {text}" if path else f"{SOURCE}: {text}") from None
-
-
-def _decode(kind: type, value: Any) -> Any:
-    if kind is ByteSize:
-        return ByteSize.parse(value)
-    raise NotImplementedError(kind)
+        return decode(own, Options), overrides
+    except ConfigError as error:
+        raise ConfigError(f"{SOURCE}: {error}") from None

@@ -21,7 +21,7 @@ COUNTERS = {
     "saves": "Saves that ended, by worker.",
     "save_bytes": "Bytes written.",
     "save_seconds": "Time that the bytes took to move, without waiting for the forward pass, summed up.",
-    "save_drops": "Saves given up: no room, too many blocks pinned, or computed from a failed load.",
+    "save_drops": "Saves given up: no room, too many blocks held, or computed from a failed load.",
 }
 """Name -> meaning. Prometheus: `vllm:vcache_<name>` (counters, label `engine` as vLLM adds it)."""
 

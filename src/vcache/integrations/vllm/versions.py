@@ -18,12 +18,12 @@ SYNC_BUDGET = 16 * 2**20
 
 
 def peer_source() -> Any:
-    """How vLLM's metrics call tokens that come from the pool; None where they do not ask."""
+    """Say how vLLM's metrics call tokens that come from the pool; None where they do not ask."""
     return CacheHitSource.P2P if CacheHitSource is not None else None
 
 
 def safe_sync_budget(vllm_config: Any, workers: int, wanted: int | None) -> int:
-    """Bytes that may be loaded inside a step.
+    """Decide how many bytes may be loaded inside a step.
 
     A failed load inside a step is found out after the step's tokens were computed from it. vLLM takes those back on one worker
     with the V1 runner and without asynchronous scheduling; elsewhere every load runs beside the steps.

@@ -35,7 +35,7 @@ MAX_ADAPTERS = 1024
 
 
 def of_model(vllm_config: Any, given: str = "") -> str:
-    """What the namespace says of the weights of a vLLM instance. Reads up to some 32 MiB of files.
+    """Name the weights of a vLLM instance, for the namespace. Reads up to some 32 MiB of files.
 
     `given` by the user goes before everything. Raises `DeclinedError` when the weights cannot be told from others.
     """
@@ -51,14 +51,14 @@ def of_model(vllm_config: Any, given: str = "") -> str:
 
 
 class Adapters:
-    """Names of LoRA adapters. Used by one thread."""
+    """Names LoRA adapters. Used by one thread."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple[int, str, str], bytes] = OrderedDict()
 
     def name(self, lora: Any) -> bytes | None:
-        """What tells an adapter from others, on whatever instance it is loaded: empty without one, None when its files are not
-        found. They are read at the first request of each adapter that is loaded."""
+        """Tell an adapter from others, on whatever instance it is loaded: empty without one, None when its files are not found.
+        They are read at the first request of each adapter that is loaded."""
         if lora is None:
             return b""
         key = lora.lora_int_id, lora.lora_name, lora.lora_path
@@ -81,7 +81,7 @@ class Adapters:
 
 
 def fingerprint(path: Path) -> str:
-    """Hex digest of a file with weights, or of those in a folder: names, sizes, safetensors headers, and samples. Empty when
+    """Digest a file with weights, or those in a folder, in hex: names, sizes, safetensors headers, and samples. Empty when
     there are none. Equal for equal files, wherever they are. Raises `OSError`."""
     files = sorted(_files(path), key=lambda file: file.name)
     if not any(file.suffix in SUFFIXES for file in files):

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -24,6 +24,7 @@ from .lend_size import lendable
 from .metadata import LoadJob, LoadOutcome, SaveJob, SaveOutcome, VCacheMetadata, VCacheWorkerMetadata
 from .settings import Settings
 from .stats import VCacheStats
+from .threads import Run, Threads, Work
 
 if TYPE_CHECKING:
     import torch
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.vcache")
 
 T = TypeVar("T")
-Work = Callable[[], None]
-Run = Callable[[Work], None]
 DROPPED = Saved(SaveOutcome(1, False, True))
 IDLE_WAIT = 1e-3
 """Seconds that an engine with nothing to compute waits for a load before it looks again. It must not spin: the threads that
@@ -51,7 +50,7 @@ class Finished(NamedTuple):
 
 
 class WorkerSide:
-    """Called by the model runner's thread; the work is done by a few threads of its own.
+    """Loads and saves one worker's shard. Called by the model runner's thread; the work is done by a few threads of its own.
 
     A broken set-up (an unknown layout, no memory to lend) does not stop the engine: it is logged, and everything is a miss.
     """
@@ -64,8 +63,8 @@ class WorkerSide:
         self._settings = settings
         self._store: ShardStore | None = None
         self._rank = Rank(0, True)
-        self._loaders = ThreadPoolExecutor(settings.options.load_threads, "vcache-load")
-        self._savers = ThreadPoolExecutor(settings.options.save_threads, "vcache-save")
+        self._loaders = Threads("vcache-load", settings.options.load_threads, self._log)
+        self._savers = Threads("vcache-save", settings.options.save_threads, self._log)
         self._failed_step = 0
         self._off = False
         self._lock = threading.Lock()
@@ -77,7 +76,6 @@ class WorkerSide:
         self._loaded: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._stats = VCacheStats()
-        self._pending: set[Future[None]] = set()
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Understand the KV cache, open the pool, lend memory. Blocks up to `manager.connect_timeout`."""
@@ -93,7 +91,8 @@ class WorkerSide:
     def unregister(self) -> None:
         """Let go of the KV cache: wait for transfers, give back what was lent."""
         if self._store is not None:
-            self._drain()
+            self._loaders.drain()
+            self._savers.drain()
             store, self._store = self._store, None
             try:
                 store.close()
@@ -110,7 +109,7 @@ class WorkerSide:
         if store is not None and not metadata.storage:
             store.leave_storage()
         if store is not None and metadata.broken:
-            self._submit(self._savers, partial(store.drop, metadata.broken), _nothing, _at_once)
+            self._savers.submit(partial(store.drop, metadata.broken), _nothing, _at_once)
         if not metadata.loads:
             return
         beside = [job for job in metadata.loads if not job.blocking]
@@ -125,7 +124,7 @@ class WorkerSide:
                 self._loading += len(beside)
             for job in beside:
                 load = partial(self._load_beside, job)
-                self._submit(self._loaders, partial(load, store), partial(load, None), run)
+                self._loaders.submit(partial(load, store), partial(load, None), run)
 
     def start_saves(self, metadata: VCacheMetadata) -> None:
         """Start the saves of a step, after its forward pass was launched. Blocks only for jobs that say so."""
@@ -140,12 +139,12 @@ class WorkerSide:
             return
         # One piece of work for all of them: threads that wake up for each contend with the runner for the interpreter.
         jobs = metadata.saves
-        future = self._submit(self._savers, partial(self._save, store, jobs), partial(self._refuse, jobs), self._follower())
+        future = self._savers.submit(partial(self._save, store, jobs), partial(self._refuse, jobs), self._follower())
         if future is not None and any(job.blocking for job in jobs):
             wait([future])
 
     def finished(self, *, idle: bool = False) -> Finished:
-        """What ended since the last call. Does not block; in an idle step, up to `IDLE_WAIT` for the first load that ends."""
+        """Take what ended since the last call. Does not block; in an idle step, up to `IDLE_WAIT` for a load that ends."""
         if not self._loading and not self._bad_blocks:
             return Finished(set(), set())
         with self._lock:
@@ -159,7 +158,7 @@ class WorkerSide:
         return result
 
     def report(self) -> VCacheWorkerMetadata | None:
-        """For the scheduler's side: since the last call; None when there is nothing to say."""
+        """Take what the scheduler's side has to hear since the last call; None when there is nothing to say."""
         if not self._report:
             return None  # what comes in this moment is said in the next step
         with self._lock:
@@ -167,7 +166,7 @@ class WorkerSide:
         return report
 
     def take_stats(self) -> VCacheStats | None:
-        """Counters since the last call; None when nothing happened."""
+        """Take the counters since the last call; None when nothing happened."""
         if self._stats.is_empty():
             return None
         with self._lock:
@@ -176,8 +175,8 @@ class WorkerSide:
 
     def close(self) -> None:
         """Finish what was started, give back what was lent. Idempotent."""
-        self._loaders.shutdown(wait=True)
-        self._savers.shutdown(wait=True)
+        self._loaders.close()
+        self._savers.close()
         self.unregister()
 
     # -- in the threads --------------------------------------------------------------------------------------------
@@ -309,33 +308,6 @@ class WorkerSide:
         except Exception as error:  # noqa: BLE001 - work that cannot follow the stream must not be done
             return partial(_fail, error)
 
-    def _submit(self, executor: ThreadPoolExecutor, work: Work, refuse: Work, run: Run) -> Future[None] | None:
-        """Let a thread do the work; or, if it never comes to that, refuse it, in whatever thread finds out."""
-        turn = threading.Lock()  # for the first of the two
-
-        def take(either: Work) -> None:
-            if turn.acquire(blocking=False):
-                either()
-
-        def over(future: Future[None]) -> None:
-            with self._lock:
-                self._pending.discard(future)
-            error = future.exception()
-            if error is not None:
-                self._log("a transfer ended", error)
-                take(refuse)
-
-        try:
-            future = executor.submit(run, partial(take, work))
-        except Exception as error:  # noqa: BLE001 - no thread can be started
-            self._log("a transfer was not started", error)
-            take(refuse)
-            return None
-        with self._lock:
-            self._pending.add(future)
-        future.add_done_callback(over)
-        return future
-
     def _turn_off(self, error: Exception | str) -> None:
         text = "VCache is off on this worker, every look-up of this instance is a miss: %s"
         logger.error(text, error, exc_info=_traceback(error))
@@ -355,12 +327,6 @@ class WorkerSide:
             logger.error("%s with an error that was not foreseen; its chunks are misses", what, exc_info=traceback)
         with self._lock:
             self._stats.add("errors")
-
-    def _drain(self) -> None:
-        """Wait for all jobs that were started."""
-        with self._lock:
-            pending = set(self._pending)
-        wait(pending)
 
 
 def _traceback(error: BaseException | str) -> BaseException | None:

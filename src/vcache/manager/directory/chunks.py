@@ -9,9 +9,29 @@ from weakref import WeakValueDictionary
 from ...errors import IntegrityError
 from ...segment.slots import LOCATION_BYTES
 from .eviction import EvictionPolicy
-from .records import Pending, Record, Space
+from .records import Record, Space
+from .slabs import USED, Write
 
 _COMMON_INDICES = 4096
+
+
+class Pending:
+    """A chunk whose shards are not all complete."""
+
+    __slots__ = ("num_shards", "parts", "record")
+
+    def __init__(self, record: Record, num_shards: int) -> None:
+        self.record = record
+        self.num_shards = num_shards
+        self.parts: dict[int, Write] = {}
+        """By shard: processing or used, never quarantined."""
+
+    def is_found(self) -> bool:
+        """Whether all that there is comes from inventories. A damaged header may be among it: it gives way to a writer."""
+        return not any(part.writer for part in self.parts.values())
+
+    def complete(self) -> bool:
+        return len(self.parts) == self.num_shards and all(part.state == USED for part in self.parts.values())
 
 
 class ChunkTable:
@@ -181,6 +201,12 @@ class ChunkTable:
         for key, pending in self.pending.items():
             if pending.record.key != key or pending.record.packed or not pending.parts or pending.complete():
                 raise IntegrityError(f"I2: pending chunk {key.hex()} is visible, complete or has no shard")
+            for part in pending.parts.values():
+                if part.slab.owners[part.slot] is not part or part.slab.segment is None:
+                    raise IntegrityError(f"I3: a shard of pending chunk {key.hex()} does not hold its slot")
+        hidden = [*self.ghosts.values(), *(pending.record for pending in self.pending.values())]
+        if any(record.spilled for record in hidden):
+            raise IntegrityError("I2: a chunk that is not visible is marked as in storage")
         orphans = sum(1 for record in self.visible.values() if record.parent is None and record.index)
         if orphans != self.orphans:
             raise IntegrityError(f"links: {orphans} orphans, recorded {self.orphans}")

@@ -38,8 +38,8 @@ from .integrity import check_core
 from .jobs import SLICE, Job
 from .lending import Lending
 from .reading import PackedReply, Reading
-from .records import FREE, PROCESSING, QUARANTINED, USED
 from .removal import Removal
+from .slabs import FREE, PROCESSING, QUARANTINED, USED
 from .spilling import Spilling
 from .state import Instruction, Session, State
 from .writing import Writing, check_request
@@ -143,7 +143,7 @@ class Directory:
             core.counters.lease_expiries += 1
             core.unpinned(core.leases.drop(lease.number, lease.client))
         self._puts.expire(now)
-        core.count_outstanding()  # forgets what nobody asks about any more
+        core.wiping.count()  # forgets what nobody asks about any more
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do at the latest; None: never, as things stand. O(sessions)."""
@@ -262,7 +262,7 @@ class Directory:
 
     def outstanding(self, tokens: Iterable[int]) -> bool:
         """Whether a lender still has to zero headers for any of these tokens. False once its session is gone."""
-        return any(self._core.outstanding(token) for token in tokens)
+        return any(self._core.wiping.outstanding(token) for token in tokens)
 
     def wiped(self, client: bytes, token: int, now: float) -> None:
         """See `Manager.wiped`."""
@@ -365,7 +365,7 @@ class Directory:
             "leases": len(core.leases.leases),
             "sessions": len(core.sessions),
             "segments": len(segments),
-            "wipes_outstanding": core.count_outstanding(),
+            "wipes_outstanding": core.wiping.count(),
             "slots_free": sum(segment.slots_free for segment in segments),
             "slots_used": sum(segment.slots_used for segment in segments),
             "slots_processing": sum(segment.slots_processing for segment in segments),

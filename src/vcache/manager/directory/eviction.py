@@ -13,9 +13,8 @@ from itertools import islice
 from typing import Literal
 
 from ...errors import IntegrityError
-from ...segment.slots import LOCATION_BYTES
-from .reach import SLAB_PREFIX_BYTES
-from .records import Record
+from ...segment.slots import slab_ids
+from .records import Queue, Record
 
 _OURS = "\0"
 _SORTED, _WARM, _CURSOR = "\0sorted", "\0warm", "\0cursor"
@@ -23,88 +22,6 @@ _SORTED, _WARM, _CURSOR = "\0sorted", "\0warm", "\0cursor"
 those that were not sorted yet."""
 MAX_STEPS = 1 << 16
 """Records looked at for one victim at most; beyond it there is none this time, and the next search goes on from there."""
-
-
-class Queue:
-    """A circular list of records of one slot size around a sentinel. Not thread-safe.
-
-    Between the records may lie markers: records without a key that stay where they are while all around them moves.
-    """
-
-    __slots__ = ("end", "hand", "markers", "size")
-
-    def __init__(self) -> None:
-        end = Record(b"", None, 0)
-        end.older = end.newer = end
-        self.end = end
-        """Sentinel: `end.newer` is the oldest record, `end.older` the newest."""
-        self.hand: Record | None = None
-        """SIEVE: where the next search begins."""
-        self.markers: dict[str, Record] = {}
-        """By name: how far a sweep has come. `index`: when it last began at the oldest record; `used`: the time before."""
-        self.size = 0
-        """Records, without the markers."""
-
-    def insert(self, record: Record, before: Record) -> None:
-        """Put `record` on the older side of `before` (the sentinel: make it the newest)."""
-        self._link(record, before)
-        record.queue = self
-        self.size += 1
-
-    def remove(self, record: Record) -> None:
-        self._unlink(record)
-        record.queue = None
-        self.size -= 1
-
-    def marker(self, name: str) -> Record:
-        """The marker of this name; a new one lies before the oldest record."""
-        marker = self.markers.get(name)
-        if marker is None:
-            marker = self.markers[name] = Record(b"", None, 0)
-            self._link(marker, self.oldest)
-        return marker
-
-    def put_marker(self, marker: Record, before: Record) -> None:
-        """Move a marker to the older side of `before`."""
-        if marker.newer is not before and marker is not before:
-            self._unlink(marker)
-            self._link(marker, before)
-
-    def drop_marker(self, name: str) -> None:
-        """Its sweep starts again at the oldest record. Idempotent."""
-        marker = self.markers.pop(name, None)
-        if marker is not None:
-            self._unlink(marker)
-
-    @property
-    def oldest(self) -> Record:
-        """The oldest record or marker; the sentinel when there is none."""
-        oldest = self.end.newer
-        assert oldest is not None
-        return oldest
-
-    def _link(self, record: Record, before: Record) -> None:
-        older = before.older
-        assert older is not None
-        record.older, record.newer = older, before
-        older.newer = before.older = record
-
-    def _unlink(self, record: Record) -> None:
-        older, newer = record.older, record.newer
-        assert older is not None
-        assert newer is not None
-        if self.hand is record:
-            self.hand = newer
-        older.newer, newer.older = newer, older
-        record.older = record.newer = None
-
-    def __iter__(self) -> Iterator[Record]:
-        """Oldest to newest."""
-        record = self.end.newer
-        while record is not None and record is not self.end:
-            if record.key:
-                yield record
-            record = record.newer
 
 
 class EvictionPolicy(ABC):
@@ -115,7 +32,7 @@ class EvictionPolicy(ABC):
         """By slot size in bytes."""
         self._sorts = 0
         self.closed: AbstractSet[bytes] = frozenset()
-        """Slabs (`SlotLocation.slab_id`) in which room is of no use now."""
+        """Slabs (`slots.slab_id`) in which room is of no use now."""
 
     def add(self, record: Record, slot_bytes: int) -> None:
         """A record became visible. Add a prompt's chunks from tail to head, so that the head is the newest."""
@@ -167,15 +84,15 @@ class EvictionPolicy(ABC):
         finally:
             queue.drop_marker(name)
             for other in [other for other in queue.markers if not other.startswith(_OURS)]:
-                queue.drop_marker(other)  # Of sweeps, which have not seen what came in behind them.
+                queue.drop_marker(other)  # Of scans, which have not seen what came in behind them.
 
     def discard(self, record: Record) -> None:
         if record.queue is not None:
             record.queue.remove(record)
         record.visited = False
 
-    def forget_sweeps(self, name: str) -> None:
-        """Nobody will sweep under this name any more."""
+    def forget_scans(self, name: str) -> None:
+        """Drop the markers of this name: nobody will scan under it any more."""
         for queue in self.queues.values():
             queue.drop_marker(name)
 
@@ -235,8 +152,7 @@ def evictable(record: Record, allowed: frozenset[int] | None, closed: AbstractSe
     is given to anybody now (`EvictionPolicy.closed`)."""
     if record.pins or record.children or not record.packed:
         return False
-    packed = record.packed
-    if closed and all(packed[at : at + SLAB_PREFIX_BYTES] in closed for at in range(0, len(packed), LOCATION_BYTES)):
+    if closed and all(slab in closed for slab in slab_ids(record.packed)):
         return False
     return allowed is None or any(place.segment in allowed for place in record.places())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 from ...errors import IntegrityError
 from .records import Record
@@ -108,12 +108,15 @@ class LeaseTable:
         held = self._of.get(client)
         return len(held.leases) if held is not None else 0
 
-    def check_integrity(self) -> None:
-        """Raises `IntegrityError` when the leases of the clients are not those of the table. O(leases)."""
+    def check_integrity(self, sessions: Container[bytes]) -> None:
+        """Raises `IntegrityError` when the leases of the clients are not those of the table, or a client has no session.
+        O(leases)."""
         for client, held in self._of.items():
             ours = {number: lease for number, lease in self.leases.items() if lease.client == client}
             if not ours or held.leases != ours or held.pins != sum(len(lease.records) for lease in ours.values()):
                 raise IntegrityError(f"I9: leases of client {client.hex()} are counted wrongly")
+            if client not in sessions:
+                raise IntegrityError(f"I9: client {client.hex()} holds leases without a session")
         if sum(len(held.leases) for held in self._of.values()) != len(self.leases):
             raise IntegrityError("I9: a lease belongs to nobody")
 

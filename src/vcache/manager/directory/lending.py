@@ -11,10 +11,10 @@ from ...segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventor
 from ..api import GateReport, GateWriter, ResizeRequested, SegmentGone, SegmentMounted, WriterLost
 from .inventory import SlabHeaders, check_inventory
 from .jobs import Job
-from .records import PROCESSING, QUARANTINED, UNREAD, USED, Record, Wipe, Write
+from .records import Record
 from .recovery import Recovery
 from .removal import Removal
-from .slabs import Segment, Slab
+from .slabs import PROCESSING, QUARANTINED, UNREAD, USED, Segment, Slab, Wipe, Write
 from .state import State
 from .writing import Writing
 
@@ -172,12 +172,8 @@ class Lending:
         self._core.push(segment.info.owner, ResizeRequested(segment=uuid, nbytes=nbytes))
 
     def wiped(self, client: bytes, token: int) -> None:
-        """See `Manager.wiped`. Unknown tokens and those of other lenders are ignored."""
-        holders = self._core.wiping.get(token, {})
-        for wipe in list(holders):
-            segment = wipe.slab.segment
-            if segment is not None and segment.info.owner == client:
-                self._core.end_wipe(wipe)
+        """See `Manager.wiped`."""
+        self._core.wiping.wiped(client, token)
 
     def writer_lost(self, client: bytes) -> None:
         """The client's session ended without goodbye: lenders tell when its writes are over."""
@@ -219,7 +215,7 @@ class Lending:
             self._drop_away(next(iter(self._away)))
         self._core.allocator.remove_segment(segment)
         if segment.info.host not in self._core.allocator.hosts:
-            self._core.chunks.policy.forget_sweeps(segment.info.host)
+            self._core.chunks.policy.forget_scans(segment.info.host)
         self._core.push(None, SegmentGone(number=segment.number, uuid=segment.info.uuid))
 
     def _vacate(self, segment: Segment) -> _Away:
@@ -260,7 +256,7 @@ class Lending:
                     self._puts.release(owner)
             elif isinstance(owner, Wipe):
                 clean = False
-                core.end_wipe(owner)
+                core.wiping.end(owner)
         slab.unread = False
         if quiet:
             core.allocator.blank(slab)

@@ -6,9 +6,8 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 from ...errors import ProtocolError
-from ...segment.slots import LOCATION_BYTES, SlotLocation
+from ...segment.slots import LOCATION_BYTES, SlotLocation, slab_ids
 from ..api import AcquireReply
-from .reach import SLAB_PREFIX_BYTES
 from .records import Record
 from .state import Session, State
 
@@ -101,7 +100,7 @@ class Reading:
 
     def _places(self, found: list[Record], shard: int) -> bytes:
         """Packed locations of one shard; cuts `found` at the first record without it, which makes the rest misses."""
-        places = [record.place(shard) for record in found]
+        places = [record.packed_at(shard) for record in found]
         if b"" in places:
             cut = places.index(b"")
             lost = len(found) - cut
@@ -130,8 +129,7 @@ class Reading:
 
 def readable(record: Record, unreadable: frozenset[bytes]) -> bool:
     """Whether none of a visible chunk's shards lies in one of these slabs."""
-    packed = record.packed
-    return not any(packed[at : at + SLAB_PREFIX_BYTES] in unreadable for at in range(0, len(packed), LOCATION_BYTES))
+    return unreadable.isdisjoint(slab_ids(record.packed))
 
 
 def readable_prefix(records: Iterable[Record], unreadable: frozenset[bytes]) -> int:

@@ -1,22 +1,10 @@
-"""What the directory keeps: one `Record` per chunk, and who holds a slot that carries no visible chunk.
-
-A slot's owner is `None` (free), a `Record` (used), a `Write` (used while other shards are missing, processing or
-quarantined), a `Wipe` (quarantined until its header is zeroed) or `UNREAD`.
-"""
+"""What is kept of chunks: one `Record` each, in one of the queues of eviction while it is visible."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ...segment.slots import LOCATION_BYTES, SlotLocation
-
-if TYPE_CHECKING:
-    from .eviction import Queue
-    from .slabs import Slab
-
-FREE, USED, PROCESSING, QUARANTINED = range(4)
-"""States of a slot; also indices into `Slab.counts`."""
 
 
 class Space:
@@ -74,117 +62,97 @@ class Record:
         self.children = 0
         """Records, visible or being written, whose parent this is: they go first."""
 
-    def places(self) -> Iterator[SlotLocation]:
-        """Location of every shard, in order."""
-        return iter(SlotLocation.unpack_many(self.packed))
+    def places(self) -> list[SlotLocation]:
+        """Unpack the location of every shard, in order."""
+        return SlotLocation.unpack_many(self.packed)
 
-    def place(self, shard: int) -> bytes:
-        """Packed location of one shard; empty when there is none."""
+    def packed_at(self, shard: int) -> bytes:
+        """Return the packed location of one shard; empty when there is none."""
         return self.packed[LOCATION_BYTES * shard : LOCATION_BYTES * (shard + 1)]
 
+    def relocate(self, shard: int, packed: bytes) -> None:
+        """Point one of the shards elsewhere."""
+        at = LOCATION_BYTES * shard
+        self.packed = self.packed[:at] + packed + self.packed[at + LOCATION_BYTES :]
 
-class Write:
-    """One granted write, from the ticket until its slot is published or free again.
 
-    With a `source` it is a move: its chunk is visible all the time, elsewhere, so it is part of no `Pending`.
+class Queue:
+    """A circular list of records of one slot size around a sentinel. Not thread-safe.
+
+    Between the records may lie markers: records without a key that stay where they are while all around them moves.
     """
 
-    __slots__ = (
-        "deadline",
-        "generation",
-        "key",
-        "lease",
-        "packed",
-        "shard",
-        "slab",
-        "slot",
-        "source",
-        "space",
-        "state",
-        "ticket",
-        "writer",
-    )
+    __slots__ = ("end", "hand", "markers", "size")
 
-    def __init__(
-        self,
-        slab: Slab,
-        slot: int,
-        key: bytes,
-        shard: int,
-        generation: int,
-        *,
-        space: Space | None = None,
-        writer: bytes = b"",
-        packed: bytes = b"",
-        source: bytes = b"",
-    ) -> None:
-        self.slab = slab
-        self.slot = slot
-        self.key = key
-        self.shard = shard
-        self.generation = generation
-        """The final, even one."""
-        self.space = space
-        """None: unknown, because the header does not say it while it is written."""
-        self.writer = writer
-        """Client id; empty for a shard that was found complete in an inventory."""
-        self.packed = packed
-        self.source = source
-        """Packed location from which a move copies; empty for every other write."""
-        self.lease = 0
-        """Of a move: number of the lease that its plan took."""
-        self.state = PROCESSING
-        self.deadline = 0.0
-        """Processing: when the ticket lapses. Used: when the chunk must be complete. Quarantined: when the slot is free, or 0
-        while that depends on what we hear of the writer."""
-        self.ticket: tuple[bytes, int, int] = (key, shard, generation)
-        """Its name among the writer's writes."""
+    def __init__(self) -> None:
+        end = Record(b"", None, 0)
+        end.older = end.newer = end
+        self.end = end
+        """Sentinel: `end.newer` is the oldest record, `end.older` the newest."""
+        self.hand: Record | None = None
+        """SIEVE: where the next search begins."""
+        self.markers: dict[str, Record] = {}
+        """By name: how far a scan has come. `index`: when it last began at the oldest record; `used`: the time before."""
+        self.size = 0
+        """Records, without the markers."""
 
+    def insert(self, record: Record, before: Record) -> None:
+        """Put `record` on the older side of `before` (the sentinel: make it the newest)."""
+        self._link(record, before)
+        record.queue = self
+        self.size += 1
 
-class Wipe:
-    """Holds a slot whose header must be zeroed before anything else may be written there."""
+    def remove(self, record: Record) -> None:
+        self._unlink(record)
+        record.queue = None
+        self.size -= 1
 
-    __slots__ = ("slab", "slot", "token")
+    def marker(self, name: str) -> Record:
+        """The marker of this name; a new one lies before the oldest record."""
+        marker = self.markers.get(name)
+        if marker is None:
+            marker = self.markers[name] = Record(b"", None, 0)
+            self._link(marker, self.oldest)
+        return marker
 
-    def __init__(self, slab: Slab, slot: int, token: int) -> None:
-        self.slab = slab
-        self.slot = slot
-        self.token = token
+    def put_marker(self, marker: Record, before: Record) -> None:
+        """Move a marker to the older side of `before`."""
+        if marker.newer is not before and marker is not before:
+            self._unlink(marker)
+            self._link(marker, before)
 
+    def drop_marker(self, name: str) -> None:
+        """Its scan starts again at the oldest record. Idempotent."""
+        marker = self.markers.pop(name, None)
+        if marker is not None:
+            self._unlink(marker)
 
-class Unread:
-    """Holds the slots of a mounted slab whose headers have not been read yet."""
+    @property
+    def oldest(self) -> Record:
+        """The oldest record or marker; the sentinel when there is none."""
+        oldest = self.end.newer
+        assert oldest is not None
+        return oldest
 
-    __slots__ = ()
+    def _link(self, record: Record, before: Record) -> None:
+        older = before.older
+        assert older is not None
+        record.older, record.newer = older, before
+        older.newer = before.older = record
 
+    def _unlink(self, record: Record) -> None:
+        older, newer = record.older, record.newer
+        assert older is not None
+        assert newer is not None
+        if self.hand is record:
+            self.hand = newer
+        older.newer, newer.older = newer, older
+        record.older = record.newer = None
 
-UNREAD = Unread()
-Owner = Record | Write | Wipe | Unread
-
-
-class Pending:
-    """A chunk whose shards are not all complete."""
-
-    __slots__ = ("num_shards", "parts", "record")
-
-    def __init__(self, record: Record, num_shards: int) -> None:
-        self.record = record
-        self.num_shards = num_shards
-        self.parts: dict[int, Write] = {}
-        """By shard: processing or used, never quarantined."""
-
-    def is_found(self) -> bool:
-        """Whether all that there is comes from inventories. A damaged header may be among it: it gives way to a writer."""
-        return not any(part.writer for part in self.parts.values())
-
-    def complete(self) -> bool:
-        return len(self.parts) == self.num_shards and all(part.state == USED for part in self.parts.values())
-
-
-def state_of(owner: Owner | None) -> int:
-    """State of the slot that `owner` holds."""
-    if owner is None:
-        return FREE
-    if isinstance(owner, Record):
-        return USED
-    return owner.state if isinstance(owner, Write) else QUARANTINED
+    def __iter__(self) -> Iterator[Record]:
+        """Oldest to newest."""
+        record = self.end.newer
+        while record is not None and record is not self.end:
+            if record.key:
+                yield record
+            record = record.newer

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from itertools import chain
 
-from ...segment.slots import SlabInfo, SlotHeader, SlotLocation
+from ...segment.slots import SlabInfo, SlotHeader, SlotLocation, stride_of
 from .inventory import SlabHeaders, Verdict
-from .records import PROCESSING, QUARANTINED, UNREAD, USED, Owner, Record, Write
+from .records import Record
 from .removal import Removal
-from .slabs import Segment, Slab
+from .slabs import PROCESSING, QUARANTINED, UNREAD, USED, Owner, Segment, Slab, Write
 from .state import State
 from .writing import Writing
 
@@ -112,7 +112,7 @@ class _Reader:
                 core.counters.inventory_ignored += 1
             if unread and slab.owners[slot] is UNREAD:
                 core.allocator.release(slab, slot)
-        core.wipe(wipes)
+        core.wiping.hold(wipes)
 
     def sort(self) -> Iterator[None]:
         """What became visible goes before all that was used, a prompt's tail before its head."""
@@ -173,17 +173,17 @@ class _Reader:
         self._core.allocator.change(slab, slot, QUARANTINED)
 
     def _add_cold(self, record: Record) -> None:
-        slot_bytes = next(record.places()).slot_bytes
+        slot_bytes = stride_of(record.packed)
         self._cold.setdefault(slot_bytes, {}).setdefault(min(record.index, DEEPEST), []).append(record)
         self._core.chunks.policy.add_cold(record, slot_bytes)
 
     def _replace(self, record: Record, header: SlotHeader, packed: bytes) -> bool:
         """Whether a second copy of a visible shard takes the place of the first: the higher generation wins, but nothing moves
         under a lease."""
-        places = list(record.places())
+        places = record.places()
         if record.pins or len(places) != header.num_shards:
             return False
-        old, new = places[header.shard], SlotLocation.unpack_many(packed)[0]
+        old, new = places[header.shard], SlotLocation.unpack(packed)
         if old.generation >= new.generation or old.slot_bytes != new.slot_bytes:
             return False
         self._core.replace(record, header.shard, packed)

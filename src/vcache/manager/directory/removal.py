@@ -111,7 +111,7 @@ class Removal:
             slots += [(core.allocator.slab_at(place), place.slot) for place in record.places()]
             core.hide(record)
         core.counters.removed += len(victims)
-        return core.wipe(slots)
+        return core.wiping.hold(slots)
 
     def _erase(self, keys: set[bytes] | None, namespace: bytes) -> Generator[None, None, list[int]]:
         """What is left in memory of chunks that the directory does not have, or has no longer; the tokens."""
@@ -140,7 +140,7 @@ class Removal:
                 tokens += yield from self._wipe_doomed(slab)
                 if slab.segment is not None and slab.is_doomed():
                     deferred.append(slab)
-        return tokens + core.defer_wipe(deferred)
+        return tokens + core.wiping.defer(deferred)
 
     def _wipe_doomed(self, slab: Slab) -> Generator[None, None, list[int]]:
         """Zero what can be zeroed now of the headers in an attached slab that must go; the tokens."""
@@ -148,13 +148,13 @@ class Removal:
         buried = [slot for slot, traces in slab.buried.items() if traces is None]
         stale = [slot for slot, traces in slab.stale.items() if traces is None]
         if buried and not slab.busy:
-            return core.wipe_slab(slab, sorted({*stale, *buried}))
+            return core.wiping.hold_slab(slab, sorted({*stale, *buried}))
         tokens: list[int] = []
         for start in range(0, len(stale), core.slice_size):
             if slab.segment is None:
                 break
             slots = stale[start : start + core.slice_size]
-            tokens += core.wipe(
+            tokens += core.wiping.hold(
                 (slab, slot)
                 for slot in slots
                 if slot < slab.slots and slab.owners[slot] is None and slab.stale.get(slot, ()) is None

@@ -1,18 +1,23 @@
-"""Segments, slabs and slots: who holds which slot, where the next chunk goes. Knows nothing of keys, leases or time."""
+"""Slabs and their slots: who holds which. And what they are part of: segments, and the memory of a host.
+
+A slot's owner is `None` (free), a `Record` (used), a `Write` (used while other shards are missing, processing or
+quarantined), a `Wipe` (quarantined until its header is zeroed) or `UNREAD`.
+"""
 
 from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from ...errors import IntegrityError
 from ...segment.slots import SegmentInfo, SlabGeometry, SlabInfo, SlotLocation, slab_geometry
-from ..api import Placement
-from .hosts import HostMemory, tier_of
-from .records import FREE, QUARANTINED, UNREAD, USED, Owner, Record, Unread, Wipe, state_of
+from .records import Record, Space
 
+FREE, USED, PROCESSING, QUARANTINED = range(4)
+"""States of a slot; also indices into `Slab.counts`."""
+VRAM, DRAM = 0, 1
+"""Kinds of memory; also indices into the sums of `HostMemory`."""
 MAX_SLOTS = 1 << 20
 """A slab that would hold more is not used for that slot size: its tables would cost more than it is worth."""
 Traces = tuple[tuple[bytes, bytes], ...] | None
@@ -20,6 +25,99 @@ Traces = tuple[tuple[bytes, bytes], ...] | None
 zeroed as soon as nobody is in the way."""
 MAX_TRACES = 4
 geometry_of = lru_cache(maxsize=1024)(slab_geometry)
+
+_DEMOTE, _SPILL = 0, 1
+ASK_AGAIN = 2.0
+"""Seconds after which an engine is asked again that has not said it is done."""
+_NEVER = float("-inf")
+
+
+class Write:
+    """One granted write, from the ticket until its slot is published or free again.
+
+    With a `source` it is a move: its chunk is visible all the time, elsewhere, so it is part of no `Pending`.
+    """
+
+    __slots__ = (
+        "deadline",
+        "generation",
+        "key",
+        "lease",
+        "packed",
+        "shard",
+        "slab",
+        "slot",
+        "source",
+        "space",
+        "state",
+        "ticket",
+        "writer",
+    )
+
+    def __init__(
+        self,
+        slab: Slab,
+        slot: int,
+        key: bytes,
+        shard: int,
+        generation: int,
+        *,
+        space: Space | None = None,
+        writer: bytes = b"",
+        packed: bytes = b"",
+        source: bytes = b"",
+    ) -> None:
+        self.slab = slab
+        self.slot = slot
+        self.key = key
+        self.shard = shard
+        self.generation = generation
+        """The final, even one."""
+        self.space = space
+        """None: unknown, because the header does not say it while it is written."""
+        self.writer = writer
+        """Client id; empty for a shard that was found complete in an inventory."""
+        self.packed = packed
+        self.source = source
+        """Packed location from which a move copies; empty for every other write."""
+        self.lease = 0
+        """Of a move: number of the lease that its plan took."""
+        self.state = PROCESSING
+        self.deadline = 0.0
+        """Processing: when the ticket lapses. Used: when the chunk must be complete. Quarantined: when the slot is free, or 0
+        while that depends on what we hear of the writer."""
+        self.ticket: tuple[bytes, int, int] = (key, shard, generation)
+        """Its name among the writer's writes."""
+
+
+class Wipe:
+    """Holds a slot whose header must be zeroed before anything else may be written there."""
+
+    __slots__ = ("slab", "slot", "token")
+
+    def __init__(self, slab: Slab, slot: int, token: int) -> None:
+        self.slab = slab
+        self.slot = slot
+        self.token = token
+
+
+class Unread:
+    """Holds the slots of a mounted slab whose headers have not been read yet."""
+
+    __slots__ = ()
+
+
+UNREAD = Unread()
+Owner = Record | Write | Wipe | Unread
+
+
+def state_of(owner: Owner | None) -> int:
+    """State of the slot that `owner` holds."""
+    if owner is None:
+        return FREE
+    if isinstance(owner, Record):
+        return USED
+    return owner.state if isinstance(owner, Write) else QUARANTINED
 
 
 class Slab:
@@ -157,9 +255,51 @@ class Slab:
             raise IntegrityError(f"I4: {where}: counter {self.counter} below format generation {self.format_generation} or odd")
 
 
-def slab_id(segment: int, slab: int) -> bytes:
-    """`SlotLocation.slab_id` of what lies there."""
-    return segment.to_bytes(4, "little") + slab.to_bytes(2, "little")
+class HostMemory:
+    """What is lent on one host. A slot counts as its share of its slab, so that a slab without a free slot is used to 100%
+    whatever its geometry wastes."""
+
+    __slots__ = ("busy", "nbytes", "quiet_until", "segments", "spilled")
+
+    def __init__(self) -> None:
+        self.segments = 0
+        self.nbytes = [0, 0]
+        """Bytes of slabs, VRAM and DRAM."""
+        self.busy = [0, 0]
+        """Bytes of slots that are not free, VRAM and DRAM."""
+        self.spilled = 0
+        """Bytes of slots whose chunk is in the storage tier as well: room that costs nothing to make."""
+        self.quiet_until = [_NEVER, _NEVER]
+        """Before this time nobody is asked to demote, or to spill."""
+
+    def wants_room(self, high: float, now: float) -> bool:
+        """Whether to ask an engine of this host now: VRAM is used above `high` although there is host memory, or the whole
+        pool is, without what could go at once. At most one wish of each kind is outstanding. O(1)."""
+        demote = self.nbytes[DRAM] > 0 and self.busy[VRAM] > high * self.nbytes[VRAM]
+        spill = self.unspilled() > high * sum(self.nbytes)
+        wanted = False
+        for kind, over in ((_DEMOTE, demote), (_SPILL, spill)):
+            if over and now >= self.quiet_until[kind]:
+                self.quiet_until[kind] = now + ASK_AGAIN
+                wanted = True
+        return wanted
+
+    def unspilled(self) -> int:
+        """Bytes in use that would be lost with their slots."""
+        return sum(self.busy) - self.spilled
+
+    def demoted(self) -> None:
+        """Nothing more to demote: the wish is fulfilled."""
+        self.quiet_until[_DEMOTE] = _NEVER
+
+    def spilled_all(self) -> None:
+        """Nothing more to spill: the wish is fulfilled."""
+        self.quiet_until[_SPILL] = _NEVER
+
+
+def tier_of(info: SegmentInfo) -> int:
+    """`VRAM` or `DRAM`."""
+    return VRAM if info.kind == "cuda" else DRAM
 
 
 class Segment:
@@ -202,295 +342,3 @@ class Segment:
 
     def load(self) -> float:
         return self.busy / self.nbytes if self.nbytes else 1.0
-
-
-class Allocator:
-    """All mounted segments. Pure bookkeeping; every call is O(1) in the number of chunks unless it says otherwise."""
-
-    def __init__(self, floor: int, first_segment: int = 1) -> None:
-        """`floor`: generations of new slabs start above it (the manager's epoch). `first_segment`: number of the first one."""
-        self.segments: dict[int, Segment] = {}
-        """By number."""
-        self.by_uuid: dict[bytes, Segment] = {}
-        self.slabs: dict[int, Slab] = {}
-        """Attached slabs, by `slab_key`."""
-        self.hosts: dict[str, HostMemory] = {}
-        """Hosts on which segments are mounted."""
-        self.version = 0
-        """Grows whenever slabs come or go, or can be read by others than before."""
-        self.floor = floor
-        self._last_number = first_segment - 1
-        self.awaiting: dict[Slab, None] = {}
-        """Attached slabs that wait for writers."""
-        self.closed: set[bytes] = set()
-        """Attached slabs that are closed, by `slab_id`."""
-
-    @staticmethod
-    def slab_key(number: int, index: int) -> int:
-        return number << 16 | index
-
-    def slab_at(self, place: SlotLocation) -> Slab:
-        return self.slabs[place.segment << 16 | place.slab]
-
-    # Segments and slabs
-
-    def add_segment(self, info: SegmentInfo) -> Segment:
-        """A new segment without slabs."""
-        self._last_number += 1
-        segment = Segment(self._last_number, info, self._join_host(info))
-        self.segments[segment.number] = self.by_uuid[info.uuid] = segment
-        return segment
-
-    def remove_segment(self, segment: Segment) -> None:
-        """The caller has detached its slabs."""
-        del self.segments[segment.number], self.by_uuid[segment.info.uuid]
-        self._leave_host(segment)
-
-    def redefine(self, segment: Segment, info: SegmentInfo) -> None:
-        """The segment's lender describes it anew. The caller has detached its slabs."""
-        self._leave_host(segment)
-        segment.info, segment.memory, segment.tier = info, self._join_host(info), tier_of(info)
-
-    def _join_host(self, info: SegmentInfo) -> HostMemory:
-        memory = self.hosts.get(info.host)
-        if memory is None:
-            memory = self.hosts[info.host] = HostMemory()
-        memory.segments += 1
-        return memory
-
-    def _leave_host(self, segment: Segment) -> None:
-        segment.memory.segments -= 1
-        if not segment.memory.segments:
-            del self.hosts[segment.info.host]
-
-    def readdress(self, slab: Slab, address: int) -> None:
-        """Others read an attached slab there now."""
-        slab.address = address
-        self.version += 1
-
-    def attach(self, segment: Segment, slab: Slab) -> None:
-        self.version += 1
-        slab.segment = segment
-        segment.slabs[slab.index] = slab
-        self.slabs[self.slab_key(segment.number, slab.index)] = slab
-        segment.nbytes += slab.nbytes
-        segment.memory.nbytes[segment.tier] += slab.nbytes
-        self.refresh(slab)
-        self._occupy(slab, slab.busy)
-
-    def blank(self, slab: Slab) -> None:
-        """All holders of an attached slab are gone: it has no slots until it is formatted."""
-        segment = slab.segment
-        assert segment is not None
-        self._occupy(slab, -slab.busy)
-        if slab.geometry is not None:
-            self._close(segment, slab, slab.geometry.stride)
-        slab.geometry, slab.owners, slab.counts = None, [], [0, 0, 0, 0]
-        slab.free, slab.listed = array("I"), bytearray()
-        self.refresh(slab)
-
-    def detach(self, slab: Slab) -> None:
-        """Later slabs in the same memory will start above its generations."""
-        segment = slab.segment
-        assert segment is not None
-        self.version += 1
-        self.floor = max(self.floor, slab.counter)
-        del segment.slabs[slab.index], self.slabs[self.slab_key(segment.number, slab.index)]
-        segment.nbytes -= slab.nbytes
-        segment.memory.nbytes[segment.tier] -= slab.nbytes
-        segment.empty.pop(slab.index, None)
-        if slab.geometry is not None:
-            self._close(segment, slab, slab.geometry.stride)
-        self._occupy(slab, -slab.busy)
-        slab.segment = None
-        # The next mount of this memory says who is in it then.
-        slab.writers.clear()
-        self.awaiting.pop(slab, None)
-        self.closed.discard(slab_id(segment.number, slab.index))
-
-    def await_writer(self, slab: Slab, client: bytes) -> None:
-        """Give nobody a slot in this attached slab before `writer_left`."""
-        slab.writers.add(client)
-        self.awaiting[slab] = None
-        self.refresh(slab)
-
-    def writer_left(self, slab: Slab, client: bytes) -> None:
-        """Undo `await_writer`. Idempotent."""
-        if client in slab.writers:
-            slab.writers.discard(client)
-            if not slab.writers:
-                self.awaiting.pop(slab, None)
-                self.refresh(slab)
-
-    def awaited(self, client: bytes) -> list[Slab]:
-        """Slabs that wait for this client."""
-        return [slab for slab in self.awaiting if client in slab.writers]
-
-    def raise_floor(self, floor: int) -> None:
-        """Generations of slabs that are attached from now on start above `floor`, too."""
-        self.floor = max(self.floor, floor + (floor & 1))
-
-    @staticmethod
-    def _occupy(slab: Slab, slots: int) -> None:
-        """So many more slots of an attached slab are not free."""
-        segment, geometry = slab.segment, slab.geometry
-        if geometry is not None and segment is not None:
-            segment.busy += slots * geometry.stride
-            segment.memory.busy[segment.tier] += slots * slab.share
-
-    def refresh(self, slab: Slab) -> None:
-        """Sort an attached slab among the open, the empty and the closed ones, after `layout` or when it closed or opened."""
-        segment = slab.segment
-        assert segment is not None
-        if slab.closed:
-            self.closed.add(slab_id(segment.number, slab.index))
-        elif self.closed:
-            self.closed.discard(slab_id(segment.number, slab.index))
-        if slab.geometry is not None:
-            self._close(segment, slab, slab.geometry.stride)
-            if slab.counts[FREE] and not slab.closed:
-                segment.open.setdefault(slab.geometry.stride, OrderedDict())[slab.index] = slab
-        if slab.busy or slab.closed:
-            segment.empty.pop(slab.index, None)
-        else:
-            segment.empty[slab.index] = slab
-
-    @staticmethod
-    def _close(segment: Segment, slab: Slab, stride: int) -> None:
-        group = segment.open.get(stride)
-        if group is not None:
-            group.pop(slab.index, None)
-            if not group:
-                del segment.open[stride]
-
-    # Placement
-
-    def candidates(self, placement: Placement, device: str, avoid: Iterable[int]) -> list[Segment]:
-        """Segments in the order in which a free slot is looked for."""
-        skip = frozenset(avoid)
-
-        def rank(segment: Segment) -> tuple[int, float, int]:
-            info = segment.info
-            tier = 2 if info.kind == "host" else int(placement == "local" and info.device != device)
-            return tier, segment.load(), segment.number
-
-        return sorted((segment for number, segment in self.segments.items() if number not in skip), key=rank)
-
-    def find_free(self, segments: Sequence[Segment], stride: int) -> Slab | None:
-        """A slab with a free slot of this size in the first segment that has room; formats an empty slab if need be."""
-        for segment in segments:
-            group = segment.open.get(stride)
-            if group:
-                return next(iter(group.values()))
-            for slab in segment.empty.values():
-                geometry = geometry_of(slab.nbytes, stride)
-                if 0 < geometry.slots <= MAX_SLOTS:
-                    self._format(slab, geometry)
-                    return slab
-        return None
-
-    def _format(self, slab: Slab, geometry: SlabGeometry) -> None:
-        segment = slab.segment
-        assert segment is not None
-        assert not slab.busy
-        if slab.geometry is not None:
-            self._close(segment, slab, slab.geometry.stride)
-        for slot, traces in slab.stale.items():
-            before = slab.buried.get(slot, ())
-            slab.buried[slot] = None if traces is None or before is None else traces + before
-        slab.stale = {}
-        slab.layout(geometry, slab.next_generation())
-        self.refresh(slab)
-
-    def take(self, slab: Slab) -> int:
-        """A free slot, which the caller must give an owner at once (`hold`). There must be one."""
-        while True:
-            slot = slab.free.pop()
-            slab.listed[slot] = 0
-            if slab.owners[slot] is None:
-                return slot
-
-    def hold(self, slab: Slab, slot: int, owner: Owner) -> None:
-        """Make `owner` the holder of a free slot."""
-        segment, geometry = slab.segment, slab.geometry
-        assert segment is not None
-        assert geometry is not None
-        if not slab.busy:
-            segment.empty.pop(slab.index, None)
-        slab.owners[slot] = owner
-        slab.counts[FREE] -= 1
-        slab.counts[state_of(owner)] += 1
-        self._occupy(slab, 1)
-        if not slab.counts[FREE]:
-            self._close(segment, slab, geometry.stride)
-
-    def release(self, slab: Slab, slot: int) -> None:
-        """The slot is free again, and its slab unformatted with the last one. Also for detached slabs."""
-        owner = slab.owners[slot]
-        assert owner is not None
-        slab.counts[state_of(owner)] -= 1
-        slab.counts[FREE] += 1
-        slab.owners[slot] = None
-        if not slab.listed[slot]:
-            slab.listed[slot] = 1
-            slab.free.append(slot)
-        segment, geometry = slab.segment, slab.geometry
-        if segment is None or geometry is None:
-            return
-        self._occupy(slab, -1)
-        if not slab.busy or slab.counts[FREE] == 1:
-            self.refresh(slab)
-
-    # Gauges
-
-    def totals(self, segment: Segment) -> tuple[list[int], int, int]:
-        """Slots by state, bytes used, slabs without a slot in use. O(slabs)."""
-        counts, used = [0, 0, 0, 0], 0
-        for slab in segment.slabs.values():
-            if slab.busy and slab.geometry is not None:
-                counts = [a + b for a, b in zip(counts, slab.counts, strict=True)]
-                used += slab.counts[USED] * slab.geometry.stride
-        return counts, used, len(segment.empty)
-
-    def check_integrity(self) -> None:
-        """Raises `IntegrityError` naming the rule. O(slots)."""
-        closed = {slab_id(slab.segment.number, slab.index) for slab in self.slabs.values() if slab.closed and slab.segment}
-        if closed != self.closed:
-            raise IntegrityError("I5: slabs that give out nothing are counted wrongly")
-        if sum(len(segment.slabs) for segment in self.segments.values()) != len(self.slabs):
-            raise IntegrityError("I5: slabs of segments and slabs in the table differ")
-        sums = {host: ([0, 0], [0, 0]) for host in self.hosts}
-        for segment in self.segments.values():
-            nbytes = busy = 0
-            if segment.memory is not self.hosts.get(segment.info.host) or segment.tier != tier_of(segment.info):
-                raise IntegrityError(f"I5: segment {segment.number} is counted for another host or kind of memory")
-            for index, slab in segment.slabs.items():
-                slab.check_integrity()
-                where = f"I5: segment {segment.number}, slab {index}"
-                if slab.segment is not segment or self.slabs.get(self.slab_key(segment.number, index)) is not slab:
-                    raise IntegrityError(f"{where}: not where it believes to be")
-                nbytes += slab.nbytes
-                if (index in segment.empty) != (slab.busy == 0 and not slab.closed):
-                    raise IntegrityError(f"{where}: {slab.busy} busy slots, among the empty: {index in segment.empty}")
-                listed = [stride for stride, group in segment.open.items() if index in group]
-                grants = slab.geometry is not None and slab.counts[FREE] and not slab.closed
-                expected = [slab.geometry.stride] if slab.geometry is not None and grants else []
-                if listed != expected:
-                    raise IntegrityError(f"{where}: open for slot sizes {listed}, expected {expected}")
-                busy += slab.busy * (slab.geometry.stride if slab.geometry else 0)
-                sums[segment.info.host][0][segment.tier] += slab.nbytes
-                sums[segment.info.host][1][segment.tier] += slab.busy * slab.share
-            if (nbytes, busy) != (segment.nbytes, segment.busy):
-                raise IntegrityError(
-                    f"I5: segment {segment.number}: bytes {nbytes}/{busy}, recorded {segment.nbytes}/{segment.busy}"
-                )
-
-        for host, memory in self.hosts.items():
-            if (memory.nbytes, memory.busy) != sums[host]:
-                raise IntegrityError(f"I5: host {host}: bytes {sums[host]}, recorded {memory.nbytes}, {memory.busy}")
-
-    def change(self, slab: Slab, slot: int, before: int) -> None:
-        """The state of the slot's owner was `before` and is now another one."""
-        owner = slab.owners[slot]
-        slab.counts[before] -= 1
-        slab.counts[state_of(owner)] += 1

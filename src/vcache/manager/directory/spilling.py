@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from ..api import Spill, SpillPlan
-from .hosts import DRAM, VRAM, HostMemory
 from .records import Record
+from .slabs import DRAM, VRAM, HostMemory
 from .state import Session, State
 
 MAX_SPILLS = 4096
@@ -43,7 +43,7 @@ class Spilling:
         records: list[Record] = []
         total = 0
         for record in self._candidates(session.host, memory, avoid) if excess > 0 else ():
-            places = list(record.places())
+            places = record.places()
             size = sum(place.slot_bytes for place in places)
             if total >= excess or len(spills) + len(places) > MAX_SPILLS or (spills and size > nbytes):
                 break

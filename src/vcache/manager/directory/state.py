@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from ...config import ManagerConfig
 from ...errors import ManagerRefusedError
-from ...segment.slots import ALIGNMENT, HEADER_BYTES, LOCATION_BYTES, SlotLocation
-from ..api import Push, PutGrant, Role, WipeSlots
+from ...segment.slots import SlotLocation
+from ..api import Push, PutGrant, Role
+from .allocator import Allocator
 from .chunks import ChunkTable
+from .counters import Counters
 from .eviction import make_policy
 from .jobs import SLICE, Jobs
 from .leases import LeaseTable
-from .reach import unreadable_slabs
-from .records import FREE, Record, Space, Wipe, Write, state_of
-from .slabs import Allocator, Slab
+from .records import Record, Space
+from .slabs import Slab, Write
+from .wiping import Wiping
 from .write_table import WriteTable
-
-WIPE_BATCH = 1024
-"""Slots in one `WipeSlots` at most."""
 
 
 class Instruction(NamedTuple):
@@ -30,54 +28,6 @@ class Instruction(NamedTuple):
     """Client id, or None for every client that has a session."""
     push: Push | None
     """To send. None: the session of `target` was ended by the directory; close its connection."""
-
-
-@dataclass(slots=True)
-class Counters:
-    """Since the manager started. Per key, unless the name says otherwise; lookups = hits + misses + errors (I10)."""
-
-    lookups: int = 0
-    hits: int = 0
-    misses: int = 0
-    errors: int = 0
-    leases: int = 0
-    leases_refused: int = 0
-    """Because the session held too many."""
-    lease_expiries: int = 0
-    puts: int = 0
-    """Tickets granted."""
-    puts_exist: int = 0
-    puts_busy: int = 0
-    puts_no_space: int = 0
-    stored: int = 0
-    """Shards written and published or waiting for the other shards."""
-    late_ends: int = 0
-    """`put_end` for a ticket that had lapsed."""
-    revocations: int = 0
-    ticket_expiries: int = 0
-    incomplete: int = 0
-    """Complete shards dropped because the others never came."""
-    evictions: int = 0
-    """Chunks that went for lack of room, because their slab was returned, or with their segment."""
-    demotions: int = 0
-    """Shards that moved from VRAM to host memory."""
-    demotions_refused: int = 0
-    """Copied shards that stayed where they were: leased by others, gone, or moved before."""
-    spills: int = 0
-    """Chunks that an engine wrote to storage before their eviction."""
-    slab_reclaims: int = 0
-    """Slabs emptied to hold another slot size."""
-    removed: int = 0
-    recovered: int = 0
-    """Shards found in inventories."""
-    inventory_ignored: int = 0
-    """Slot headers in inventories that were not believed."""
-    quarantines: int = 0
-    """Slots that went into quarantine."""
-    wipes: int = 0
-    """Slot headers that a lender was told to zero."""
-    sessions: int = 0
-    session_timeouts: int = 0
 
 
 class Session:
@@ -119,12 +69,8 @@ class State:
         self.slice_size = slice_size
         self.now = 0.0
         """The time of the latest call."""
-        self.wiping: dict[int, dict[Wipe, None]] = {}
-        """Outstanding wipes, by token; in order, because the same events must always have the same effects."""
-        self._deferred: dict[int, list[Slab]] = {}
-        """Removals whose headers cannot be zeroed yet because somebody writes in these slabs, by token."""
         # From the epoch on: a lender's late word on a wipe of an earlier manager is not taken for one of this manager's.
-        self._last_token = epoch
+        self.wiping = Wiping(self.allocator, self.counters, self.push, epoch)
         self.clock = 1
         """Coarse time of use: eighths of a second."""
         self._clock_until = 0.0
@@ -145,10 +91,10 @@ class State:
         return session
 
     def unreadable(self, session: Session) -> frozenset[bytes]:
-        """Slabs that the session cannot read (`reach.unreadable_slabs`)."""
+        """Slabs that the session cannot read (`Allocator.unreadable`)."""
         if session.version != self.allocator.version:
             session.version = self.allocator.version
-            session.unreadable = unreadable_slabs(self.allocator, session.host, session.remote)
+            session.unreadable = self.allocator.unreadable(session.host, session.remote)
         return session.unreadable
 
     def push(self, target: bytes | None, push: Push) -> None:
@@ -183,11 +129,10 @@ class State:
     def replace(self, record: Record, shard: int, packed: bytes) -> None:
         """Another copy takes the place of a visible chunk's shard: trace and free the old slot. The new slot is the caller's
         affair."""
-        old = SlotLocation.unpack_many(record.place(shard))[0]
+        old = SlotLocation.unpack(record.packed_at(shard))
         spilled = record.spilled
         self.mark_spilled(record, False)
-        at = LOCATION_BYTES * shard
-        record.packed = record.packed[:at] + packed + record.packed[at + LOCATION_BYTES :]
+        record.relocate(shard, packed)
         self.mark_spilled(record, spilled)
         slab = self.allocator.slab_at(old)
         slab.trace(old.slot, record.key, name_of(record.space))
@@ -210,7 +155,7 @@ class State:
 
     def forget(self, record: Record) -> None:
         """A visible chunk goes; all its slots are free. Their headers stay until somebody overwrites them."""
-        places = list(record.places())
+        places = record.places()
         name = name_of(record.space)
         self.hide(record)
         for place in places:
@@ -221,11 +166,11 @@ class State:
     def free(self, slab: Slab, slot: int) -> None:
         """The holder of a slot lets go. Zeroes headers first where a removed chunk's may still be there."""
         if slab.segment is not None and slab.stale.get(slot, ()) is None:
-            self.wipe([(slab, slot)])
+            self.wiping.hold([(slab, slot)])
             return
         self.allocator.release(slab, slot)
         if slab.buried and slab.segment is not None and not slab.busy:
-            self.wipe_slab(slab, [old for old, traces in slab.buried.items() if traces is None])
+            self.wiping.hold_slab(slab, [old for old, traces in slab.buried.items() if traces is None])
 
     def check_leases(self, client: bytes) -> None:
         """Raises `ManagerRefusedError` when the client holds as many leases as a session may."""
@@ -241,97 +186,7 @@ class State:
             for record in records:
                 self.chunks.settle(record)
 
-    # Wiping
-
-    def wipe(self, slots: Iterable[tuple[Slab, int]]) -> list[int]:
-        """Hold these slots (free or not) until their lenders zeroed the headers; tokens to wait for."""
-        by_segment: dict[int, list[tuple[Slab, int]]] = {}
-        for slab, slot in slots:
-            assert slab.segment is not None
-            by_segment.setdefault(slab.segment.number, []).append((slab, slot))
-        tokens: list[int] = []
-        for places in by_segment.values():
-            for start in range(0, len(places), WIPE_BATCH):
-                batch = places[start : start + WIPE_BATCH]
-                tokens.append(self._hold_for_wipe(batch, batch))
-        return tokens
-
-    def wipe_slab(self, slab: Slab, headers: list[int]) -> list[int]:
-        """Zero headers that an earlier format left in an empty slab. All of the slab is held meanwhile, because those places
-        may be payload now."""
-        if not headers:
-            return []
-        holds = [(slab, slot) for slot in range(slab.slots)]
-        return [self._hold_for_wipe(holds, [(slab, slot) for slot in headers])]
-
-    def _hold_for_wipe(self, holds: list[tuple[Slab, int]], headers: list[tuple[Slab, int]]) -> int:
-        """Both in slabs of one segment."""
-        self._last_token = token = self._last_token + 1
-        holders = self.wiping[token] = {}
-        segment = holds[0][0].segment
-        assert segment is not None
-        for slab, slot in holds:
-            before = state_of(slab.owners[slot])
-            wipe = Wipe(slab, slot, token)
-            holders[wipe] = None
-            if before == FREE:
-                self.allocator.hold(slab, slot, wipe)
-            else:
-                slab.owners[slot] = wipe
-                self.allocator.change(slab, slot, before)
-        for slab, slot in headers:
-            slab.stale.pop(slot, None)
-            slab.buried.pop(slot, None)
-        self.counters.wipes += len(headers)
-        offsets = [(slab.index, HEADER_BYTES * (1 + slot)) for slab, slot in headers]
-        self.push(segment.info.owner, WipeSlots(token=token, segment=segment.info.uuid, slots=offsets))
-        return token
-
-    def defer_wipe(self, slabs: list[Slab]) -> list[int]:
-        """Headers of removed chunks in these slabs (traces of None) must be zeroed, or voided by the writes that are under way
-        there; a token to wait for that."""
-        if not slabs:
-            return []
-        self._last_token = token = self._last_token + 1
-        self._deferred[token] = slabs
-        return [token]
-
-    def outstanding(self, token: int) -> bool:
-        """Whether headers of removed chunks are still in the memory of a mounted segment. O(slots) for deferred wipes."""
-        slabs = self._deferred.get(token)
-        if slabs is None:
-            return token in self.wiping
-        while slabs:
-            if slabs[-1].segment is not None and slabs[-1].is_doomed():
-                return True
-            slabs.pop()
-        del self._deferred[token]
-        return False
-
-    def count_outstanding(self) -> int:
-        """Tokens that are outstanding."""
-        return len(self.wiping) + sum(self.outstanding(token) for token in list(self._deferred))
-
-    def end_wipe(self, wipe: Wipe) -> None:
-        """One slot is clean, or its memory is gone."""
-        self.release_token(wipe)
-        if wipe.slab.owners[wipe.slot] is wipe:
-            self.allocator.release(wipe.slab, wipe.slot)
-
-    def release_token(self, wipe: Wipe) -> None:
-        """Nobody needs to wait for this slot any more."""
-        holders = self.wiping.get(wipe.token)
-        if holders is not None:
-            holders.pop(wipe, None)
-            if not holders:
-                del self.wiping[wipe.token]
-
 
 def name_of(space: Space | None) -> bytes:
     """The namespace; empty if it is not known."""
     return space.name if space is not None else b""
-
-
-def stride_of(slot_bytes: int) -> int:
-    """Slot sizes are told apart after rounding up to `ALIGNMENT`, as locations do on the wire."""
-    return -(-slot_bytes // ALIGNMENT) * ALIGNMENT

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from ...errors import IntegrityError
-from .records import PROCESSING, QUARANTINED, USED, Write
+from .slabs import PROCESSING, QUARANTINED, USED, Write
 
 
 class WriteTable:
@@ -118,8 +118,20 @@ class WriteTable:
         """Writes of this client in PROCESSING."""
         return sum(1 for write in self.by_writer.get(writer, {}).values() if write.state == PROCESSING)
 
-    def check_integrity(self) -> None:
-        """Raises `IntegrityError` naming the rule. O(writes)."""
+    def check_integrity(self, held: list[Write], sessions: Container[bytes]) -> None:
+        """`held`: those that hold a slot. Raises `IntegrityError` naming the rule. O(writes)."""
+        self._check_tickets()
+        self._check_times()
+        known = {id(write) for write in held}
+        if any(id(write) not in known for writes in self.by_writer.values() for write in writes.values()):
+            raise IntegrityError("I6: a write is remembered in a slab that is gone")
+        if {id(write) for write in held if write.source} != {id(write) for write in self.moves}:
+            raise IntegrityError("I3: moves remembered and slots that they hold differ")
+        for write in held:
+            if write.state == PROCESSING and write.writer not in sessions:
+                raise IntegrityError(f"I9: client {write.writer.hex()} writes without a session")
+
+    def _check_tickets(self) -> None:
         for writer, writes in self.by_writer.items():
             if not writes:
                 raise IntegrityError(f"I5: empty table of writer {writer.hex()}")
@@ -129,6 +141,8 @@ class WriteTable:
                     raise IntegrityError(f"I5: write of {write.key.hex()} by {writer.hex()} does not hold its slot")
                 if (write in self._timed) != (write.state == PROCESSING):
                     raise IntegrityError(f"I5: write of {write.key.hex()}: deadline and state differ")
+
+    def _check_times(self) -> None:
         partial = {write for writes in self.partial.values() for write in writes}
         if partial != {write for write in self._timed if write.state == USED} or not all(self.partial.values()):
             raise IntegrityError("I5: shards that wait for others are counted wrongly")

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Literal
 
 from ...errors import ManagerRefusedError, ProtocolError
 from ...keys import DIGEST_BYTES
-from ...segment.slots import ALIGNMENT
+from ...segment.slots import ALIGNMENT, align_up, generation_of, stride_of
 from ..api import PutGrant, PutRequest, Ticket
-from .chunks import deepest_first
+from .chunks import Pending, deepest_first
 from .demoting import Demoting
-from .records import PROCESSING, QUARANTINED, USED, Record, Write
-from .slabs import MAX_SLOTS, Segment, Slab, geometry_of
-from .state import State, name_of, stride_of
+from .records import Record
+from .slabs import MAX_SLOTS, PROCESSING, QUARANTINED, USED, Segment, Slab, Write, geometry_of
+from .state import State, name_of
 
 EVICTION_ATTEMPTS = 64
 """Chunks evicted for one slot at most (a chunk may free slots of other sizes only)."""
@@ -53,7 +54,7 @@ class _Placer:
         self._request = request
         self._release = release
         self._avoid = frozenset(request.avoid)
-        self.stride = stride_of(request.slot_bytes)
+        self.stride = align_up(request.slot_bytes, ALIGNMENT)
         self._order = self._candidates()
         self._exhausted = not self._order
         self._budget = RECLAIM_BUDGET
@@ -202,58 +203,35 @@ class Writing:
         """See `Manager.put_start`. Pauses after each slice of keys. Raises `ManagerRefusedError` when the session ends in a
         pause; what was granted is then dealt with as what every lost session leaves."""
         core, session = self._core, self._core.sessions[client]
-        placer = _Placer(core, client, request, self.release)
-        chunks = core.chunks
-        space = chunks.space(request.namespace)
-        previous: Record | None = None
-        anchor: Record | None = None
-        if request.parent and request.first_index:
-            anchor = previous = chunks.ghost(request.parent, request.first_index - 1, space)
+        placer, chunks, keys = _Placer(core, client, request, self.release), core.chunks, request.keys
+        parent: Record | None = None
+        if keys and request.parent and request.first_index:
+            parent = chunks.ghost(request.parent, request.first_index - 1, chunks.space(request.namespace))
+        previous = parent
         grants: list[PutGrant] = []
-        for offset, key in enumerate(request.keys):
-            if offset and offset % core.slice_size == 0:
-                if anchor is not None:
-                    chunks.settle(anchor)
-                    anchor = None
+        for begin in range(0, len(keys), core.slice_size):
+            if begin:
                 yield
                 if core.sessions.get(client) is not session:
                     raise ManagerRefusedError("put_start: the session is over")
                 placer = placer.again()
-                previous = chunks.any(request.keys[offset - 1])
-            grant = self._grant(client, request, offset, previous, placer, core.now)
-            grants.append(grant)
-            previous = chunks.any(key)
-        if anchor is not None:
-            chunks.settle(anchor)
+                previous = chunks.any(keys[begin - 1])
+            for offset in range(begin, min(begin + core.slice_size, len(keys))):
+                grants.append(self._grant(client, request, offset, previous, placer))
+                previous = chunks.any(keys[offset])
+            if parent is not None:
+                chunks.settle(parent)  # Now at the latest its child refers to it, or nothing does.
         return grants
 
-    def _grant(
-        self, client: bytes, request: PutRequest, offset: int, previous: Record | None, placer: _Placer, now: float
-    ) -> PutGrant:
-        core, chunks, counters = self._core, self._core.chunks, self._core.counters
-        key, index = request.keys[offset], request.first_index + offset
-        record = chunks.visible.get(key)
-        if record is not None:
-            if previous is not None and record.parent is None and record.index:
-                chunks.link(record, previous)
-            counters.puts_exist += 1
-            return PutGrant("exists")
-        pending = chunks.pending.get(key)
-        if pending is not None and pending.num_shards != request.num_shards and pending.is_found():
-            for found in list(pending.parts.values()):
-                counters.incomplete += 1
-                self.release(found)
-            pending = None
-        if pending is not None:
-            part = pending.parts.get(request.shard)
-            if part is not None and part.state == USED:
-                counters.puts_exist += 1
-                return PutGrant("exists")
-            if part is not None or pending.num_shards != request.num_shards:
-                counters.puts_busy += 1
-                return PutGrant("busy")
-        else:
-            pending = chunks.begin(key, index, chunks.space(request.namespace), request.num_shards)
+    def _grant(self, client: bytes, request: PutRequest, offset: int, previous: Record | None, placer: _Placer) -> PutGrant:
+        """Answer for one chunk of the request. `previous`: the chunk before it."""
+        core, chunks = self._core, self._core.chunks
+        key = request.keys[offset]
+        pending = self._missing(request, offset, previous)
+        if isinstance(pending, str):
+            return PutGrant(pending)
+        if pending is None:
+            pending = chunks.begin(key, request.first_index + offset, chunks.space(request.namespace), request.num_shards)
             if previous is not None:
                 # Before room is made: what we append to must not go to make it.
                 chunks.link(pending.record, previous)
@@ -261,12 +239,40 @@ class Writing:
         if slab is None:
             if not pending.parts:
                 chunks.abandon(pending)
-            counters.puts_no_space += 1
+            core.counters.puts_no_space += 1
             return PutGrant("no_space")
-        write, grant = core.begin_write(slab, client, key, request.shard, request.tokens[offset], pending.record.space, now)
+        tokens = request.tokens[offset]
+        write, grant = core.begin_write(slab, client, key, request.shard, tokens, pending.record.space, core.now)
         pending.parts[request.shard] = write
-        counters.puts += 1
+        core.counters.puts += 1
         return grant
+
+    def _missing(self, request: PutRequest, offset: int, previous: Record | None) -> Pending | Literal["exists", "busy"] | None:
+        """The chunk that the request's shard is missing from; None when there is nothing of it yet. Or why it may not be
+        written."""
+        chunks, counters = self._core.chunks, self._core.counters
+        record = chunks.visible.get(request.keys[offset])
+        if record is not None:
+            if previous is not None and record.parent is None and record.index:
+                chunks.link(record, previous)
+            counters.puts_exist += 1
+            return "exists"
+        pending = chunks.pending.get(request.keys[offset])
+        if pending is None:
+            return None
+        if pending.num_shards != request.num_shards and pending.is_found():
+            for found in list(pending.parts.values()):
+                counters.incomplete += 1
+                self.release(found)
+            return None
+        part = pending.parts.get(request.shard)
+        if part is not None and part.state == USED:
+            counters.puts_exist += 1
+            return "exists"
+        if part is not None or pending.num_shards != request.num_shards:
+            counters.puts_busy += 1
+            return "busy"
+        return pending
 
     def end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
         """See `Manager.put_end`. Idempotent: a ticket whose bytes are published is True again."""
@@ -309,8 +315,8 @@ class Writing:
     def _is_published(self, ticket: Ticket) -> bool:
         record = self._core.chunks.visible.get(ticket.key)
         if record is not None:
-            place = record.place(ticket.shard)
-            return bool(place) and int.from_bytes(place[16:24], "little") == ticket.generation
+            packed = record.packed_at(ticket.shard)
+            return bool(packed) and generation_of(packed) == ticket.generation
         pending = self._core.chunks.pending.get(ticket.key)
         part = pending.parts.get(ticket.shard) if pending is not None else None
         return part is not None and part.state == USED and part.generation == ticket.generation
@@ -344,7 +350,7 @@ class Writing:
         clock = self._core.tick_clock(now)
         for record in deepest_first(records) if len(records) > 1 else records:
             record.used = clock
-            self._core.chunks.policy.add(record, next(record.places()).slot_bytes)
+            self._core.chunks.policy.add(record, stride_of(record.packed))
 
     # Writes that do not end well
 

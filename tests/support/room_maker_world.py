@@ -10,10 +10,10 @@ from typing import Any
 from support.emulated_vram import GPU, EmulatedVram
 from support.paged import spec_for
 
-from vcache.cache.buffers import StagingPool
+from vcache.cache.buffers import BufferPool
 from vcache.cache.pool import ChunkPool
 from vcache.cache.room_maker import RoomMaker
-from vcache.cache.spill import Spiller
+from vcache.cache.storage_writer import Spiller
 from vcache.errors import VCacheError
 from vcache.keys import CacheKey
 from vcache.manager.api import Listener, Move, MovePlan, PutGrant, RoomWanted, Spill, SpillPlan, Ticket
@@ -32,7 +32,7 @@ from vcache.segment.slots import (
     slab_geometry,
 )
 from vcache.storage.base import StorageTier
-from vcache.storage.values import TRAILER_BYTES, is_intact
+from vcache.storage.values import TRAILER_BYTES, is_intact, value_bytes
 
 SLOTS = 8
 SLOT_BYTES = 4096
@@ -214,10 +214,11 @@ class World:
 
     # -- who makes room ------------------------------------------------------------------------------------------------
 
-    def maker(self, storage: StorageTier | None = None, *, demote: bool = True, value_bytes: int = SLOT_BYTES) -> RoomMaker:
+    def maker(self, storage: StorageTier | None = None, *, demote: bool = True, payload_bytes: int = SLOT_BYTES) -> RoomMaker:
         spiller = None
         if storage is not None:
-            spiller = Spiller(storage, self.segments, StagingPool(value_bytes, 2, storage), self.metrics)
+            buffers = BufferPool(value_bytes(payload_bytes), 2, registry=storage)
+            spiller = Spiller(storage, self.segments, buffers, self.metrics)
         maker = RoomMaker(self.pool, self.metrics, demote=demote, spiller=spiller)
         self.makers.append(maker)
         return maker

@@ -12,7 +12,7 @@ from support.engine_worker import Worker, main
 from vcache.keys import CacheKey
 
 
-class ReliefWorker(Worker):
+class RoomMakerWorker(Worker):
     def __init__(self, config: dict[str, Any], spec: dict[str, Any]) -> None:
         self._may_go_on = threading.Event()
         self._may_go_on.set()
@@ -54,5 +54,5 @@ class ReliefWorker(Worker):
         return [bool(lower._storage.prefix([CacheKey.parse(key)], 0)) for key in keys]
 
 
-def relief_main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None:
-    main(pipe, config, spec, ReliefWorker)
+def room_maker_main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None:
+    main(pipe, config, spec, RoomMakerWorker)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
-from support.relief_world import DRAM, FORMAT, NAMESPACE, SLOT_BYTES, VRAM, Pause, World, value_of
+from support.room_maker_world import DRAM, FORMAT, NAMESPACE, SLOT_BYTES, VRAM, Pause, World, value_of
 
 from vcache.errors import DeadlineExceededError, ManagerUnavailableError, SegmentError, StorageDeadlineError, StorageError
 from vcache.keys import CacheKey
@@ -342,7 +342,7 @@ def test_shards_of_any_namespace_go_to_storage(world: World) -> None:
 
 def test_what_is_not_what_the_plan_says_is_not_written(world: World) -> None:
     storage = MemoryStorage()
-    maker = world.maker(storage, value_bytes=8192)
+    maker = world.maker(storage, payload_bytes=8192)
     headers = [world.fill(VRAM, slot, payload_bytes=3000) for slot in range(4)]
     spills = [world.spill(header, VRAM, slot) for slot, header in enumerate(headers)]
     world.set_header(VRAM, 0, headers[0].writing(b"w" * 16))
@@ -363,7 +363,7 @@ def test_what_is_not_what_the_plan_says_is_not_written(world: World) -> None:
 
 def test_values_larger_than_a_buffer_are_skipped(world: World) -> None:
     storage = MemoryStorage()
-    maker = world.maker(storage, value_bytes=100)  # a buffer is a page
+    maker = world.maker(storage, payload_bytes=100)  # a buffer is a page
     large, small = world.fill(VRAM, 0, payload_bytes=SLOT_BYTES), world.fill(VRAM, 1, payload_bytes=SLOT_BYTES - 80)
     lease = world.plan_spills(world.spill(large, VRAM, 0), world.spill(small, VRAM, 1))
     world.make_room(maker)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from vcache.manager.directory import sweep as sweep_module
+from vcache.manager.directory import demoting
+from vcache.manager.directory.demoting import ColdScan
 from vcache.manager.directory.eviction import EvictionPolicy, make_policy
 from vcache.manager.directory.records import Record, Space
-from vcache.manager.directory.sweep import Sweep
 from vcache.segment.slots import SlotLocation
 
 
@@ -22,11 +22,11 @@ def policy_of(count: int, name: str = "lru") -> tuple[EvictionPolicy, list[Recor
 
 
 def found(policy, clock: int = 1000, host: str = "h", segment: int = 1) -> list[bytes]:
-    sweep = Sweep(policy, host, frozenset({segment}), clock)
+    scan = ColdScan(policy, host, frozenset({segment}), clock)
     keys = []
-    while (record := sweep.coldest()) is not None:
+    while (record := scan.coldest()) is not None:
         keys.append(record.key)
-        sweep.skip(record)
+        scan.skip(record)
         policy.check_integrity()
     return keys
 
@@ -36,11 +36,11 @@ def in_vram(record: Record) -> None:
 
 
 def test_the_cold_end_is_not_searched_again(monkeypatch):
-    """What a sweep passes over it does not look at again before it has come round."""
+    """What a scan passes over it does not look at again before it has come round."""
     policy, records = policy_of(400)
     for record in records[-4:]:
         in_vram(record)
-    monkeypatch.setattr(sweep_module, "MAX_STEPS", 100)
+    monkeypatch.setattr(demoting, "MAX_STEPS", 100)
     assert [found(policy) for _ in range(4)] == [[], [], [], [b"396", b"397", b"398", b"399"]]
     new = Record(b"new", None, 0)
     in_vram(new)
@@ -49,50 +49,50 @@ def test_the_cold_end_is_not_searched_again(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["lru", "sieve"])
-def test_a_sweep_survives_touches_and_removals_where_it_stands(name):
+def test_a_scan_survives_touches_and_removals_where_it_stands(name):
     policy, records = policy_of(6, name)
     for record in records:
         in_vram(record)
-    sweep = Sweep(policy, "h", frozenset({1}), 10)
+    scan = ColdScan(policy, "h", frozenset({1}), 10)
     for record in records[:2]:
-        assert sweep.coldest() is record
-        sweep.skip(record)
+        assert scan.coldest() is record
+        scan.skip(record)
     policy.touch([records[2]], 11)
     policy.discard(records[3])
-    following = Sweep(policy, "h", frozenset({1}), 12)
+    following = ColdScan(policy, "h", frozenset({1}), 12)
     assert following.coldest() is records[4]
     policy.check_integrity()
     assert [record.key for record in policy.queues[256]][-1] in (b"2", b"5")
 
 
-def test_a_sweep_names_no_chunk_twice():
+def test_a_scan_names_no_chunk_twice():
     policy, records = policy_of(3)
     for record in records:
         in_vram(record)
-    sweep = Sweep(policy, "h", frozenset({1}), 10)
-    sweep.skip(records[0])
+    scan = ColdScan(policy, "h", frozenset({1}), 10)
+    scan.skip(records[0])
     policy.touch([records[0]], 0)  # An eviction in between may turn a queue round as a use does.
-    assert sweep.coldest() is records[1]
-    sweep.skip(records[1])
-    sweep.back(records[1])
-    assert Sweep(policy, "h", frozenset({1}), 10).coldest() is records[1]
-    sweep.skip(records[1])
-    sweep.skip(records[2])
-    assert sweep.coldest() is None
+    assert scan.coldest() is records[1]
+    scan.skip(records[1])
+    scan.back(records[1])
+    assert ColdScan(policy, "h", frozenset({1}), 10).coldest() is records[1]
+    scan.skip(records[1])
+    scan.skip(records[2])
+    assert scan.coldest() is None
 
 
-def test_every_host_has_a_sweep_of_its_own():
+def test_every_host_has_a_scan_of_its_own():
     policy, records = policy_of(4)
     for record in records[:2]:
         in_vram(record)
     assert found(policy) == [b"0", b"1"]
     assert found(policy, host="g", segment=2) == [b"2", b"3"]
-    policy.forget_sweeps("h")
-    policy.forget_sweeps("g")
+    policy.forget_scans("h")
+    policy.forget_scans("g")
     assert not policy.queues[256].markers
 
 
-def test_recovered_chunks_are_found_although_they_are_older_than_where_the_sweep_stands():
+def test_recovered_chunks_are_found_although_they_are_older_than_where_the_scan_stands():
     policy, _ = policy_of(3)
     assert found(policy) == []
     cold = Record(b"cold", None, 0)

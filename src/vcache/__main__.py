@@ -1,0 +1,5 @@
+"""`python -m vcache`: the same as the console script `vcache`."""
+
+from .cli import main
+
+main()
