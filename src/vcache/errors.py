@@ -72,6 +72,9 @@ class IntegrityError(VCacheError, AssertionError):
     """`check_integrity` found a broken invariant: a bug in VCache. The text names the rule (I1-I10)."""
 
 
+MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
+"""What a call of the manager raises when it is away, or says no. In the data path: a miss, counted."""
+
 TRANSFER_ERRORS = (Exception,)
 """What a broken transfer may raise: bindings, compilers and torch have exceptions of their own. Each is a miss, or a write that
 did not happen, and is counted."""

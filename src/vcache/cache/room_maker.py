@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from ..errors import TRANSFER_ERRORS
+from ..errors import MANAGER_ERRORS, TRANSFER_ERRORS
 from ..manager.api import Move, Push, RoomWanted, SessionInfo, Ticket
 from ..metrics import EngineMetrics
 from ..segment.gate import Passage
 from ..segment.slot_protocol import SourceSlot, TargetSlot, copy_slot
 from ..segment.slots import SlabHeader
-from .pool import MANAGER_ERRORS, ChunkPool
+from .pool import ChunkPool
 from .storage_writer import Spiller
 
 logger = logging.getLogger("vcache.room")

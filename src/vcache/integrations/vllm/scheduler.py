@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from ...cache.pool import Presence
 from ...cache.tiers import longest_prefix
-from ...errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, StorageError
+from ...errors import MANAGER_ERRORS, StorageError
 from ...keys import DIGEST_BYTES, CacheKey
 from ...manager.api import Manager
 from ...storage.base import StorageTier
@@ -26,7 +26,6 @@ from .weights import Adapters
 
 logger = logging.getLogger("vllm.vcache")
 
-MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
 MISS_SECONDS = 0.05
 """A miss is believed for this long when vLLM asks again for the same waiting request."""
 WAIT_STEP = 2e-3
