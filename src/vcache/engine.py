@@ -17,7 +17,7 @@ from .cache.transfer import StreamFollower, TransferHandle
 from .config import VCacheConfig
 from .errors import ArgumentError, VCacheError
 from .keys import CacheKey, TokenDatabase, skipped_tokens, token_array
-from .manager.api import Manager
+from .manager.client import Manager
 from .paged.mover import Rows, Target
 from .prompt import Prompt, RecentPrompts
 from .spec import KVCacheSpec

@@ -23,7 +23,11 @@ class ArgumentError(VCacheError, ValueError):
     """A public call got a wrong mask, slot mapping, offset or token sequence."""
 
 
-class ManagerUnavailableError(VCacheError, ConnectionError):
+class ManagerError(VCacheError):
+    """A call to the manager failed."""
+
+
+class ManagerUnavailableError(ManagerError, ConnectionError):
     """The manager cannot be reached, or the circuit breaker is open after it could not be reached."""
 
 
@@ -31,11 +35,11 @@ class DeadlineExceededError(ManagerUnavailableError, TimeoutError):
     """The manager did not answer within the call's deadline."""
 
 
-class ManagerRefusedError(VCacheError):
+class ManagerRefusedError(ManagerError):
     """The manager answered, and refused: bad token, wrong user, a request that contradicts its state."""
 
 
-class ProtocolError(VCacheError):
+class ProtocolError(ManagerError):
     """A frame that no conforming peer sends, or a peer that speaks another protocol version."""
 
 
@@ -71,9 +75,6 @@ class StorageDeadlineError(StorageError):
 class IntegrityError(VCacheError, AssertionError):
     """`check_integrity` found a broken invariant: a bug in VCache. The text names the rule (I1-I10)."""
 
-
-MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
-"""What a call of the manager raises when it is away, or says no. In the data path: a miss, counted."""
 
 TRANSFER_ERRORS = (Exception,)
 """What a broken transfer may raise: bindings, compilers and torch have exceptions of their own. Each is a miss, or a write that

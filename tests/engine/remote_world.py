@@ -14,7 +14,7 @@ from support.paged import Paged, content, spec_for
 
 from vcache import VCacheConfig, VCacheEngine
 from vcache.cache.pool import ChunkPool
-from vcache.cache.remote_reads import RemotePool
+from vcache.cache.remote_reads import RemoteReader
 from vcache.keys import Chunk
 from vcache.lender.lender import Lender
 from vcache.metrics import EngineMetrics
@@ -94,7 +94,7 @@ class World:
         self.segments = SegmentMap(manager.client_id, HERE, {"host": lambda device: HostBacking()})
         self.metrics = EngineMetrics()
         size = SPEC.payload_bytes(CHUNK)
-        self.remote = RemotePool(size, self.make_engine, self.alive, deadline=deadline, limit=limit)
+        self.remote = RemoteReader(size, self.make_engine, self.alive, deadline=deadline, limit=limit)
         self.pool = ChunkPool(manager, self.segments, SPEC, CHUNK, self.metrics, remote=self.remote)
         for number in range(lenders):
             self.show(number)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,10 @@ from ..errors import ConfigError
 from ..lender.export import open_export
 from ..lender.lender import Lender
 from ..manager.address import parse_address
-from ..manager.api import Manager, Push, SegmentGone, SegmentMounted, SessionInfo
+from ..manager.api import Push, SegmentGone, SegmentMounted, SessionInfo
+from ..manager.client import Manager
 from ..manager.connect import connect
+from ..manager.loopback import Loopback
 from ..metrics import EngineMetrics
 from ..paged.checksum import slot_bytes_for
 from ..segment.backing import SlabBacking
@@ -29,7 +31,7 @@ from ..segment.slots import SegmentKind
 from ..spec import KVCacheSpec
 from ..storage.base import StorageTier
 from .pool import ChunkPool
-from .remote_reads import RemotePool
+from .remote_reads import RemoteReader
 from .room_maker import RoomMaker
 from .storage_tier import ChunkStorage
 from .tiers import Tiers
@@ -44,7 +46,7 @@ CLOSE_TIMEOUT = 5.0
 
 
 class SegmentWatcher:
-    """Keeps a `SegmentMap` in step with the manager. A `messages.Listener`; does not block."""
+    """Keeps a `SegmentMap` in step with the manager. A `Listener` of the manager; does not block."""
 
     def __init__(self, segments: SegmentMap) -> None:
         self._segments = segments
@@ -116,9 +118,8 @@ class Cache:
     def check_integrity(self) -> None:
         """Raises `IntegrityError` for a broken invariant. For tests; call without traffic."""
         self.segments.check_integrity()
-        check: Callable[[], None] | None = getattr(self.manager, "check_integrity", None)
-        if check is not None:
-            check()
+        if isinstance(self.manager.transport, Loopback):
+            self.manager.transport.check_integrity()
 
     def close(self) -> None:
         """Finish writes, give back what was lent. Idempotent. Waits at most `CLOSE_TIMEOUT` each for the room maker, for writes
@@ -216,7 +217,7 @@ def open_lender(
 
 def open_remote(
     config: VCacheConfig, slot_bytes: int, segments: SegmentMap, page_lock: PageLock | None, stack: ExitStack
-) -> RemotePool | None:
+) -> RemoteReader | None:
     """Open what reads slots on other hosts, as `cache.remote` says; None for `off`. `stack` closes it. Raises `ConfigError`
     when Mooncake is missing."""
     protocol, deadline = config.cache.remote, config.storage.deadline
@@ -231,7 +232,7 @@ def open_remote(
     def alive() -> set[bytes]:
         return {info.uuid for info in segments.segments()}
 
-    remote = RemotePool(slot_bytes, make_engine, alive, deadline=deadline, pinning=page_lock)
+    remote = RemoteReader(slot_bytes, make_engine, alive, deadline=deadline, pinning=page_lock)
     stack.callback(remote.close)
     return remote
 

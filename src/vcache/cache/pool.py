@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Literal, NamedTuple
 
-from ..errors import MANAGER_ERRORS, TRANSFER_ERRORS
+from ..errors import TRANSFER_ERRORS, ManagerError
 from ..keys import Chunk
-from ..manager.api import Manager, Placement, PutGrant, PutRequest, Ticket
+from ..manager.api import Placement, PutGrant, PutRequest, Ticket
+from ..manager.client import Manager
 from ..metrics import EngineMetrics
 from ..paged.checksum import TRAILER_BYTES, ChecksumMode, contradicts, slot_bytes_for, trailer_offset
 from ..paged.layout import device_name
@@ -28,7 +29,7 @@ from ..segment.mapping import MappedSlab, PinnedSlot, SegmentMap
 from ..segment.slot_protocol import PinnedMemory, carries, mend_format, still_carries
 from ..segment.slots import ALIGNMENT, HEADER_BYTES, SlabHeader, SlotHeader, SlotLocation, Tier, align_up
 from ..spec import KVCacheSpec
-from .remote_reads import RemotePool, RemoteRead, RemoteTransfer
+from .remote_reads import RemoteRead, RemoteReader, RemoteTransfer
 from .transfer import JoinedTransfer, PoolTransfer
 
 logger = logging.getLogger("vcache.pool")
@@ -87,7 +88,7 @@ class ChunkPool:
         *,
         placement: Placement = "local",
         namespace: bytes | None = None,
-        remote: RemotePool | None = None,
+        remote: RemoteReader | None = None,
         checksum: ChecksumMode = "off",
     ) -> None:
         """`remote`: reads slots on other hosts; without it they cannot be reached. `checksum`: `CacheConfig.checksum`.
@@ -117,7 +118,7 @@ class ChunkPool:
         """How much of a prefix is in VRAM or DRAM. Blocks for one round trip."""
         try:
             return Presence(self.manager.lookup(digests))
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("lookup", error)
             return Presence(0, failed=True)
 
@@ -125,7 +126,7 @@ class ChunkPool:
         """Tell where a chunk is: 0 for VRAM, 1 for DRAM, -1 for neither. Not a use of it. Blocks for one round trip."""
         try:
             return self.manager.tiers([digest])[0]
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("tiers", error)
             return -1
 
@@ -133,7 +134,7 @@ class ChunkPool:
         """Lease the longest present prefix. Blocks for one round trip."""
         try:
             reply = self.manager.acquire(digests, self.spec.rank)
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("acquire", error)
             return Lease(0, [], failed=True)
         return Lease(reply.lease, reply.locations)
@@ -142,7 +143,7 @@ class ChunkPool:
         """Give a lease back. Does not block; a lost message costs only the time until the lease expires."""
         try:
             self.manager.release(lease)
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("release", error)
 
     def load(self, lease: Lease, chunks: Sequence[Chunk], rows: Rows) -> PoolTransfer[list[bool]]:
@@ -228,7 +229,7 @@ class ChunkPool:
             logger.info("%d chunks whose slots hold something else are dropped from the pool", len(dropped))
             try:
                 self.manager.remove(dropped)
-            except MANAGER_ERRORS as error:
+            except ManagerError as error:
                 self._manager_failed("remove", error)
 
     def _unmark(self, digests: Sequence[bytes]) -> list[bytes]:
@@ -280,7 +281,7 @@ class ChunkPool:
         )
         try:
             return self.manager.put_start(request)
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("put_start", error)
             return [PutGrant("no_space") for _ in chunks]
 
@@ -290,7 +291,7 @@ class ChunkPool:
             return set()
         try:
             answers = self.manager.put_end(tickets)
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("put_end", error)
             return set()
         return {ticket.key for ticket, ok in zip(tickets, answers, strict=True) if ok}
@@ -300,7 +301,7 @@ class ChunkPool:
             return
         try:
             self.manager.put_revoke(tickets)
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             self._manager_failed("put_revoke", error)
 
     def _start(self, launch: Callable[[], Transfer]) -> Transfer | None:

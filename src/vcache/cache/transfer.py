@@ -132,7 +132,7 @@ class StreamFollower:
         if device.type == "cuda":
             import torch
 
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(device))
 
     def run(self, work: Callable[[], T]) -> T:
@@ -141,7 +141,7 @@ class StreamFollower:
             return work()
         import torch
 
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream(self._device)
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             stream.wait_event(self._event)
             return work()

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from ...cache.pool import Presence
 from ...cache.tiers import longest_prefix
-from ...errors import MANAGER_ERRORS, StorageError
+from ...errors import ManagerError, StorageError
 from ...keys import DIGEST_BYTES, CacheKey
-from ...manager.api import Manager
+from ...manager.client import Manager
 from ...storage.base import StorageTier
 from .block_refs import BlockRefs
 from .chunk_memory import ChunkMemory
@@ -152,7 +152,7 @@ class _LeasingReader:
         """Lease the chunks from `begin` on that are in the pool. Blocks for a round trip."""
         try:
             reply = self._manager.acquire(self._digests[begin:])
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             logger.debug("look-up: %s", error)
             return Presence(0, failed=True)
         if reply.locations:
@@ -362,7 +362,7 @@ class SchedulerSide:
             try:
                 for lease in leases:
                     self.manager.release(lease)
-            except MANAGER_ERRORS as error:
+            except ManagerError as error:
                 logger.debug("release: %s", error)
 
     def _await_releases(self) -> None:
@@ -370,7 +370,7 @@ class SchedulerSide:
         their own. Blocks for a round trip."""
         try:
             self.manager.tiers([bytes(DIGEST_BYTES)])
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             logger.debug("release: %s", error)
 
     # -- saving ----------------------------------------------------------------------------------------------------
@@ -572,7 +572,7 @@ class SchedulerSide:
                     [bytes(DIGEST_BYTES)]
                 )  # this ends within the deadline of a look-up; to clear may take longer
                 self.manager.clear(self._names.namespace)
-            except MANAGER_ERRORS as error:
+            except ManagerError as error:
                 logger.warning("the shared cache is not cleared yet, and not used until it is: %s", error)
                 self._reset.put_off(self._clock())
             else:
@@ -605,7 +605,7 @@ class SchedulerSide:
     def _remove(self, digests: list[bytes]) -> None:
         try:
             self.manager.remove(digests)
-        except MANAGER_ERRORS as error:
+        except ManagerError as error:
             logger.warning("%d chunks saved while the cache was reset could not be removed: %s", len(digests), error)
 
     def _next_job(self) -> int:
