@@ -108,8 +108,8 @@ class Engine:
 
         store = get_kv_transfer_group()._worker._store
         return {
-            "metrics": store.metrics.snapshot(),
-            "segments": store._resources.describe(),
+            "metrics": store.cache.metrics.snapshot(),
+            "segments": store.cache.describe(),
             "layout": store.target.cache.layout,
         }
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..keys import TokenDatabase
-from ..manager.api import Manager
+from ..manager.client import Manager
 from ..manager.connect import connect
 from .population import mount_population, random_keys
 from .processes import choose_cores, manager_process, on_core

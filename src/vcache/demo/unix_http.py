@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from .messages import DemoError
+from . import DemoError
 
 
 class UnixConnection(http.client.HTTPConnection):
