@@ -23,7 +23,8 @@ from vcache.bench.report import percentile
 from vcache.config import ManagerConfig
 from vcache.errors import VCacheError
 from vcache.manager.api import WipeSlots
-from vcache.manager.client import ManagerClient
+from vcache.manager.client import Manager
+from vcache.manager.socket_transport import SocketTransport
 
 KEYS = 32
 PERIOD = 0.005
@@ -33,7 +34,7 @@ class Zeroer:
     """A lender's answer to `WipeSlots`, without memory behind it."""
 
     def __init__(self) -> None:
-        self.client: ManagerClient | None = None
+        self.client: Manager | None = None
 
     def on_session(self, session: object) -> None:
         pass
@@ -49,7 +50,7 @@ class Zeroer:
 def lend(address: str, chunks: int, mounted: Event) -> None:
     """Mount all chunks as one segment, whenever there is a session that has not got them. Runs until it is killed."""
     keys = random_keys(chunks)
-    client = ManagerClient(ManagerConfig(address=address), name="lender", role="lender")
+    client = Manager(SocketTransport(ManagerConfig(address=address), name="lender", role="lender"))
     zeroer = Zeroer()
     zeroer.client = client
     client.subscribe(zeroer)
@@ -72,7 +73,7 @@ class Witness:
     """Looks keys up and writes down how long each answer took, in seconds."""
 
     def __init__(self, address: str, chunks: int) -> None:
-        self._client = ManagerClient(ManagerConfig(address=address), name="witness", role="tool")
+        self._client = Manager(SocketTransport(ManagerConfig(address=address), name="witness", role="tool"))
         self._keys = random_keys(chunks)
         self._chosen = random.Random(3)
         self.taken: list[float] = []
@@ -146,7 +147,7 @@ def main(chunks: int) -> None:
 
 
 def clear(address: str) -> None:
-    client = ManagerClient(ManagerConfig(address=address), name="clear", role="tool")
+    client = Manager(SocketTransport(ManagerConfig(address=address), name="clear", role="tool"))
     client.wait_connected(5.0)
     begun = time.perf_counter()
     print(f"  clear: {client.clear():,} chunks, {time.perf_counter() - begun:.1f} s", flush=True)

@@ -23,7 +23,11 @@ class ArgumentError(VCacheError, ValueError):
     """A public call got a wrong mask, slot mapping, offset or token sequence."""
 
 
-class ManagerUnavailableError(VCacheError, ConnectionError):
+class ManagerError(VCacheError):
+    """A call to the manager failed."""
+
+
+class ManagerUnavailableError(ManagerError, ConnectionError):
     """The manager cannot be reached, or the circuit breaker is open after it could not be reached."""
 
 
@@ -31,11 +35,11 @@ class DeadlineExceededError(ManagerUnavailableError, TimeoutError):
     """The manager did not answer within the call's deadline."""
 
 
-class ManagerRefusedError(VCacheError):
+class ManagerRefusedError(ManagerError):
     """The manager answered, and refused: bad token, wrong user, a request that contradicts its state."""
 
 
-class ProtocolError(VCacheError):
+class ProtocolError(ManagerError):
     """A frame that no conforming peer sends, or a peer that speaks another protocol version."""
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,6 @@ import gpu_parts  # noqa: E402
 import gpu_suite  # noqa: E402
 import gpu_vllm  # noqa: E402
 import gpu_vllm_engine  # noqa: E402
-import split_file  # noqa: E402
 import two_gpus  # noqa: E402
 import two_gpus_vllm  # noqa: E402
 
@@ -134,34 +135,36 @@ def test_without_gpus_one_line_says_what_is_missing(script: str, tmp_path: Path)
 
 
 def test_unknown_parts_are_refused() -> None:
-    for choose in (two_gpus.chosen, gpu_suite.chosen, gpu_vllm.chosen):
+    for choose in (two_gpus.SUITE.chosen, gpu_suite.SUITE.chosen, gpu_vllm.chosen):
         with pytest.raises(SystemExit, match=r"no part nonsense; there are "):
             choose("nonsense")
-    assert two_gpus.chosen("") == list(two_gpus.WORK) == list(two_gpus.LIMITS)
-    assert two_gpus.chosen("faults,engines") == ["faults", "engines"]
+    assert two_gpus.SUITE.chosen("") == list(two_gpus.SUITE.parts)
+    assert two_gpus.SUITE.chosen("faults,engines") == ["faults", "engines"]
     assert gpu_vllm.chosen("") == []
     assert {"pool", "start AB", "ttft AB", "ttft ABCD"} <= set(gpu_vllm.chosen("ttft"))
 
 
 def test_budgets_fit_the_time_that_is_given() -> None:
     assert gpu_vllm.parser().parse_args([]).budget <= 470
-    assert two_gpus.parser().parse_args(["x"]).budget <= 480
-    assert all(two_gpus.LEAST.get(name, 15) <= limit for name, limit in two_gpus.LIMITS.items())
+    for suite, budget in ((two_gpus.SUITE, 480), (gpu_suite.SUITE, 560)):
+        assert suite.parser().parse_args(["x"]).budget <= budget
+        assert all(15 <= part.least <= part.limit for part in suite.parts.values())
+        assert sum(part.least for part in suite.parts.values()) <= budget, "some part could never run"
 
 
 def test_a_part_whose_process_died_has_failed(tmp_path: Path) -> None:
     ended = {"code": -9, "timed_out": True, "seconds": 9.0, "last": ["the last line"], "command": []}
-    lost = two_gpus.merged(tmp_path / "part_sweep.json", "sweep", ended)
+    lost = gpu_parts.merged(tmp_path / "part_sweep.json", "sweep", ended)
     assert (lost["state"], lost["found"], lost["seconds"]) == ("failed", {}, 9.0)
     assert "the last line" in lost["why"]
     part = {"state": "running", "seconds": 0.0, "found": {"rows": [1]}}
     (tmp_path / "part_sweep.json").write_text(json.dumps({"parts": {"sweep": part}}))
-    cut = two_gpus.merged(tmp_path / "part_sweep.json", "sweep", ended)
+    cut = gpu_parts.merged(tmp_path / "part_sweep.json", "sweep", ended)
     assert (cut["state"], cut["found"]) == ("failed", {"rows": [1]})
     assert "its time was over" in cut["why"]
     part["state"] = "ok"
     (tmp_path / "part_sweep.json").write_text(json.dumps({"parts": {"sweep": part}}))
-    good = two_gpus.merged(tmp_path / "part_sweep.json", "sweep", ended | {"code": 0})
+    good = gpu_parts.merged(tmp_path / "part_sweep.json", "sweep", ended | {"code": 0})
     assert (good["state"], good["seconds"]) == ("ok", 9.0)
 
 
@@ -199,23 +202,64 @@ def test_small_things() -> None:
     assert not gpu_vllm_engine._same("driven-10", "driven-1")
 
 
-# files in pieces
+# whole suites, over host memory
 
 
-def test_a_file_goes_in_pieces_and_comes_back(tmp_path: Path) -> None:
-    content = os.urandom(2_500_000)
-    (tmp_path / "model.bin").write_bytes(content)
-    written = split_file.split(tmp_path / "model.bin", tmp_path / "out" / "m", 1_000_000)
-    assert [path.name for path in written] == ["m.00", "m.01", "m.02", "m.json"]
-    assert [path.stat().st_size for path in written[:3]] == [1_000_000, 1_000_000, 500_000]
-    assert split_file.join(tmp_path / "out" / "m", tmp_path / "back").read_bytes() == content
-    (tmp_path / "out" / "m.01").write_bytes(b"x" * 1_000_000)
-    with pytest.raises(ValueError, match="do not make the file"):
-        split_file.join(tmp_path / "out" / "m", tmp_path / "bad")
-    (tmp_path / "out" / "m.01").unlink()
-    with pytest.raises(ValueError, match=r"missing: m\.01"):
-        split_file.join(tmp_path / "out" / "m", tmp_path / "bad")
-    assert list((tmp_path / "bad").iterdir()) == []
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flag", "names"),
+    [("two_gpus.py", "--dry-run", ("faults", "interference")), ("gpu_suite.py", "--cpu", ("return", "interference"))],
+)
+def test_a_suite_without_a_gpu(script: str, flag: str, names: tuple[str, str], tmp_path: Path) -> None:
+    """A part that starts every kind of process, and one that a GPU is needed for: both say what they found."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    if torch.cuda.is_available():
+        pytest.skip("says what happens without a GPU")
+    command = [sys.executable, str(SCRIPTS / script), str(tmp_path), "--only", ",".join(names), flag]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    saved = json.loads((tmp_path / script.replace(".py", ".json")).read_text())
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert {name: part["state"] for name, part in saved["parts"].items()} == dict.fromkeys(names, "ok")
+    assert saved["options"] == [flag]
+    assert all(part["found"] for part in saved["parts"].values())
+    assert f"{names[0]} " in answer.stdout
+
+
+def test_an_engine_serves_what_arrives_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`drive` over an engine that takes three steps for a request."""
+    engine = gpu_vllm_engine.Engine.__new__(gpu_vllm_engine.Engine)
+    orders = [{"id": 1, "prompt": [1, 2], "tokens": 3}, {"id": 2, "prompt": [3], "tokens": 3}, {"end": True}]
+    told: list[dict[str, Any]] = []
+
+    class Line:
+        def heard(self, timeout: float) -> Any:
+            if not orders:
+                raise queue.Empty
+            return orders.pop(0)
+
+        def tell(self, note: dict[str, Any]) -> None:
+            told.append(note)
+
+    running: dict[str, int] = {}
+
+    def step() -> list[Any]:
+        outputs = []
+        for name in running:
+            running[name] += 1
+            tokens = SimpleNamespace(token_ids=range(running[name]))
+            finished = running[name] == 3
+            outputs.append(SimpleNamespace(request_id=name, outputs=[tokens], finished=finished, num_cached_tokens=None))
+        for output in outputs:
+            if output.finished:
+                del running[output.request_id]
+        return outputs
+
+    core = SimpleNamespace(add_request=lambda name, prompt, parameters: running.update({name: 0}), step=step)
+    engine.llm, engine._line, engine._requests = SimpleNamespace(llm_engine=core), Line(), 0
+    monkeypatch.setattr(gpu_vllm_engine.Engine, "_parameters", staticmethod(lambda tokens, stream: None))
+    assert engine.drive() == 2
+    assert [(note["id"], note["asked"], note["tokens"], len(note["gaps"])) for note in told] == [(1, 2, 3, 2), (2, 1, 3, 2)]
 
 
 # pages
@@ -301,10 +345,13 @@ def test_page_of_two_gpus(tmp_path: Path) -> None:
 def test_page_of_one_gpu(tmp_path: Path) -> None:
     end = row("engine, other process", "retrieve", 4 * GIB, 1000.0, 32768)
     end |= {"size": "4 GiB", "call_ms": 4.3, "call_p99_ms": 9.9, "runs": 300, "gbps_low": 859.0, "gbps_high": 1047.5}
-    (tmp_path / "transfer.json").write_text(json.dumps({"rows": [end]}))
     value = results("x", {})
-    value["parts"] = {"demo": {"code": 0, "timed_out": False, "seconds": 60.0, "last": ["All answers are equal"]}}
+    demo = {"code": 0, "timed_out": False, "seconds": 60.0, "last": ["All answers are equal"]}
+    found = {"end_to_end": {"rows": [end], "notes": ["met: something", "another"]}, "demo": demo}
+    value["parts"] = {name: {"state": "ok", "seconds": 60.0, "found": each} for name, each in found.items()}
     text = page("one-gpu", value, tmp_path)
+    assert "- met: something\n" in text
+    assert (tmp_path / "page" / "transfer.csv").read_text().startswith("path,operation,nbytes")
     assert "| retrieve | 4 GiB | 4.30 [4.10-5.00] | 9.90 | 300 |" in text
     assert "All answers are equal" in text
 

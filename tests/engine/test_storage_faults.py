@@ -291,7 +291,7 @@ def test_buffers_do_not_grow_in_number(make: Callable[..., World]) -> None:
     assert world.count("storage_written") > 20
     for call in over:
         call()
-    lower = world.engine._lower
+    lower = world.engine.cache.storage
     assert lower is not None
     for pool in lower._buffers:
         assert len(pool.take(100, 0)) == pool.limit

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from vcache.bench.pool_worker import WorkerSettings, pool_worker
 from vcache.bench.processes import lender_process
 from vcache.config import VCacheConfig
-from vcache.manager.api import Manager
+from vcache.manager.client import Manager
 from vcache.spec import KVCacheSpec
 from vcache.worker import Worker
 

@@ -15,7 +15,7 @@ from gpu_pool import MIB, SPEC, Place, Pool, wait_until
 
 from vcache.bench.pool_worker import PoolEngine
 from vcache.errors import VCacheError
-from vcache.manager.api import Manager
+from vcache.manager.client import Manager
 
 pytestmark = [pytest.mark.gpu, pytest.mark.processes, pytest.mark.slow]
 

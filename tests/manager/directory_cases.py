@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from directory_world import SLAB_BYTES, VARIANTS, World
+from driven import Driven
 
 from vcache.config import ManagerConfig
-from vcache.manager.directory.directory import Directory
 from vcache.segment.slots import (
     HEADER_BYTES,
     SegmentInfo,
@@ -32,8 +32,8 @@ def hits(world: World, variant, prompt: int, count: int) -> int:
     return world.directory.lookup(world.clients[1].id, variant.keys(prompt, count), world.now)
 
 
-def lone(slabs: int = 1, nbytes: int = SLAB_BYTES, uuid: bytes = b"u" * 16, **change) -> tuple[Directory, SegmentInfo]:
-    directory = Directory(ManagerConfig(), epoch=1000)
+def lone(slabs: int = 1, nbytes: int = SLAB_BYTES, uuid: bytes = b"u" * 16, **change) -> tuple[Driven, SegmentInfo]:
+    directory = Driven(ManagerConfig(), epoch=1000)
     directory.open_session(ME, "m", "lender", 0.0)
     fields = {"kind": "host", "host": "h", "device": "host", "broker": "", "owner": ME} | change
     return directory, SegmentInfo(uuid=uuid, slabs=tuple(SlabInfo(i, nbytes) for i in range(slabs)), **fields)

@@ -22,6 +22,7 @@ from directory_model import (
     spans_of,
 )
 from directory_relief import Relief
+from driven import Driven
 
 from vcache.config import ManagerConfig
 from vcache.manager.api import (
@@ -35,7 +36,6 @@ from vcache.manager.api import (
     WipeSlots,
     WriterLost,
 )
-from vcache.manager.directory.directory import Directory
 from vcache.manager.directory.jobs import SLICE, Job
 from vcache.segment.slots import (
     HEADER_BYTES,
@@ -168,7 +168,7 @@ class World(Relief):
 
     def start_manager(self) -> None:
         self.epoch += 1_000_000
-        self.directory = Directory(
+        self.directory = Driven(
             ManagerConfig(eviction=self.eviction, **CONFIG), epoch=self.epoch, now=self.now, slice_size=self.slice_size
         )
 

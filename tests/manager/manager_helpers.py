@@ -19,9 +19,10 @@ import uvloop
 from vcache.config import ManagerConfig, VCacheConfig
 from vcache.manager import wire
 from vcache.manager.address import Address, parse_address
-from vcache.manager.api import Manager, Push, PutRequest, SessionInfo, Ticket
-from vcache.manager.client import ManagerClient
+from vcache.manager.api import Push, PutRequest, SessionInfo, Ticket
+from vcache.manager.client import Manager
 from vcache.manager.server.server import ManagerServer
+from vcache.manager.socket_transport import SocketTransport
 from vcache.segment.hostinfo import host_id
 from vcache.segment.slots import SegmentInfo, SlabInfo
 
@@ -146,12 +147,12 @@ class ServerThread:
     def gauge(self, name: str) -> int:
         return int(self.run(self.server.stats).gauges[name])
 
-    def client(self, **options: Any) -> ManagerClient:
+    def client(self, **options: Any) -> Manager:
         """A connected client of this server."""
         token = options.pop("token", None)
         identity = {name: options.pop(name) for name in ("name", "role", "client_id", "host", "remote") if name in options}
         settings = msgspec.structs.replace(self.config, **{"address": self.address, **options})
-        client = ManagerClient(settings, token=token, **identity)
+        client = Manager(SocketTransport(settings, token=token, **identity))
         assert client.wait_connected(5), client.last_failure
         return client
 

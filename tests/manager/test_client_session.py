@@ -31,10 +31,10 @@ from vcache.config import VCacheConfig
 from vcache.errors import ArgumentError, DeadlineExceededError, ManagerUnavailableError, ProtocolError
 from vcache.manager import wire
 from vcache.manager.api import AcquireReply, SegmentGone, SegmentMounted, SessionInfo, Ticket
-from vcache.manager.client import ManagerClient
+from vcache.manager.client import Manager
 from vcache.manager.connect import connect
-from vcache.manager.loopback import EmbeddedManager
-from vcache.manager.socket_transport import Connection
+from vcache.manager.loopback import Loopback
+from vcache.manager.socket_transport import Connection, SocketTransport
 from vcache.segment.hostinfo import host_id
 
 SLACK = 0.4
@@ -46,6 +46,11 @@ def takes(at_most: float) -> Iterator[None]:
     began = time.monotonic()
     yield
     assert time.monotonic() - began < at_most + SLACK
+
+
+def connection_of(client: Manager) -> Connection | None:
+    assert isinstance(client.transport, SocketTransport)
+    return client.transport._connection
 
 
 @contextmanager
@@ -69,7 +74,7 @@ def stalled(server: ServerThread, seconds: float) -> Iterator[None]:
 
 def test_embedded_is_the_default() -> None:
     manager = connect(VCacheConfig())
-    assert isinstance(manager, EmbeddedManager)
+    assert isinstance(manager.transport, Loopback)
     manager.close()
 
 
@@ -101,7 +106,7 @@ def test_absent_manager_that_is_required(tmp_path: Path) -> None:
 
 def test_manager_that_starts_later_is_found(tmp_path: Path) -> None:
     address = f"unix://{tmp_path}/m.sock"
-    client = ManagerClient(config(address))
+    client = Manager(SocketTransport(config(address)))
     listener = Recorder()
     client.subscribe(listener)
     with pytest.raises(ManagerUnavailableError):
@@ -188,7 +193,7 @@ def test_stopped_manager_is_noticed_without_any_call(tmp_path: Path) -> None:
 def test_sigstopped_manager_never_holds_a_call_beyond_its_deadline(tmp_path: Path) -> None:
     server = ServerProcess(config(f"unix://{tmp_path}/m.sock"))
     try:
-        client = ManagerClient(config(server.address, deadline=0.2))
+        client = Manager(SocketTransport(config(server.address, deadline=0.2)))
         assert client.wait_connected(5)
         large = put_request(keys(1, 100_000))
         server.process.send_signal(signal.SIGSTOP)
@@ -216,7 +221,7 @@ def test_sigstopped_manager_never_holds_a_call_beyond_its_deadline(tmp_path: Pat
 def test_manager_killed_during_calls_and_restarted(tmp_path: Path) -> None:
     where = config(f"unix://{tmp_path}/m.sock", deadline=0.5)
     server = ServerProcess(where)
-    client = ManagerClient(where, name="survivor")
+    client = Manager(SocketTransport(where, name="survivor"))
     assert client.wait_connected(5)
     listener = Recorder(lambda event: client.mount(segment_of(client)) if isinstance(event, SessionInfo) else None)
     client.subscribe(listener)
@@ -327,10 +332,13 @@ def test_pending_calls_fail_at_once_when_the_connection_is_lost(tmp_path: Path) 
             threads = [threading.Thread(target=call) for _ in range(4)]
             for thread in threads:
                 thread.start()
-            wait_until(lambda: len(client._connection._pending) == 4 if client._connection else False)
+            connection = connection_of(client)
+            assert connection is not None
+            wait_until(lambda: len(connection._pending) == 4)
             with takes(0.1):
-                assert client._connection is not None
-                client._connection.shut("cut by the test")
+                connection = connection_of(client)
+                assert connection is not None
+                connection.shut("cut by the test")
                 for thread in threads:
                     thread.join(5)
         assert len(failures) == 4
@@ -355,8 +363,9 @@ def test_hello_waits_for_unfinished_writes(tmp_path: Path) -> None:
         client.set_write_gate(wait_idle)
         client.mount(segment_of(client))
         assert client.put_start(put_request(keys(1, 1)))[0].status == "granted"
-        assert client._connection is not None
-        client._connection.shut("cut by the test")
+        connection = connection_of(client)
+        assert connection is not None
+        connection.shut("cut by the test")
         assert asked.wait(5)
         assert not client.wait_connected(0.3)
         assert server.counter("sessions") == 1
@@ -379,8 +388,9 @@ def test_gate_that_raises_holds_the_hello_back_and_is_asked_again(tmp_path: Path
     with serving(f"unix://{tmp_path}/m.sock") as server:
         client = server.client()
         client.set_write_gate(wait_idle)
-        assert client._connection is not None
-        client._connection.shut("cut by the test")
+        connection = connection_of(client)
+        assert connection is not None
+        connection.shut("cut by the test")
         wait_until(lambda: client.epoch != 0 and len(asked) == 2)
         assert "broken gate" in caplog.text
         client.close()
@@ -467,7 +477,7 @@ def test_child_does_not_keep_the_session_of_a_dead_parent(tmp_path: Path) -> Non
         ready, signal_ready = os.pipe()
         parent = os.fork()
         if parent == 0:
-            client = ManagerClient(config(server.address))
+            client = Manager(SocketTransport(config(server.address)))
             client.wait_connected(5)
             child = os.fork()
             if child == 0:
@@ -496,7 +506,7 @@ def test_the_end_of_a_write_that_could_not_be_sent_is_settled_by_the_next_hello(
         (grant,) = client.put_start(put_request([key(1)]))
         assert grant.location is not None
         assert server.gauge("slots_processing") == 1
-        connection = client._connection
+        connection = connection_of(client)
         assert connection is not None
         server._loop.call_soon_threadsafe(stuck.wait)
         try:
@@ -508,6 +518,6 @@ def test_the_end_of_a_write_that_could_not_be_sent_is_settled_by_the_next_hello(
                 getattr(client, verb)([Ticket(key(1), 0, grant.location.generation)])
         finally:
             stuck.set()
-        wait_until(lambda: client._connection not in (None, connection), what="connected again")
+        wait_until(lambda: connection_of(client) not in (None, connection), what="connected again")
         assert server.gauge("slots_processing") == server.gauge("slots_quarantined") == 0
         client.close()

@@ -14,7 +14,6 @@ from vcache.config import ByteSize, ManagerConfig
 from vcache.errors import ManagerRefusedError, ProtocolError
 from vcache.manager.api import (
     AcquireReply,
-    Manager,
     MovePlan,
     ResizeRequested,
     RoomWanted,
@@ -24,7 +23,8 @@ from vcache.manager.api import (
     Ticket,
     WipeSlots,
 )
-from vcache.manager.loopback import EmbeddedManager
+from vcache.manager.client import Manager
+from vcache.manager.loopback import Loopback
 from vcache.segment.hostinfo import host_id
 from vcache.segment.slots import HEADER_BYTES, SlabHeader, SlabInfo, SlabInventory, SlotHeader, slab_geometry
 
@@ -32,10 +32,10 @@ from vcache.segment.slots import HEADER_BYTES, SlabHeader, SlabInfo, SlabInvento
 @pytest.fixture(params=["unix", "tcp", "embedded"])
 def manager(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Manager]:
     if request.param == "embedded":
-        embedded = EmbeddedManager(ManagerConfig(), name="writer", host=host_id())
-        yield embedded
-        embedded.check_integrity()
-        embedded.close()
+        loopback = Loopback(ManagerConfig(), name="writer", host=host_id())
+        yield Manager(loopback)
+        loopback.check_integrity()
+        loopback.close()
         return
     monkeypatch.setenv("VCACHE_TOKEN", "a secret")
     address = f"unix://{tmp_path}/m.sock" if request.param == "unix" else "tcp://127.0.0.1:0"

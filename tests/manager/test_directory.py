@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 from directory_world import CONFIG, SLAB_BYTES, TOKENS, VARIANTS, World, digest
+from driven import Driven
 
+from vcache.config import ManagerConfig
 from vcache.errors import IntegrityError, ManagerRefusedError, ProtocolError
+from vcache.manager import wire
 from vcache.manager.api import PutRequest, Ticket
 from vcache.segment.slots import LOCATION_BYTES, SlotLocation
 
@@ -83,7 +86,7 @@ def test_packed_and_unpacked_replies_agree(world):
     client = world.clients[1].id
     keys = ONE.keys(0, 4)
     lease, expires_in, packed = world.directory.acquire_packed(client, keys, 0, 0, world.now)
-    assert (lease, expires_in, len(packed)) == (1, CONFIG["lease_ttl"], 3 * LOCATION_BYTES)
+    assert (lease, expires_in, len(packed)) == (world.epoch + 1, CONFIG["lease_ttl"], 3 * LOCATION_BYTES)
     again = world.directory.acquire(client, keys, 0, lease, world.now + 1)
     assert again == (lease, CONFIG["lease_ttl"] - 1, SlotLocation.unpack_many(packed))
     assert [location.tokens for location in again.locations] == [TOKENS] * 3
@@ -435,3 +438,7 @@ def test_two_slabs_never_give_one_writer_the_same_ticket(world):
     assert new.slab == other.index
     assert new.ticket != old.ticket
     assert world.finish(slow, [old, new]) == [False, True]
+
+
+def test_every_verb_has_its_handler_and_nothing_else_has_one():
+    assert set(Driven(ManagerConfig(), epoch=2)._handlers) == set(wire.VERBS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from directory_cases import ME, header, lone, slab_of
+from driven import Driven
 
 from vcache.config import ManagerConfig
 from vcache.errors import ManagerRefusedError
@@ -19,12 +20,12 @@ def name(number: int) -> bytes:
     return number.to_bytes(16, "little")
 
 
-def big(*, slabs: int = 1, slice_size: int = 4) -> tuple[Directory, SegmentInfo, list[SlabInventory]]:
+def big(*, slabs: int = 1, slice_size: int = 4) -> tuple[Driven, SegmentInfo, list[SlabInventory]]:
     """A directory, a segment, and its inventory: slabs of 12 slots, of which 8 hold chunks."""
     nbytes = slab_bytes_for(256, SLOTS)
     assert slab_geometry(nbytes, 256).slots == SLOTS
     _, info = lone(slabs=slabs, nbytes=nbytes)
-    directory = Directory(ManagerConfig(), epoch=1000, slice_size=slice_size)
+    directory = Driven(ManagerConfig(), epoch=1000, slice_size=slice_size)
     directory.open_session(ME, "m", "lender", 0.0)
     directory.open_session(OTHER, "o", "engine", 0.0)
     inventory = []
@@ -207,7 +208,7 @@ def test_tokens_of_wipes_differ_between_managers():
     """Each manager counted from 1, so a lender's late word on a wipe of the old one was taken for one of the new one."""
     tokens = []
     for epoch in (1000, 2000):
-        directory = Directory(ManagerConfig(), epoch=epoch)
+        directory = Driven(ManagerConfig(), epoch=epoch)
         directory.open_session(ME, "m", "lender", 0.0)
         _, info, inventory = big()
         directory.mount(ME, info, inventory, 0.0)

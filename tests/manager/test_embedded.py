@@ -11,7 +11,8 @@ from manager_helpers import Recorder, keys, put_request, segment_of, store, wait
 from vcache.config import ManagerConfig
 from vcache.errors import ManagerUnavailableError
 from vcache.manager.api import SegmentMounted, SessionInfo, Ticket, WipeSlots
-from vcache.manager.loopback import EmbeddedManager
+from vcache.manager.client import Manager
+from vcache.manager.loopback import Loopback
 
 
 class Clock:
@@ -25,7 +26,8 @@ class Clock:
 def test_leases_and_tickets_expire_without_any_thread() -> None:
     clock = Clock()
     before = threading.active_count()
-    manager = EmbeddedManager(ManagerConfig(lease_ttl=30, ticket_ttl=20), clock=clock)
+    loopback = Loopback(ManagerConfig(lease_ttl=30, ticket_ttl=20), clock=clock)
+    manager = Manager(loopback)
     manager.mount(segment_of(manager))
     store(manager, keys(1, 2))
     lease = manager.acquire(keys(1, 2))
@@ -39,13 +41,13 @@ def test_leases_and_tickets_expire_without_any_thread() -> None:
     assert manager.acquire(keys(1, 1), lease=lease.lease).locations == []
     assert manager.remove(keys(1, 2)) == 2
     assert threading.active_count() == before
-    manager.check_integrity()
+    loopback.check_integrity()
     manager.close()
 
 
 def test_idle_for_longer_than_the_session_timeout() -> None:
     clock = Clock()
-    manager = EmbeddedManager(ManagerConfig(session_timeout=10), clock=clock)
+    manager = Manager(Loopback(ManagerConfig(session_timeout=10), clock=clock))
     manager.mount(segment_of(manager))
     store(manager, keys(1, 2))
     clock.now += 3600
@@ -55,7 +57,7 @@ def test_idle_for_longer_than_the_session_timeout() -> None:
 
 
 def test_instances_share_nothing() -> None:
-    one, two = EmbeddedManager(ManagerConfig()), EmbeddedManager(ManagerConfig())
+    one, two = Manager(Loopback(ManagerConfig())), Manager(Loopback(ManagerConfig()))
     assert one.client_id != two.client_id
     one.mount(segment_of(one))
     store(one, keys(1, 2))
@@ -66,7 +68,7 @@ def test_instances_share_nothing() -> None:
 
 
 def test_lender_mounts_in_on_session_and_wipes_in_on_push() -> None:
-    manager = EmbeddedManager(ManagerConfig())
+    manager = Manager(Loopback(ManagerConfig()))
 
     def lend(event: object) -> None:
         if isinstance(event, SessionInfo):
@@ -85,7 +87,7 @@ def test_lender_mounts_in_on_session_and_wipes_in_on_push() -> None:
 
 def test_removal_is_bounded_when_nobody_wipes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vcache.manager.loopback.WIPE_TIMEOUT", 0.1)
-    manager = EmbeddedManager(ManagerConfig())
+    manager = Manager(Loopback(ManagerConfig()))
     manager.mount(segment_of(manager))
     store(manager, keys(1, 3))
     manager.subscribe(Recorder())
@@ -96,7 +98,7 @@ def test_removal_is_bounded_when_nobody_wipes(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_removal_inside_a_listener_does_not_wait_for_itself() -> None:
-    manager = EmbeddedManager(ManagerConfig())
+    manager = Manager(Loopback(ManagerConfig()))
     manager.mount(segment_of(manager))
     store(manager, keys(1, 3))
     removed: list[int] = []
@@ -108,7 +110,7 @@ def test_removal_inside_a_listener_does_not_wait_for_itself() -> None:
 
 
 def test_close_wakes_a_waiting_removal_and_ends_everything() -> None:
-    manager = EmbeddedManager(ManagerConfig())
+    manager = Manager(Loopback(ManagerConfig()))
     manager.mount(segment_of(manager))
     store(manager, keys(1, 3))
     manager.subscribe(Recorder(lambda event: manager.close() if isinstance(event, WipeSlots) else None))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 import pytest
@@ -15,22 +16,48 @@ from vcache.errors import ArgumentError, ManagerRefusedError, ProtocolError, Seg
 from vcache.manager import wire
 from vcache.manager.api import (
     PROTOCOL_VERSION,
+    Acquire,
     AcquireReply,
+    AddSlabs,
+    Clear,
+    Demote,
+    DropSlabs,
     GateReport,
     GateWriter,
+    Goodbye,
+    Heartbeat,
+    ImporterGone,
+    InventoryPart,
+    Lookup,
+    Mount,
     Move,
     MovePlan,
+    PlanSpill,
     Push,
+    PutEnd,
     PutGrant,
     PutRequest,
+    PutRevoke,
+    PutStart,
+    Release,
+    Remove,
+    RequestResize,
     ResizeRequested,
     RoomWanted,
     SegmentGone,
     SegmentMounted,
+    Segments,
     Spill,
+    Spilled,
     SpillPlan,
+    Stats,
     Ticket,
+    Tiers,
+    Unmount,
+    Verb,
+    Wiped,
     WipeSlots,
+    WritersLeft,
 )
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory, SlotLocation
 
@@ -53,30 +80,44 @@ INFO = SegmentInfo(
     endpoint="h:1",
 )
 PUT = PutRequest(keys=[key(1)], namespace=b"n" * 16, parent=b"", first_index=0, tokens=[256], slot_bytes=4096)
-REQUESTS: list[wire.Request] = [
-    wire.PutStart(PUT),
-    wire.PutEnd([Ticket(key(1), 0, 8)]),
-    wire.PutRevoke([Ticket(key(1), 0, 8)]),
-    wire.Tiers([key(1), key(2)]),
-    wire.Remove([key(1)]),
-    wire.Clear(b"n" * 16),
-    wire.InventoryPart(b"u" * 16, [SlabInventory(0, b"s" * 64, b"h" * 128)]),
-    wire.Mount(INFO, [SlabInventory(0, b"s" * 64, b"")], GateReport(fence=7, writers=(GateWriter(b"w" * 16, 0),), floor=5)),
-    wire.WritersLeft(b"u" * 16, [GateWriter(b"w" * 16, 0)]),
-    wire.Unmount(b"u" * 16),
-    wire.AddSlabs(b"u" * 16, [SlabInfo(3, 4096, 2**47)]),
-    wire.Demote(4096, [1, 2]),
-    wire.PlanSpill(4096, []),
-    wire.Spilled(7, [key(1)]),
-    wire.DropSlabs(b"u" * 16, 4096),
-    wire.ImporterGone(b"u" * 16, b"c" * 16),
-    wire.RequestResize(b"u" * 16, 4096),
-    wire.Wiped(7),
-    wire.Segments(),
-    wire.Stats(),
-    wire.Heartbeat(),
-    wire.Goodbye(),
+REQUESTS: list[Verb[Any]] = [
+    Lookup((key(1), key(2))),
+    Acquire((key(1), key(2)), 3, 5),
+    Release(9),
+    PutStart(PUT),
+    PutEnd([Ticket(key(1), 0, 8)]),
+    PutRevoke([Ticket(key(1), 0, 8)]),
+    Tiers([key(1), key(2)]),
+    Remove([key(1)]),
+    Clear(b"n" * 16),
+    InventoryPart(b"u" * 16, [SlabInventory(0, b"s" * 64, b"h" * 128)]),
+    Mount(INFO, [SlabInventory(0, b"s" * 64, b"")], GateReport(fence=7, writers=(GateWriter(b"w" * 16, 0),), floor=5)),
+    WritersLeft(b"u" * 16, [GateWriter(b"w" * 16, 0)]),
+    Unmount(b"u" * 16),
+    AddSlabs(b"u" * 16, [SlabInfo(3, 4096, 2**47)]),
+    Demote(4096, [1, 2]),
+    PlanSpill(4096, []),
+    Spilled(7, [key(1)]),
+    DropSlabs(b"u" * 16, 4096),
+    ImporterGone(b"u" * 16, b"c" * 16),
+    RequestResize(b"u" * 16, 4096),
+    Wiped(7),
+    Segments(),
+    Stats(),
+    Heartbeat(),
+    Goodbye(),
 ]
+
+
+CALLS = [verb for verb in REQUESTS if wire.encode_verb(verb)[0] == wire.CALL]
+
+
+def decode_call(payload: bytes | bytearray) -> Verb[Any]:
+    return wire.decode_verb(wire.CALL, payload)
+
+
+def round_trip(verb: Verb[Any], reply: object) -> Any:
+    return wire.decode_reply(verb, wire.encode_reply(verb, reply))
 
 
 def test_hot_frames_are_pinned() -> None:
@@ -90,7 +131,7 @@ def test_hot_frames_are_pinned() -> None:
 
 def test_hot_codecs_round_trip() -> None:
     keys = [key(i) for i in range(5)]
-    assert wire.decode_acquire(wire.encode_acquire(wire.join_keys(keys), 3, 5)) == (5, 3, tuple(keys))
+    assert wire.decode_acquire(wire.encode_acquire(wire.join_keys(keys), 3, 5)) == Acquire(tuple(keys), 3, 5)
     locations = [SlotLocation(1, 2, 256, 3, 4096, 8), SlotLocation(1, 2, 17, 4, 4096, 10)]
     reply = wire.decode_acquired(wire.encode_acquired(5, 1.5, b"".join(at.pack() for at in locations)))
     assert reply == AcquireReply(5, 1.5, locations)
@@ -112,8 +153,8 @@ def test_keys_of_other_lengths_are_refused() -> None:
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
-def test_typed_requests_round_trip(request_: wire.Request) -> None:
-    assert wire.decode_request(wire.encode_request(request_)) == request_
+def test_typed_requests_round_trip(request_: Verb[Any]) -> None:
+    assert wire.decode_verb(*wire.encode_verb(request_)) == request_
 
 
 @pytest.mark.parametrize(
@@ -132,14 +173,14 @@ def test_pushes_round_trip(push: Push) -> None:
 
 def test_typed_replies_round_trip() -> None:
     grants = [PutGrant("exists"), PutGrant("granted", SlotLocation(1, 0, 256, 2, 4096, 8), 6, 12)]
-    assert wire.decode_value(wire.GRANTS_REPLY, wire.encode_reply(grants)) == grants
+    assert round_trip(PutStart(PUT), grants) == grants
     with pytest.raises(ProtocolError):
-        wire.decode_value(wire.GRANTS_REPLY, wire.encode_reply([1]))
+        round_trip(PutStart(PUT), [1])
     source = SlotLocation(1, 0, 256, 2, 4096, 8)
     moves = MovePlan(lease=3, moves=[Move(key(1), 1, source, grants[1])])
-    assert wire.decode_value(wire.MOVE_PLAN_REPLY, wire.encode_reply(moves)) == moves
+    assert round_trip(Demote(1, []), moves) == moves
     spills = SpillPlan(lease=3, spills=[Spill(key(1), 0, source), Spill(key(1), 1, source)])
-    assert wire.decode_value(wire.SPILL_PLAN_REPLY, wire.encode_reply(spills)) == spills
+    assert round_trip(PlanSpill(1, []), spills) == spills
 
 
 @pytest.mark.parametrize(
@@ -168,7 +209,7 @@ def test_typed_replies_round_trip() -> None:
 )
 def test_wrong_requests_are_refused(body: object) -> None:
     with pytest.raises(ProtocolError):
-        wire.decode_request(msgspec.msgpack.encode(body))
+        decode_call(msgspec.msgpack.encode(body))
 
 
 def test_hello_of_another_version_names_both() -> None:
@@ -237,14 +278,14 @@ def test_largest_frame_passes() -> None:
 
 DECODERS: list[Callable[[bytes], object]] = [
     wire.decode_hello,
-    wire.decode_request,
+    decode_call,
     wire.decode_acquire,
     wire.decode_lease,
     wire.decode_count,
     wire.decode_acquired,
     wire.decode_push,
     wire.split_keys,
-    lambda raw: wire.decode_value(wire.STATS_REPLY, raw),
+    lambda raw: wire.decode_reply(Stats(), raw),
     lambda raw: wire.decode_hello(b"VCMG\x01\x00" + raw),
 ]
 
@@ -260,15 +301,15 @@ def test_random_payloads_raise_nothing_but_protocol_errors(raw: bytes) -> None:
 @settings(max_examples=300)
 @given(data=st.data())
 def test_mutated_requests_raise_nothing_but_protocol_errors(data: st.DataObject) -> None:
-    raw = bytearray(wire.encode_request(data.draw(st.sampled_from(REQUESTS))))
+    raw = bytearray(wire.encode_verb(data.draw(st.sampled_from(CALLS)))[1])
     for _ in range(data.draw(st.integers(1, 4))):
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     with suppress(ProtocolError):
-        wire.decode_request(raw[: data.draw(st.integers(0, len(raw)))])
+        decode_call(raw[: data.draw(st.integers(0, len(raw)))])
 
 
 def test_deep_nesting_is_a_protocol_error() -> None:
     with pytest.raises(ProtocolError):
-        wire.decode_request(b"\x92\xa5Wiped" + b"\x91" * 100_000 + b"\x01")
+        decode_call(b"\x92\xa5Wiped" + b"\x91" * 100_000 + b"\x01")
     with pytest.raises(ProtocolError):
-        wire.decode_request(b"\x92\xa8PutStart\x81\xa1x" + b"\x91" * 100_000 + b"\x01")
+        decode_call(b"\x92\xa8PutStart\x81\xa1x" + b"\x91" * 100_000 + b"\x01")

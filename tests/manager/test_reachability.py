@@ -11,9 +11,9 @@ from manager_helpers import serving
 from vcache.config import CacheConfig, ManagerConfig, VCacheConfig
 from vcache.errors import ProtocolError
 from vcache.manager.api import SegmentMounted
-from vcache.manager.client import ManagerClient
 from vcache.manager.connect import connect
-from vcache.manager.loopback import EmbeddedManager
+from vcache.manager.loopback import Loopback
+from vcache.manager.socket_transport import SocketTransport
 from vcache.segment.slots import SlabInfo
 
 
@@ -166,8 +166,9 @@ def test_connect_says_where_it_is_and_how_it_reads(tmp_path, monkeypatch, where,
     with serving(f"unix://{tmp_path}/m.sock") as server:
         manager = ManagerConfig(address=server.address) if where == "server" else ManagerConfig()
         api = connect(VCacheConfig(manager=manager, cache=CacheConfig(remote=remote)), role=role, require=True)
-        assert isinstance(api, ManagerClient if where == "server" else EmbeddedManager)
-        directory = server.server._directory if where == "server" else api._directory
+        transport = api.transport
+        assert isinstance(transport, SocketTransport if where == "server" else Loopback)
+        directory = transport._directory if isinstance(transport, Loopback) else server.server._directory
         session = directory._core.sessions[api.client_id]
         assert (session.host, session.remote, session.role) == (host, remote != "off", role)
         api.close()

@@ -20,9 +20,10 @@ from vcache.errors import AddressInUseError, ConfigError, ManagerRefusedError, P
 from vcache.manager import wire
 from vcache.manager.address import load_token, parse_address
 from vcache.manager.api import PROTOCOL_VERSION
-from vcache.manager.client import ManagerClient
+from vcache.manager.client import Manager
 from vcache.manager.connect import connect
 from vcache.manager.server.server import ManagerServer
+from vcache.manager.socket_transport import SocketTransport
 
 SECRET = "horse battery staple"
 
@@ -183,7 +184,7 @@ def test_a_server_that_is_no_manager_is_recognised(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as foreign:
         foreign.bind(str(path))
         foreign.listen(4)
-        client = ManagerClient(config(f"unix://{path}"))
+        client = Manager(SocketTransport(config(f"unix://{path}")))
         connection, _ = foreign.accept()
         connection.recv(100)
         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")

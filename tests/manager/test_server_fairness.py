@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from manager_helpers import RawClient, serving, wait_until
 
 from vcache.bench.population import mount_population, random_keys
 from vcache.manager import wire
-from vcache.manager.api import GateReport
+from vcache.manager.api import GateReport, Mount, Stats, Verb
 from vcache.manager.directory.directory import Directory
 from vcache.manager.server import sessions
-from vcache.manager.server.peer import Peer
+from vcache.manager.server.session import Session
 from vcache.segment.slots import SegmentInfo, SlabHeader, SlabInfo, SlabInventory, slab_bytes_for
 
 
@@ -64,9 +65,9 @@ def test_a_mount_that_is_repeated_or_taken_back_is_answered(tmp_path: Path, monk
             uuid=b"u" * 16, kind="host", host="h", device="host", broker="", owner=b"r" * 16, slabs=(SlabInfo(0, nbytes),)
         )
         headers = SlabInventory(0, SlabHeader(2, 256, slots).pack(), bytes(64) * slots)
-        mount = wire.frame(5, wire.CALL, wire.encode_request(wire.Mount(info, [headers], GateReport())))
+        mount = wire.frame(5, *wire.encode_verb(Mount(info, [headers], GateReport())))
         # Small, so that it is there by the time the first one's headers are being read.
-        again = wire.frame(6, wire.CALL, wire.encode_request(wire.Mount(info, [], GateReport())))
+        again = wire.frame(6, *wire.encode_verb(Mount(info, [], GateReport())))
         raw.send(mount + again)
         answers = {}
         while {5, 6} - set(answers):
@@ -83,18 +84,18 @@ def test_a_burst_of_one_client_is_answered_in_turns(tmp_path: Path, monkeypatch:
     """All that one client had sent at once was answered before anybody else was: 20,000 small requests kept the others waiting
     for a second, and newcomers outside."""
     order: list[str] = []
-    call = sessions.Service.call
+    finish = sessions.Sessions.finish
 
-    def record(self: sessions.Service, peer: Peer, number: int, request: wire.Request) -> bytes | None:
-        order.append(peer.name)
-        return call(self, peer, number, request)
+    def record(self: sessions.Sessions, session: Session, number: int, verb: Verb[Any], reply: object) -> object:
+        order.append(session.name)
+        return finish(self, session, number, verb, reply)
 
-    monkeypatch.setattr(sessions.Service, "call", record)
+    monkeypatch.setattr(sessions.Sessions, "finish", record)
     with serving(f"unix://{tmp_path}/m.sock") as server:
         other, raw = server.client(name="other", heartbeat_interval=5.0), RawClient(server.address)
         raw.hello()
         count = 10_000
-        request = wire.encode_request(wire.Stats())
+        request = wire.encode_verb(Stats())[1]
         raw.send(b"".join(wire.frame(number, wire.CALL, request) for number in range(1, count + 1)))
         wait_until(lambda: len(order) > 10, what="the burst has begun")
         newcomer = server.client(name="newcomer", heartbeat_interval=5.0)

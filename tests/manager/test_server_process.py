@@ -11,8 +11,9 @@ import pytest
 from manager_helpers import ServerProcess, config, keys, segment_of, serving, store
 
 from vcache.errors import AddressInUseError
-from vcache.manager.client import ManagerClient
+from vcache.manager.client import Manager
 from vcache.manager.server.exporter import Exporter
+from vcache.manager.socket_transport import SocketTransport
 
 pytestmark = pytest.mark.processes
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.processes
 def test_signals_stop_it_cleanly_with_clients_connected(tmp_path: Path, number: int) -> None:
     server = ServerProcess(config(f"unix://{tmp_path}/m.sock"))
     try:
-        client = ManagerClient(config(server.address))
+        client = Manager(SocketTransport(config(server.address)))
         assert client.wait_connected(5)
         status, errors = server.stop(number)
         assert (status, errors) == (0, "")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -31,13 +32,33 @@ from manager_helpers import (
 from vcache.config import ByteSize
 from vcache.errors import ManagerRefusedError
 from vcache.manager import wire
-from vcache.manager.api import GateReport, GateWriter, SegmentGone, SegmentMounted, WipeSlots
-from vcache.manager.client import ManagerClient
-from vcache.manager.server import peer, strangers
+from vcache.manager.api import (
+    WIPE_TIMEOUT,
+    AddSlabs,
+    Clear,
+    DropSlabs,
+    GateReport,
+    GateWriter,
+    ImporterGone,
+    InventoryPart,
+    Mount,
+    Remove,
+    RequestResize,
+    SegmentGone,
+    SegmentMounted,
+    Segments,
+    Stats,
+    Unmount,
+    Wiped,
+    WipeSlots,
+    WritersLeft,
+)
+from vcache.manager.client import Manager
+from vcache.manager.server import session, sessions, strangers
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory
 
 MAX_FRAME = 2**16
-SEGMENTS = wire.encode_request(wire.Segments())
+SEGMENTS = wire.encode_verb(Segments())[1]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +70,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerThread]:
 
 
 @pytest.fixture(scope="module")
-def witness(server: ServerThread) -> Iterator[ManagerClient]:
+def witness(server: ServerThread) -> Iterator[Manager]:
     """The other client, who must never notice anything."""
     client = server.client(name="witness")
     client.mount(segment_of(client, 7))
@@ -58,7 +79,7 @@ def witness(server: ServerThread) -> Iterator[ManagerClient]:
     client.close()
 
 
-def still_serves(witness: ManagerClient) -> None:
+def still_serves(witness: Manager) -> None:
     assert witness.lookup(keys(1, 3)) == 3
     assert len(witness.segments()) == 1
 
@@ -79,7 +100,7 @@ OPENERS = {
 
 @pytest.mark.parametrize("opener", OPENERS.values(), ids=OPENERS.keys())
 def test_strangers_are_sent_away(
-    server: ServerThread, witness: ManagerClient, opener: bytes, caplog: pytest.LogCaptureFixture
+    server: ServerThread, witness: Manager, opener: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     rejected = server.counter("connections_rejected")
     raw = RawClient(server.address)
@@ -106,7 +127,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN.keys())
-def test_broken_frames_close_their_connection_only(server: ServerThread, witness: ManagerClient, broken: bytes) -> None:
+def test_broken_frames_close_their_connection_only(server: ServerThread, witness: Manager, broken: bytes) -> None:
     raw = RawClient(server.address)
     raw.hello()
     raw.send(wire.frame(1, wire.LOOKUP, b"".join(keys(1, 3))) + broken)
@@ -117,7 +138,7 @@ def test_broken_frames_close_their_connection_only(server: ServerThread, witness
     still_serves(witness)
 
 
-def test_answers_before_a_broken_frame_still_arrive(server: ServerThread, witness: ManagerClient) -> None:
+def test_answers_before_a_broken_frame_still_arrive(server: ServerThread, witness: Manager) -> None:
     raw = RawClient(server.address)
     raw.hello()
     raw.send(wire.frame(5, wire.LOOKUP, b"".join(keys(1, 3))) + wire.frame(6, 99))
@@ -131,7 +152,7 @@ def test_answers_before_a_broken_frame_still_arrive(server: ServerThread, witnes
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.binary(min_size=1, max_size=300), greeted=st.booleans(), chop=st.integers(0, 40))
-def test_random_bytes(server: ServerThread, witness: ManagerClient, junk: bytes, greeted: bool, chop: int) -> None:
+def test_random_bytes(server: ServerThread, witness: Manager, junk: bytes, greeted: bool, chop: int) -> None:
     raw = RawClient(server.address)
     if greeted:
         raw.hello()
@@ -143,7 +164,7 @@ def test_random_bytes(server: ServerThread, witness: ManagerClient, junk: bytes,
     still_serves(witness)
 
 
-def typed_requests() -> st.SearchStrategy[wire.Request]:
+def typed_requests() -> st.SearchStrategy[Any]:
     """Well-formed requests with any content: what the directory must refuse or survive."""
     small = st.binary(max_size=20)
     ident = st.one_of(st.binary(min_size=16, max_size=16), st.just((7).to_bytes(16, "little")))
@@ -179,29 +200,27 @@ def typed_requests() -> st.SearchStrategy[wire.Request]:
         }
     )
     return st.one_of(
-        st.builds(wire.Mount, info, inventory, gate),
-        st.builds(wire.WritersLeft, ident, st.lists(st.builds(GateWriter, ident, number), max_size=2)),
-        st.builds(wire.InventoryPart, ident, inventory),
+        st.builds(Mount, info, inventory, gate),
+        st.builds(WritersLeft, ident, st.lists(st.builds(GateWriter, ident, number), max_size=2)),
+        st.builds(InventoryPart, ident, inventory),
         put.map(lambda fields: ["PutStart", fields]),
         st.tuples(st.sampled_from(["PutEnd", "PutRevoke"]), tickets).map(list),
-        st.builds(wire.AddSlabs, ident, st.lists(st.tuples(number, number), max_size=2)),
-        st.builds(wire.DropSlabs, ident, number),
-        st.builds(wire.RequestResize, ident, number),
-        st.builds(wire.ImporterGone, ident, ident),
-        st.builds(wire.Wiped, number),
-        st.builds(wire.Unmount, ident),
+        st.builds(AddSlabs, ident, st.lists(st.tuples(number, number), max_size=2)),
+        st.builds(DropSlabs, ident, number),
+        st.builds(RequestResize, ident, number),
+        st.builds(ImporterGone, ident, ident),
+        st.builds(Wiped, number),
+        st.builds(Unmount, ident),
         # Whoever names them may remove the witness's chunks.
-        st.builds(
-            wire.Remove, st.lists(st.binary(min_size=16, max_size=16).filter(lambda key: key not in keys(1, 3)), max_size=3)
-        ),
-        st.builds(wire.Clear, st.binary(min_size=16, max_size=16).filter(lambda namespace: namespace != NAMESPACE)),
-        st.just(wire.Stats()),
+        st.builds(Remove, st.lists(st.binary(min_size=16, max_size=16).filter(lambda key: key not in keys(1, 3)), max_size=3)),
+        st.builds(Clear, st.binary(min_size=16, max_size=16).filter(lambda namespace: namespace != NAMESPACE)),
+        st.just(Stats()),
     )
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(requests=st.lists(typed_requests(), min_size=1, max_size=6))
-def test_well_formed_nonsense(server: ServerThread, witness: ManagerClient, requests: list[object]) -> None:
+def test_well_formed_nonsense(server: ServerThread, witness: Manager, requests: list[object]) -> None:
     raw = RawClient(server.address)
     raw.hello()
     with suppress(BrokenPipeError, ConnectionResetError):
@@ -216,7 +235,7 @@ def test_well_formed_nonsense(server: ServerThread, witness: ManagerClient, requ
     server.run(server.server.check_integrity)
 
 
-def test_truncated_frame_then_silence_holds_no_one_up(server: ServerThread, witness: ManagerClient) -> None:
+def test_truncated_frame_then_silence_holds_no_one_up(server: ServerThread, witness: Manager) -> None:
     raw = RawClient(server.address)
     raw.hello()
     raw.send(wire.frame(3, wire.LOOKUP, bytes(16 * 1000))[:-1])
@@ -244,14 +263,14 @@ def test_silent_client_loses_its_session(tmp_path: Path) -> None:
         alive.subscribe(listener)
         raw = RawClient(server.address)
         raw.hello(client=b"s" * 16)
-        mute = wire.Mount(
+        mute = Mount(
             SegmentInfo(
                 uuid=b"m" * 16, kind="host", host="h", device="host", broker="", owner=b"s" * 16, slabs=(SlabInfo(0, 65536),)
             ),
             [],
             GateReport(),
         )
-        assert raw.ask(wire.CALL, wire.encode_request(mute)).code == wire.OK
+        assert raw.ask(*wire.encode_verb(mute)).code == wire.OK
         assert "no sign of life" in raw.last_words()
         wait_until(lambda: bool(listener.of(SegmentGone)), what="its segment is gone")
         assert server.gauge("sessions") == 1, "the one that sends heartbeats stays"
@@ -265,7 +284,7 @@ def test_peer_that_does_not_read_is_bounded_and_disconnected(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, turn: float
 ) -> None:
     """Where its turn ended just before the answers filled its buffer, it was read from again, without a bound."""
-    monkeypatch.setattr(peer, "_TURN_SECONDS", turn)
+    monkeypatch.setattr(session, "_TURN_SECONDS", turn)
     with serving(f"unix://{tmp_path}/m.sock", session_timeout=2.0, heartbeat_interval=0.05) as server:
         client = server.client()
         client.mount(segment_of(client, slots=2000))
@@ -354,7 +373,7 @@ def test_push_flood_to_a_peer_that_does_not_read(tmp_path: Path) -> None:
         client.close()
 
 
-def test_answer_larger_than_a_frame_is_refused_not_sent(server: ServerThread, witness: ManagerClient) -> None:
+def test_answer_larger_than_a_frame_is_refused_not_sent(server: ServerThread, witness: Manager) -> None:
     client = server.client()
     many = keys(1, 3) * 1300  # 62,400 bytes of keys fit, 93,600 bytes of locations do not.
     with pytest.raises(ManagerRefusedError, match=r"exceeds manager\.max_frame"):
@@ -364,7 +383,7 @@ def test_answer_larger_than_a_frame_is_refused_not_sent(server: ServerThread, wi
     wait_until(lambda: server.gauge("leases") == 0, what="its lease fell with the session")
 
 
-def test_same_client_again_replaces_its_older_connection(server: ServerThread, witness: ManagerClient) -> None:
+def test_same_client_again_replaces_its_older_connection(server: ServerThread, witness: Manager) -> None:
     first = RawClient(server.address)
     first.hello(client=b"d" * 16)
     second = RawClient(server.address)
@@ -376,7 +395,7 @@ def test_same_client_again_replaces_its_older_connection(server: ServerThread, w
 
 
 def test_remove_is_answered_even_if_the_lender_never_wipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "WIPE_TIMEOUT", 0.2)
+    monkeypatch.setattr(sessions, "WIPE_TIMEOUT", 0.2)
     with serving(f"unix://{tmp_path}/m.sock") as server:
         lender = server.client()
         heard = Recorder()
@@ -400,14 +419,12 @@ def test_remove_is_answered_when_the_lender_goes(tmp_path: Path) -> None:
         other = server.client()
         began = time.monotonic()
         assert other.remove(keys(1, 1)) == 1
-        assert time.monotonic() - began < wire.WIPE_TIMEOUT / 2
+        assert time.monotonic() - began < WIPE_TIMEOUT / 2
         wait_until(lambda: server.gauge("sessions") == 1)
         other.close()
 
 
-def test_rejections_do_not_log_what_was_sent(
-    server: ServerThread, witness: ManagerClient, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rejections_do_not_log_what_was_sent(server: ServerThread, witness: Manager, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     raw = RawClient(server.address)
     raw.send(wire.frame(1, wire.HELLO, b"VCMG\x01\x00" + msgspec.msgpack.encode([1, "n", "engine", "h", b"hunter2"])))
@@ -416,7 +433,7 @@ def test_rejections_do_not_log_what_was_sent(
     assert "hunter2" not in caplog.text
 
 
-def test_every_mounted_segment_reaches_a_newcomer(server: ServerThread, witness: ManagerClient) -> None:
+def test_every_mounted_segment_reaches_a_newcomer(server: ServerThread, witness: Manager) -> None:
     raw = RawClient(server.address)
     raw.hello()
     frame = raw.receive()
@@ -427,5 +444,5 @@ def test_every_mounted_segment_reaches_a_newcomer(server: ServerThread, witness:
     raw.close()
 
 
-def test_namespace_is_what_clear_names(server: ServerThread, witness: ManagerClient) -> None:
+def test_namespace_is_what_clear_names(server: ServerThread, witness: Manager) -> None:
     assert [grant.status for grant in witness.put_start(put_request(keys(1, 3), namespace=NAMESPACE))] == ["exists"] * 3

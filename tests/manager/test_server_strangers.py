@@ -13,7 +13,7 @@ from manager_helpers import RawClient, key, serving, wait_until
 
 from vcache.config import ByteSize
 from vcache.manager import wire
-from vcache.manager.server import peer, sessions
+from vcache.manager.server import session, sessions
 from vcache.manager.server.strangers import LOG_INTERVAL, Budget, LogThrottle
 from vcache.segment.hostinfo import raise_file_limit
 
@@ -53,7 +53,7 @@ def test_a_wrong_token_is_refused_after_a_pause_and_there_is_no_second_try(monke
         began = time.monotonic()
         raw.send(b"".join(hellos))
         assert "wrong token" in raw.last_words()
-        assert time.monotonic() - began >= peer._WRONG_TOKEN_SECONDS
+        assert time.monotonic() - began >= session._WRONG_TOKEN_SECONDS
         assert server.gauge("sessions") == 0
         client = server.client()
         assert client.lookup([key(1)]) == 0

@@ -4,22 +4,43 @@ directory. Only what carries messages, maps slabs and hands out file descriptors
 from __future__ import annotations
 
 import queue
+import re
 import threading
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from stepping import Agent, Scheduler, SteppedLock, SteppedMemory, SteppedWords
 from support.paged import Paged, spec_for
 
-from vcache.cache.pool import Chunk, ChunkPool
+from vcache.cache.pool import ChunkPool
 from vcache.cache.room_maker import RoomMaker
 from vcache.config import ManagerConfig
 from vcache.errors import ManagerUnavailableError
+from vcache.keys import Chunk
 from vcache.lender.lender import Lender
 from vcache.lender.slabs import LentSlab, LentSlabs
-from vcache.manager.api import Move, PutRequest, SessionInfo, Ticket
+from vcache.manager.api import (
+    Acquire,
+    AcquireReply,
+    ImporterGone,
+    Mount,
+    Move,
+    PutEnd,
+    PutGrant,
+    PutRequest,
+    PutRevoke,
+    PutStart,
+    R,
+    Release,
+    SessionInfo,
+    Ticket,
+    Verb,
+    Wiped,
+    WritersLeft,
+)
 from vcache.manager.directory.directory import Directory
+from vcache.manager.directory.jobs import Job
+from vcache.manager.directory.reading import PackedReply
 from vcache.metrics import EngineMetrics
 from vcache.paged import cpu_mover
 from vcache.paged.layout import PagedCache
@@ -62,42 +83,47 @@ class Process:
 
     # -- manager
 
-    def ask(self, what: str, call: Callable[[Directory], T]) -> T:
+    def ask(self, verb: Verb[R]) -> R:
         """One call to the manager; raises `ManagerUnavailableError` without a session."""
+        what = re.sub(r"(?<=.)(?=[A-Z])", "_", type(verb).__name__).lower()
         self.world.scheduler.pause(what)
         directory = self.world.directory
         if self.directory is not directory:
             raise ManagerUnavailableError("no session")
-        answer = call(directory)
+        answer: Any = directory.handle(self.client_id, verb, self.world.now)
+        if isinstance(answer, Job):
+            answer = answer.finish()
+        if isinstance(answer, PackedReply):
+            answer = answer.unpack()
         self.world.scheduler.pause(f"hears the answer to {what}")
         return answer
 
-    def put_start(self, request: PutRequest) -> list[Any]:
-        return self.ask("put_start", lambda directory: directory.put_start(self.client_id, request, self.world.now))
+    def put_start(self, request: PutRequest) -> list[PutGrant]:
+        return self.ask(PutStart(request))
 
     def put_end(self, tickets: list[Ticket]) -> list[bool]:
-        return self.ask("put_end", lambda directory: directory.put_end(self.client_id, tickets, self.world.now))
+        return self.ask(PutEnd(tickets))
 
     def put_revoke(self, tickets: list[Ticket]) -> None:
-        self.ask("put_revoke", lambda directory: directory.put_revoke(self.client_id, tickets, self.world.now))
+        self.ask(PutRevoke(tickets))
 
-    def acquire(self, keys: list[bytes], shard: int, *, lease: int = 0) -> Any:
-        return self.ask("acquire", lambda directory: directory.acquire(self.client_id, keys, shard, lease, self.world.now))
+    def acquire(self, keys: list[bytes], shard: int, *, lease: int = 0) -> AcquireReply:
+        return self.ask(Acquire(keys, shard, lease))
 
     def release(self, lease: int) -> None:
-        self.ask("release", lambda directory: directory.release(self.client_id, lease, self.world.now))
+        self.ask(Release(lease))
 
     def mount(self, info: SegmentInfo, inventory: Any, report: Any) -> int:
-        return self.ask("mount", lambda directory: directory.mount(self.client_id, info, inventory, self.world.now, report))
+        return self.ask(Mount(info, list(inventory), report))
 
     def writers_left(self, uuid: bytes, writers: Any) -> None:
-        self.ask("writers_left", lambda directory: directory.writers_left(self.client_id, uuid, writers, self.world.now))
+        self.ask(WritersLeft(uuid, list(writers)))
 
     def importer_gone(self, uuid: bytes, importer: bytes) -> None:
-        self.ask("importer_gone", lambda directory: directory.importer_gone(self.client_id, uuid, importer, self.world.now))
+        self.ask(ImporterGone(uuid, importer))
 
     def wiped(self, token: int) -> None:
-        self.ask("wiped", lambda directory: directory.wiped(self.client_id, token, self.world.now))
+        self.ask(Wiped(token))
 
     def hello(self, role: str = "engine") -> None:
         self.directory = self.world.directory

@@ -14,9 +14,10 @@ from segment_support import MiB, eventually, segment_config
 
 from vcache.config import ManagerConfig, VCacheConfig
 from vcache.lender.lender import Lender
-from vcache.manager.api import Manager, Push, PutGrant, PutRequest, SegmentGone, SegmentMounted, SessionInfo, Ticket
-from vcache.manager.client import ManagerClient
-from vcache.manager.loopback import EmbeddedManager
+from vcache.manager.api import Push, PutGrant, PutRequest, SegmentGone, SegmentMounted, SessionInfo, Ticket
+from vcache.manager.client import Manager
+from vcache.manager.loopback import Loopback
+from vcache.manager.socket_transport import SocketTransport
 from vcache.segment.host import HostBacking
 from vcache.segment.mapping import SegmentMap
 from vcache.segment.slots import HEADER_BYTES, SlabHeader, SlotHeader, SlotLocation
@@ -132,8 +133,8 @@ def payload(key: bytes) -> bytes:
 
 
 @pytest.fixture
-def embedded(tmp_path: Path) -> Iterator[tuple[EmbeddedManager, Lender, Client]]:
-    manager = EmbeddedManager(ManagerConfig())
+def embedded(tmp_path: Path) -> Iterator[tuple[Manager, Lender, Client]]:
+    manager = Manager(Loopback(ManagerConfig()))
     lender = Lender(manager, HostBacking(), segment_config(tmp_path / "broker"), host="here")
     client = Client(manager)
     client.map.add_local(lender.uuid, lender.slab, lender.backing)
@@ -144,7 +145,7 @@ def embedded(tmp_path: Path) -> Iterator[tuple[EmbeddedManager, Lender, Client]]
     client.close()
 
 
-def test_embedded_store_load_and_remove(embedded: tuple[EmbeddedManager, Lender, Client]) -> None:
+def test_embedded_store_load_and_remove(embedded: tuple[Manager, Lender, Client]) -> None:
     manager, lender, client = embedded
     assert client.store(KEYS) == 8
     assert client.load(KEYS) == 8
@@ -156,10 +157,11 @@ def test_embedded_store_load_and_remove(embedded: tuple[EmbeddedManager, Lender,
     assert slab is not None
     assert lender.backing.read(slab, HEADER_BYTES, 15 * HEADER_BYTES) == bytes(15 * HEADER_BYTES)
     assert client.load(KEYS) == 0
-    manager.check_integrity()
+    assert isinstance(manager.transport, Loopback)
+    manager.transport.check_integrity()
 
 
-def test_embedded_shrink_and_growth(embedded: tuple[EmbeddedManager, Lender, Client]) -> None:
+def test_embedded_shrink_and_growth(embedded: tuple[Manager, Lender, Client]) -> None:
     manager, lender, client = embedded
     assert client.store(KEYS) == 8
     report = lender.shrink(2 * MiB)
@@ -171,7 +173,8 @@ def test_embedded_shrink_and_growth(embedded: tuple[EmbeddedManager, Lender, Cli
     eventually(lambda: len(client.map.segments()[0].slabs) == 3)
     assert client.store(KEYS) == 8
     assert client.load(KEYS) == 8
-    manager.check_integrity()
+    assert isinstance(manager.transport, Loopback)
+    manager.transport.check_integrity()
 
 
 @contextmanager
@@ -200,9 +203,9 @@ def served(folder: Path) -> Iterator[ManagerConfig]:
 @pytest.mark.processes
 def test_chunks_survive_a_killed_manager_and_a_dead_writers_slot_comes_back(tmp_path: Path) -> None:
     with served(tmp_path) as config:
-        lending = ManagerClient(config, role="lender")
+        lending = Manager(SocketTransport(config, role="lender"))
         lender = Lender(lending, HostBacking(), segment_config(tmp_path / "broker", MiB), host="here")
-        reader, writer = Client(ManagerClient(config)), Client(ManagerClient(config))
+        reader, writer = Client(Manager(SocketTransport(config))), Client(Manager(SocketTransport(config)))
         assert lender.wait_mounted(10)
         eventually(reader.map.segments)
         eventually(writer.map.segments)

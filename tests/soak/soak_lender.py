@@ -12,7 +12,7 @@ from soak_windows import Aim, Halts, exit_now, redirect_output
 
 from vcache.cli import app as commands
 from vcache.lender.slabs import LentSlabs
-from vcache.manager.client import ManagerClient
+from vcache.manager.client import Manager
 
 
 def main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None:
@@ -21,7 +21,7 @@ def main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None
     os.environ.update(config["env"])
     current = [Halts([], lambda aim: None)]
     numbers: dict[int, Halts] = {}
-    inventory, mount = LentSlabs.inventory, ManagerClient.mount
+    inventory, mount = LentSlabs.inventory, Manager.mount
 
     def read(self: LentSlabs, indices: Sequence[int]) -> Any:
         found = []
@@ -30,7 +30,7 @@ def main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None
             found += inventory(self, [index])
         return found
 
-    def mounting(self: ManagerClient, *arguments: Any) -> int:
+    def mounting(self: Manager, *arguments: Any) -> int:
         current[0].reach("mounting")
         number = mount(self, *arguments)
         current[0].reach("mounted")
@@ -52,7 +52,7 @@ def main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None
         except EOFError:
             exit_now()
 
-    LentSlabs.inventory, ManagerClient.mount = read, mounting  # type: ignore[method-assign, assignment]
+    LentSlabs.inventory, Manager.mount = read, mounting  # type: ignore[method-assign, assignment]
     pipe.send(("value", "ready"))
     threading.Thread(target=listen, daemon=True).start()
     commands.app(config["arguments"])

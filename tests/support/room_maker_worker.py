@@ -49,7 +49,7 @@ class RoomMakerWorker(Worker):
 
     def in_storage(self, keys: list[str]) -> list[bool]:
         """Which printed keys, of any namespace, the storage tier of this engine holds."""
-        lower = self.engine._lower
+        lower = self.engine.cache.storage
         assert lower is not None
         return [bool(lower._storage.prefix([CacheKey.parse(key)], 0)) for key in keys]
 

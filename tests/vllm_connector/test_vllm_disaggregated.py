@@ -21,7 +21,7 @@ from vcache.manager.connect import connect
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vcache.manager.api import Manager
+    from vcache.manager.client import Manager
 
 require_vllm()
 pytestmark = [pytest.mark.processes, pytest.mark.slow, pytest.mark.timeout(300)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-from ..manager.api import Manager
+from ..manager.client import Manager
 from ..segment.hostinfo import host_id
 from ..segment.slots import ALIGNMENT, SegmentInfo, SlabHeader, SlabInfo, SlabInventory, SlotHeader, slab_bytes_for
 

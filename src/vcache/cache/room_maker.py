@@ -8,13 +8,13 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
-from ..errors import TRANSFER_ERRORS
+from ..errors import TRANSFER_ERRORS, ManagerError
 from ..manager.api import Move, Push, RoomWanted, SessionInfo, Ticket
 from ..metrics import EngineMetrics
 from ..segment.gate import Passage
 from ..segment.slot_protocol import SourceSlot, TargetSlot, copy_slot
 from ..segment.slots import SlabHeader
-from .pool import MANAGER_ERRORS, ChunkPool
+from .pool import ChunkPool
 from .storage_writer import Spiller
 
 logger = logging.getLogger("vcache.room")
@@ -89,7 +89,7 @@ class RoomMaker:
                 self._wanted, self._busy = False, True
             try:
                 self._make_room()
-            except MANAGER_ERRORS as error:
+            except ManagerError as error:
                 self._metrics.count("manager_errors")
                 logger.debug("no room made: %s", error)
             except TRANSFER_ERRORS as error:

@@ -10,7 +10,7 @@ import typer
 from ..config import ByteSize, VCacheConfig
 from ..errors import ArgumentError, VCacheError
 from ..keys import DIGEST_BYTES
-from ..manager.api import Manager
+from ..manager.client import Manager
 from ..segment.slots import SegmentInfo
 from .session import tool_session
 

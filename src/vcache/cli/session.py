@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..config import VCacheConfig
-from ..manager.api import Manager
+from ..manager.client import Manager
 
 
 @contextmanager

@@ -12,7 +12,8 @@ import msgspec
 
 from ..config import VCacheConfig
 from ..errors import ManagerUnavailableError
-from ..manager.api import Manager, SegmentStats, SessionStats, StatsReply
+from ..manager.api import SegmentStats, SessionStats, StatsReply
+from ..manager.client import Manager
 from .session import tool_session
 from .signals import stop_signals
 

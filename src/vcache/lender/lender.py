@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from ..config import SegmentConfig
-from ..errors import ManagerRefusedError, ManagerUnavailableError, ProtocolError, SegmentError
-from ..manager.api import GateReport, GateWriter, Manager, Push, ResizeRequested, SessionInfo, WipeSlots, WriterLost
+from ..errors import ManagerError, ManagerRefusedError, SegmentError
+from ..manager.api import GateReport, GateWriter, Push, ResizeRequested, SessionInfo, WipeSlots, WriterLost
+from ..manager.client import Manager
 from ..segment.backing import OwnedSlab, SlabBacking
 from ..segment.gate import Gate
 from ..segment.handover import prepare_broker_dir
@@ -24,7 +25,6 @@ from .slabs import LentSlab, LentSlabs, unfinished_writers
 
 logger = logging.getLogger(__name__)
 
-_MANAGER_ERRORS = (ManagerUnavailableError, ManagerRefusedError, ProtocolError)
 _RETRY = 1.0
 _POLL = 0.05
 """Seconds between looks at writers that the manager waits for."""
@@ -194,7 +194,7 @@ class Lender:
             slabs = self._lent.remove()
             try:
                 self._manager.unmount(self.uuid)
-            except _MANAGER_ERRORS as error:
+            except ManagerError as error:
                 logger.info("segment %s: the manager could not be told of its end: %s", self._name, error)
         self._lent.take_back(slabs, self._config.unmap_timeout)
         self._broker.close()
@@ -257,7 +257,7 @@ class Lender:
             except Exception as error:
                 # Of any kind: without this thread the segment would never be mounted again.
                 if str(error) != problem:
-                    expected = isinstance(error, (*_MANAGER_ERRORS, SegmentError))
+                    expected = isinstance(error, ManagerError | SegmentError)
                     text = "segment %s: the manager could not be told, trying again: %s"
                     logger.warning(text, self._name, error, exc_info=not expected)
                 problem, pause = str(error), _RETRY
@@ -366,7 +366,7 @@ class Lender:
             try:
                 self._announce()
                 return self._lent.remove(self._manager.drop_slabs(self.uuid, self._lent.physical_bytes(nbytes)))
-            except _MANAGER_ERRORS as error:
+            except ManagerError as error:
                 logger.warning("segment %s: shrinking without the manager: %s", self._name, error)
         with self._changed:
             self._mounted = False  # The next mount replaces what the manager believes now.

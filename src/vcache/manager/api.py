@@ -1,20 +1,45 @@
-"""What goes between the manager and its clients: typed records, and the interface that both the remote client and the
-embedded manager offer. The bytes on the wire are `protocol.py`'s affair."""
+"""The manager's API in one page: what is asked (`Verb`), what is answered, what the manager says by itself (`Push`).
+
+A verb is a struct. Its fields and the type of its reply decide the bytes on the wire (`wire.py`), `Manager` has a method of one
+line that asks it (`client.py`), and `Directory` one handler that answers it (`directory/directory.py`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from ..segment.slots import SegmentInfo, SlabInfo, SlabInventory, SlotLocation
+from ..config import ManagerConfig
+from ..keys import DIGEST_BYTES
+from ..segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation
 
-PROTOCOL_VERSION = 3
+R = TypeVar("R")
+
+PROTOCOL_VERSION = 4
+
+WIPE_TIMEOUT = 2.0
+"""Seconds that the manager waits for lenders before it answers `remove` and `clear`."""
+_CLEAR_TIMEOUT = 60.0
+_SECONDS_PER_HEADER = 2e-4
+"""What a mount may take for each slot: about twenty times what it takes while nobody else wants anything of the manager."""
 
 Placement = Literal["local", "spread"]
 PutStatus = Literal["granted", "exists", "busy", "no_space"]
 Role = Literal["engine", "lender", "tool"]
+
+Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+"""A chunk's key."""
+Id = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+"""Of a client, or of a segment."""
+Size = Annotated[int, msgspec.Meta(ge=0, lt=2**48)]
+"""Bytes of a segment or slab: anything larger is a mistake, not memory."""
+Avoid = Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]], msgspec.Meta(max_length=2**16)]
+"""Numbers of segments."""
+
+
+# -- records -----------------------------------------------------------------------------------------------------------
 
 
 class SessionInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -164,6 +189,221 @@ class SessionStats(msgspec.Struct, frozen=True, kw_only=True):
     age: float
 
 
+# -- verbs -------------------------------------------------------------------------------------------------------------
+
+
+class Verb(msgspec.Struct, Generic[R], frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
+    """One request; `R` is the type of its reply. Only a client with a session may ask.
+
+    Keys are 16-byte digests. A chunk of which a shard lies in memory of another host is absent for a client that cannot read
+    it there (`wire.Hello.host`, `remote`).
+    """
+
+    must_arrive: ClassVar[bool] = False
+    """Whether the manager must hear of it. When it cannot even be sent, the connection is given up: the next hello settles
+    what it would have said."""
+
+    def deadline(self, config: ManagerConfig) -> float:
+        """Seconds that a call may take."""
+        return config.deadline
+
+
+class Lookup(Verb[int], frozen=True):
+    """Number of leading keys that are complete. Takes no lease; counts as use for eviction."""
+
+    keys: Sequence[bytes]
+
+
+class Acquire(Verb[AcquireReply], frozen=True):
+    """Lease the longest present prefix and locate this shard of each. With `lease`: locate only, under that lease (keys it does
+    not cover end the prefix, and one that has ended covers none)."""
+
+    keys: Sequence[bytes]
+    shard: int = 0
+    lease: int = 0
+
+
+class Release(Verb[None], frozen=True):
+    """End a lease. Idempotent; unknown leases are ignored. Has no answer."""
+
+    lease: int
+
+
+class Tiers(Verb[list[int]], frozen=True):
+    """Per key: 0 complete in VRAM, 1 complete in a lower tier, -1 absent. Does not count as use."""
+
+    keys: list[Digest]
+
+
+class PutStart(Verb[list[PutGrant]], frozen=True):
+    """Tickets for the keys that nobody stored or is storing. May evict. May ask the writer for room (`RoomWanted`).
+
+    A chunk that lies on another host exists, even if this client cannot read it there: one copy is all that the pool keeps.
+    """
+
+    request: PutRequest
+
+
+class PutEnd(Verb[list[bool]], frozen=True):
+    """Publish after all bytes landed (rule I2). False: the ticket had lapsed; the chunk stays invisible. Idempotent."""
+
+    must_arrive: ClassVar[bool] = True
+    tickets: list[Ticket]
+
+
+class PutRevoke(Verb[None], frozen=True):
+    """Give the slots back unwritten or half written. Idempotent."""
+
+    must_arrive: ClassVar[bool] = True
+    tickets: list[Ticket]
+
+
+class Demote(Verb[MovePlan], frozen=True):
+    """Plan moves of the coldest chunks, together at most `nbytes` of payload (at least one), from VRAM to host memory of the
+    caller's host, while VRAM there is used above the low watermark. May evict what is not hotter from host memory. A move whose
+    chunk somebody else leases meanwhile is refused by `put_end`."""
+
+    nbytes: Size
+    avoid: Avoid
+    """Segments that the caller cannot map."""
+
+
+class PlanSpill(Verb[SpillPlan], frozen=True):
+    """Plan writes to storage of the coldest chunks in the lowest tier of the caller's host that are not there yet, together at
+    most `nbytes` (at least one chunk), until what is used on that host and not in storage is at the low watermark. Without
+    `Spilled`, `Release` ends the plan."""
+
+    nbytes: Size
+    avoid: Avoid
+    """Segments that the caller cannot map."""
+
+
+class Spilled(Verb[None], frozen=True):
+    """These chunks are in storage with all their shards: not planned again, and first to go when room is needed. The others
+    of the plan are left alone for two seconds. Ends the lease of the plan; right also when that has ended, and for keys that
+    it does not cover."""
+
+    lease: Annotated[int, msgspec.Meta(ge=0)]
+    keys: list[Digest]
+
+
+class Remove(Verb[int], frozen=True):
+    """Forget these chunks unless leased; number removed. Survives a manager restart. Lenders are waited for, for a bounded
+    time."""
+
+    keys: list[Digest]
+
+    def deadline(self, config: ManagerConfig) -> float:
+        return config.deadline + WIPE_TIMEOUT
+
+
+class Clear(Verb[int], frozen=True):
+    """Forget all chunks (of one namespace); leased ones too, readers then fail verification. Number removed. Writes under way
+    are not affected, and what is stored meanwhile may stay. All chunks are looked at, and lenders are waited for; that the
+    manager lives is told by heartbeats meanwhile."""
+
+    namespace: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES)] = b""
+
+    def deadline(self, config: ManagerConfig) -> float:
+        return max(config.deadline, _CLEAR_TIMEOUT) + WIPE_TIMEOUT
+
+
+class Mount(Verb[int], frozen=True):
+    """Lend a segment, or replace what the manager knows of it (idempotent by uuid). Returns the segment's number.
+
+    Every header is read, beside whatever else the manager does; that it lives is told by heartbeats meanwhile. Refused when the
+    segment is mounted again, or goes, before the end.
+    """
+
+    info: SegmentInfo
+    inventory: list[SlabInventory]
+    gate: GateReport
+    """Was read before `inventory`: while its writers are amid a write, nobody is granted a slot in their slabs."""
+
+    def deadline(self, config: ManagerConfig) -> float:
+        headers = sum(len(slab.slot_headers) for slab in self.inventory) // HEADER_BYTES
+        return max(config.deadline, config.connect_timeout) + headers * _SECONDS_PER_HEADER
+
+
+class WritersLeft(Verb[None], frozen=True):
+    """Told by the lender of segment `uuid`: these writers of its `GateReport` have left their slabs, or are dead and the
+    quarantine has passed. Idempotent."""
+
+    uuid: Id
+    writers: list[GateWriter]
+
+
+class Unmount(Verb[None], frozen=True):
+    """Stop lending. Its chunks become misses. Idempotent."""
+
+    uuid: Id
+
+
+class AddSlabs(Verb[None], frozen=True):
+    """Grow by new, empty slabs. Idempotent by index; a known slab's address may change. Refused for an index that was given
+    back, or has another size."""
+
+    uuid: Id
+    slabs: list[SlabInfo]
+
+
+class DropSlabs(Verb[list[int]], frozen=True):
+    """Shrink by at least `nbytes` (or all there is): indices of slabs that hold nothing any more and will get no new chunk. The
+    lender then makes importers unmap and frees the memory."""
+
+    uuid: Id
+    nbytes: Size
+
+
+class ImporterGone(Verb[None], frozen=True):
+    """Told by the lender of segment `uuid`: that process is dead or has unmapped; its unfinished writes are over."""
+
+    uuid: Id
+    client: Id
+
+
+class RequestResize(Verb[None], frozen=True):
+    """Ask the segment's lender for another size. Answered when the lender was told, not when it is done."""
+
+    uuid: Id
+    nbytes: Size
+
+
+class Wiped(Verb[None], frozen=True):
+    """A lender finished a `WipeSlots`. Unknown tokens are ignored."""
+
+    token: int
+
+
+class Segments(Verb[list[SegmentInfo]], frozen=True):
+    """What is mounted."""
+
+
+class Stats(Verb[StatsReply], frozen=True):
+    """Counters and gauges."""
+
+
+# What a transport says by itself.
+
+
+class InventoryPart(Verb[None], frozen=True):
+    """Part of an inventory too large for one frame; used up by the next `Mount` of that segment in this session."""
+
+    uuid: Id
+    slabs: list[SlabInventory]
+
+
+class Heartbeat(Verb[None], frozen=True):
+    """A sign of life. So is every other verb."""
+
+
+class Goodbye(Verb[None], frozen=True):
+    """Ends the session as `Hello` starts it: no unfinished writes."""
+
+
+# -- pushes ------------------------------------------------------------------------------------------------------------
+
+
 class SegmentMounted(msgspec.Struct, frozen=True, tag=True):
     """Push to every client: a segment is new or changed."""
 
@@ -220,108 +460,3 @@ class Listener(Protocol):
         """The session is lost; calls fail at once until the next `on_session`."""
 
     def on_push(self, push: Push) -> None: ...
-
-
-class Manager(Protocol):
-    """The manager as its clients see it. Implemented by `client.ManagerClient` (remote) and `embedded.EmbeddedManager`.
-
-    Thread-safe. Every call blocks at most for its deadline, then raises `DeadlineExceededError`; without a connection it
-    raises `ManagerUnavailableError` at once. Keys are 16-byte digests. A chunk of which a shard lies in memory of another host
-    is absent for a client that cannot read it there (`protocol.Hello.host`, `remote`).
-    """
-
-    @property
-    def client_id(self) -> bytes:
-        """16 random bytes that name this client for its life, over reconnects and manager restarts."""
-
-    @property
-    def epoch(self) -> int:
-        """Epoch of the current session; 0 without one."""
-
-    def lookup(self, keys: Sequence[bytes]) -> int:
-        """Number of leading keys that are complete. Takes no lease; counts as use for eviction."""
-
-    def acquire(self, keys: Sequence[bytes], shard: int = 0, *, lease: int = 0) -> AcquireReply:
-        """Lease the longest present prefix and locate this shard of each. With `lease`: locate only, under that lease
-        (keys it does not cover end the prefix)."""
-
-    def release(self, lease: int) -> None:
-        """End a lease. Idempotent; unknown leases are ignored. Does not wait for an answer."""
-
-    def put_start(self, request: PutRequest) -> list[PutGrant]:
-        """Tickets for the keys that nobody stored or is storing. May evict. A chunk that lies on another host exists, even if
-        this client cannot read it there."""
-
-    def put_end(self, tickets: Sequence[Ticket]) -> list[bool]:
-        """Publish after all bytes landed (rule I2). False: the ticket had lapsed; the chunk stays invisible."""
-
-    def put_revoke(self, tickets: Sequence[Ticket]) -> None:
-        """Give the slots back unwritten or half written. Idempotent."""
-
-    def demote(self, nbytes: int, avoid: Sequence[int] = ()) -> MovePlan:
-        """Plan moves of the coldest chunks, together at most `nbytes` of payload (at least one), from VRAM to host memory of
-        the caller's host, while VRAM there is used above the low watermark. `avoid`: numbers of segments that the caller
-        cannot map. A move whose chunk somebody else leases meanwhile is refused by `put_end`."""
-
-    def spill(self, nbytes: int, avoid: Sequence[int] = ()) -> SpillPlan:
-        """Plan writes to storage of the coldest chunks in the lowest tier of the caller's host that are not there yet, together
-        at most `nbytes` (at least one chunk), until what is used on that host and not in storage is at the low watermark.
-        Without `spilled`, `release` ends the plan."""
-
-    def spilled(self, lease: int, keys: Sequence[bytes]) -> None:
-        """These chunks are in storage with all their shards: not planned again, and first to go when room is needed. The
-        others of the plan are left alone for two seconds. Ends the lease of the plan; right also when that has ended."""
-
-    def tiers(self, keys: Sequence[bytes]) -> list[int]:
-        """Per key: 0 complete in VRAM, 1 complete in a lower tier, -1 absent. Does not count as use."""
-
-    def remove(self, keys: Sequence[bytes]) -> int:
-        """Forget these chunks unless leased; number removed. Survives a manager restart."""
-
-    def clear(self, namespace: bytes = b"") -> int:
-        """Forget all chunks (of one namespace); leased ones too, readers then fail verification. Number removed."""
-
-    def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = (), gate: GateReport | None = None) -> int:
-        """Lend a segment, or replace what the manager knows of it (idempotent by uuid). `gate` was read before `inventory`:
-        while its writers are amid a write, nobody is granted a slot in their slabs. Returns the segment's number."""
-
-    def writers_left(self, uuid: bytes, writers: Sequence[GateWriter]) -> None:
-        """Told by the lender of segment `uuid`: these writers of its `GateReport` have left their slabs, or are dead and the
-        quarantine has passed. Idempotent."""
-
-    def unmount(self, uuid: bytes) -> None:
-        """Stop lending. Its chunks become misses. Idempotent."""
-
-    def add_slabs(self, uuid: bytes, slabs: Sequence[SlabInfo]) -> None:
-        """Grow by new, empty slabs. Idempotent by index."""
-
-    def drop_slabs(self, uuid: bytes, nbytes: int) -> list[int]:
-        """Shrink by at least `nbytes` (or all there is): indices of slabs that hold nothing any more and will get no new
-        chunk. The lender then makes importers unmap and frees the memory."""
-
-    def importer_gone(self, uuid: bytes, client: bytes) -> None:
-        """Told by the lender of segment `uuid`: that process is dead or has unmapped; its unfinished writes are over."""
-
-    def request_resize(self, uuid: bytes, nbytes: int) -> None:
-        """Ask the segment's lender for another size. Returns when the lender was told, not when it is done."""
-
-    def wiped(self, token: int) -> None:
-        """A lender finished a `WipeSlots`."""
-
-    def segments(self) -> list[SegmentInfo]: ...
-
-    def stats(self) -> StatsReply: ...
-
-    def subscribe(self, listener: Listener) -> None:
-        """Add a listener; if a session exists, `on_session` and the mounted segments are delivered to it at once."""
-
-    def set_write_gate(self, wait_idle: Callable[[float], bool]) -> None:
-        """Tell the client how to learn that its process has no unfinished write, which every hello after the first promises.
-
-        `wait_idle(timeout)` blocks for at most `timeout` seconds and returns whether no write is in flight; it is called from
-        the client's own thread while there is no session. A write is in flight from **before** its `put_start` until its
-        `put_end` or `put_revoke` returned or raised. A process that writes sets the gate before its first `put_start`.
-        """
-
-    def close(self) -> None:
-        """Say goodbye and stop. Idempotent. Blocks at most for one deadline."""

@@ -8,9 +8,10 @@ from ..config import VCacheConfig
 from ..errors import ManagerUnavailableError
 from ..segment.hostinfo import host_id
 from .address import parse_address
-from .api import Manager, Role
-from .client import ManagerClient
-from .loopback import EmbeddedManager
+from .api import Role
+from .client import Manager
+from .loopback import Loopback
+from .socket_transport import SocketTransport
 
 logger = logging.getLogger("vcache.manager")
 
@@ -24,7 +25,7 @@ def connect(
     require: bool = False,
     timeout: float | None = None,
 ) -> Manager:
-    """The embedded manager, or a client of the one at `config.manager.address`. The caller closes it.
+    """A manager in this process (`embedded`), or the one at `config.manager.address`. The caller closes it.
 
     Blocks until connected, at most `timeout` seconds (default `manager.connect_timeout`). When there is no manager by then:
     with `require`, raises `ManagerUnavailableError`; else warns once and returns a client whose calls raise at once until its
@@ -36,8 +37,8 @@ def connect(
     host = host_id() if role != "tool" else ""
     remote = config.cache.remote != "off"
     if address.kind == "embedded":
-        return EmbeddedManager(config.manager, client_id=client_id, name=name, role=role, host=host, remote=remote)
-    client = ManagerClient(config.manager, client_id=client_id, name=name, role=role, host=host, remote=remote)
+        return Manager(Loopback(config.manager, client_id=client_id, name=name, role=role, host=host, remote=remote))
+    client = Manager(SocketTransport(config.manager, client_id=client_id, name=name, role=role, host=host, remote=remote))
     if client.wait_connected(config.manager.connect_timeout if timeout is None else timeout):
         return client
     failure = client.last_failure or ManagerUnavailableError(f"manager {address}: does not answer")

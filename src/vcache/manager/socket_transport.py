@@ -1,25 +1,36 @@
-"""One socket between a client and the manager: opening it, calls from many threads, and the loop that reads replies."""
+"""`SocketTransport`: a manager in another process, reached over one socket that comes back by itself."""
 
 from __future__ import annotations
 
 import logging
 import os
+import random
+import secrets
 import select
 import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
+from ..config import ManagerConfig
 from ..errors import DeadlineExceededError, ManagerRefusedError, ManagerUnavailableError, ProtocolError, VCacheError
+from ..guard import CircuitBreaker
 from . import wire
-from .address import Address
-from .api import Push, SessionInfo
+from .address import Address, load_token, parse_address
+from .api import Goodbye, Heartbeat, Listener, Push, R, Role, SessionInfo, Verb
+from .listeners import Audience, Dispatcher
 
 logger = logging.getLogger("vcache.manager")
 
+_GATE_TIMEOUT = 1.0
+_GATE_PATIENCE = 5.0
+_MISSES = 3
+"""Consecutive deadline misses after which the connection counts as dead."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
 _READ_BYTES = 2**16
 _UCRED = struct.Struct("3i")
 
@@ -211,7 +222,7 @@ class Connection:
             raise type(refusal)(f"{where}: {refusal}")
         if reply.code != wire.OK:
             raise ProtocolError(f"{where}: not a vcache manager (status {reply.code})")
-        return wire.decode_value(wire.HELLO_REPLY, reply.payload)
+        return wire.decode_hello_reply(reply.payload)
 
     def _exchange(self, data: bytes, deadline: float) -> wire.Frame | None:
         """Send the first frame and receive the first one back; None when the manager hung up."""
@@ -297,3 +308,268 @@ class Connection:
 
     def _gone(self) -> ManagerUnavailableError:
         return ManagerUnavailableError(f"manager {self._address}: connection lost ({self._reason})")
+
+
+class SocketTransport:
+    """`Transport` over a unix or TCP socket. Thread-safe.
+
+    Three daemon threads: one connects and reads, one sends heartbeats, one calls the listeners. Without a connection every
+    call raises `ManagerUnavailableError` at once; the connection is retried in the background, with pauses that double up to
+    5 s. Three deadlines missed in a row close the connection. A reply that arrives across a reconnect is never returned.
+
+    Not usable in a forked child: there every call raises `ManagerUnavailableError`, and the parent's session is unharmed.
+    """
+
+    def __init__(
+        self,
+        config: ManagerConfig,
+        *,
+        client_id: bytes | None = None,
+        name: str = "",
+        role: Role = "engine",
+        token: bytes | None = None,
+        host: str = "",
+        remote: bool = False,
+    ) -> None:
+        """Start connecting to `config.address` and return at once. `client_id`: 16 bytes, random by default. `host`,
+        `remote`: as in `wire.Hello`.
+
+        `token` defaults to `load_token(config)` for TCP. Raises `ConfigError` for a bad address or token file.
+        """
+        self._config = config
+        self._address = parse_address(config.address)
+        if token is None:
+            token = load_token(config) if self._address.kind == "tcp" else b""
+        self._hello = wire.Hello(client_id or secrets.token_bytes(16), name[:256], role, token, host, remote)
+        self._breaker = CircuitBreaker(
+            time.monotonic, threshold=_MISSES, cooldown=_FIRST_PAUSE, max_cooldown=_LONGEST_PAUSE, jitter=random.random
+        )
+        self._dispatcher = Dispatcher("vcache-manager-events")
+        self._audience = Audience(self._dispatcher)
+        self._gate: Callable[[float], bool] | None = None
+        self._changed = threading.Condition()
+        self._connection: Connection | None = None
+        self._failure: VCacheError | None = None
+        self._closing = threading.Event()
+        self._pid = os.getpid()
+        _close_in_forked_child(self)
+        self._threads = [
+            threading.Thread(target=self._stay_connected, name="vcache-manager-io", daemon=True),
+            threading.Thread(target=self._beat, name="vcache-manager-heartbeat", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    # -- session ---------------------------------------------------------------------------------------------------
+
+    @property
+    def client_id(self) -> bytes:
+        return self._hello.client
+
+    @property
+    def epoch(self) -> int:
+        connection = self._connection
+        return connection.session.epoch if connection is not None else 0
+
+    @property
+    def last_failure(self) -> VCacheError | None:
+        """Why there is no session, as far as is known; None with one. `ManagerRefusedError` and `ProtocolError` will stay."""
+        return self._failure
+
+    def wait_connected(self, timeout: float) -> bool:
+        """Block until there is a session, at most `timeout` seconds. Returns early, with False, when the manager refuses."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._connection is not None or self._closing.is_set() or self._refused(), timeout)
+            return self._connection is not None
+
+    def set_write_gate(self, wait_idle: Callable[[float], bool]) -> None:
+        self._gate = wait_idle
+
+    def subscribe(self, listener: Listener) -> None:
+        self._check_process()
+        self._audience.subscribe(listener)
+
+    def close(self) -> None:
+        if os.getpid() != self._pid or self._closing.is_set():
+            return
+        deadline = time.monotonic() + self._config.deadline
+        connection = self._connection
+        self._closing.set()
+        try:
+            if connection is not None and not self._idle_gate(self._config.deadline / 2):
+                # Goodbye would promise that nothing is being written. Without it the slots wait until the lenders see us gone.
+                logger.warning("closed while writes are in flight; their slots stay reserved until these end")
+            elif connection is not None:
+                connection.call(*wire.encode_verb(Goodbye()), self._config.deadline / 2)
+        except VCacheError as error:
+            logger.debug("goodbye to the manager: %s", error)
+        if connection is not None:
+            connection.shut("closed by this client")
+        with self._changed:
+            self._changed.notify_all()
+        self._dispatcher.close(max(0.0, deadline - time.monotonic()))
+        for thread in self._threads if connection is not None and not self._dispatcher.is_current() else ():
+            # Without a session they may be in the middle of a hello; they end by themselves when it does.
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    # -- calls -----------------------------------------------------------------------------------------------------
+
+    def call(self, verb: Verb[R], late: Callable[[R], None] | None = None) -> R:
+        connection, timeout = self._live(), verb.deadline(self._config)
+        *parts, last = wire.in_frames(verb, connection.max_frame)
+        for part in parts:
+            self._ask(connection, part, timeout)
+        reply: R = self._ask(connection, last, timeout, late)
+        return reply
+
+    def tell(self, verb: Verb[None]) -> None:
+        self._check_process()
+        connection = self._connection
+        if connection is None:
+            return
+        try:
+            connection.send(*wire.encode_verb(verb), self._config.deadline)
+        except ManagerUnavailableError as error:
+            logger.debug("%s: %s", type(verb).__name__, error)
+
+    def _ask(self, connection: Connection, verb: Verb[R], timeout: float, late: Callable[[R], None] | None = None) -> R:
+        try:
+            answer = connection.call(*wire.encode_verb(verb), timeout, self._undo(verb, late) if late is not None else None)
+        except DeadlineExceededError as error:
+            if verb.must_arrive and isinstance(error, NotSentError):
+                connection.shut(f"{type(verb).__name__} could not be told")
+            if self._breaker.failure():
+                connection.shut(f"{_MISSES} calls in a row got no answer")
+            raise
+        if connection.closed:
+            raise ManagerUnavailableError(f"manager {self._address}: the session of this answer is over")
+        return wire.decode_reply(verb, answer)
+
+    def _undo(self, verb: Verb[R], late: Callable[[R], None]) -> Late:
+        """Runs in the reading thread, which must not wait for the manager."""
+
+        def undo(payload: bytes | bytearray) -> None:
+            reply = wire.decode_reply(verb, payload)
+            self._dispatcher.post(lambda: late(reply))
+
+        return undo
+
+    def _live(self) -> Connection:
+        self._check_process()
+        connection = self._connection
+        if connection is not None:
+            return connection
+        if self._closing.is_set():
+            raise ManagerUnavailableError(f"manager {self._address}: this client is closed")
+        reason = self._failure or f"manager {self._address}: not connected yet"
+        raise ManagerUnavailableError(str(reason))
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise ManagerUnavailableError(
+                f"manager {self._address}: this client belongs to process {self._pid}; a forked child must connect by itself"
+            )
+
+    # -- threads ---------------------------------------------------------------------------------------------------
+
+    def _stay_connected(self) -> None:
+        while self._wait_for_turn():
+            try:
+                connection = Connection(
+                    self._address, self._hello, max_frame=self._config.max_frame, timeout=self._config.deadline
+                )
+            except VCacheError as error:
+                self._not_connected(error)
+                continue
+            self._connected(connection)
+            reason = connection.read(self._audience.push, self._breaker.success)
+            self._lost(connection, reason)
+
+    def _wait_for_turn(self) -> bool:
+        """Wait for the breaker's pause and for the write gate. False when the client closes."""
+        while not self._closing.wait(self._breaker.retry_in()):
+            if self._breaker.allow():
+                return self._wait_for_writes()
+        return False
+
+    def _wait_for_writes(self) -> bool:
+        began, warned = time.monotonic(), False
+        while not self._closing.is_set():
+            if self._idle_gate(_GATE_TIMEOUT):
+                return True
+            if not warned and time.monotonic() - began > _GATE_PATIENCE:
+                logger.warning("reconnecting to manager %s waits for writes that do not end", self._address)
+                warned = True
+        return False
+
+    def _idle_gate(self, timeout: float) -> bool:
+        """Whether no write of this process is in flight; waits for that at most `timeout` seconds."""
+        gate = self._gate
+        try:
+            return gate is None or gate(timeout)
+        except Exception:
+            logger.exception("the write gate raised; taken as: writes are in flight")
+            self._closing.wait(_GATE_TIMEOUT)
+            return False
+
+    def _connected(self, connection: Connection) -> None:
+        self._breaker.success()
+        with self._changed:
+            self._connection, self._failure = connection, None
+            self._changed.notify_all()
+        self._audience.session_began(connection.session)
+        logger.info("connected to manager %s, epoch %d", self._address, connection.session.epoch)
+        if self._closing.is_set():
+            connection.shut("closed by this client")
+
+    def _not_connected(self, error: VCacheError) -> None:
+        self._breaker.trip()
+        with self._changed:
+            told = str(self._failure) == str(error)
+            self._failure = error
+            self._changed.notify_all()
+        if not told and self._refused():
+            logger.error("%s", error)
+        elif not told:
+            logger.info("%s", error)
+
+    def _lost(self, connection: Connection, reason: str) -> None:
+        self._breaker.trip()
+        with self._changed:
+            self._connection = None
+            self._failure = ManagerUnavailableError(f"manager {self._address}: connection lost ({reason})")
+            self._changed.notify_all()
+        if not self._closing.is_set():
+            logger.warning("%s; calls are misses until it is back", self._failure)
+            self._audience.session_lost()
+
+    def _beat(self) -> None:
+        interval = self._config.heartbeat_interval
+        while not self._closing.wait(interval):
+            connection = self._connection
+            if connection is None:
+                continue
+            interval = connection.session.heartbeat_interval
+            try:
+                self._ask(connection, Heartbeat(), self._config.deadline)
+            except VCacheError as error:
+                logger.debug("heartbeat: %s", error)
+
+    def _refused(self) -> bool:
+        return self._failure is not None and not isinstance(self._failure, ManagerUnavailableError)
+
+    def _forget_in_child(self) -> None:
+        if self._connection is not None:
+            self._connection.forget()
+
+
+def _close_in_forked_child(transport: SocketTransport) -> None:
+    """Without this, a child that outlives its parent would hold the session's socket open."""
+    reference = weakref.ref(transport)
+
+    def forget() -> None:
+        alive = reference()
+        if alive is not None:
+            alive._forget_in_child()
+
+    os.register_at_fork(after_in_child=forget)

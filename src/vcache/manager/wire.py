@@ -6,7 +6,7 @@ Frame, little endian:  u32 length of what follows | u32 request id | u8 verb or 
     verb LOOKUP   n x 16-byte key                             reply: u32 count
     verb ACQUIRE  u64 lease, u16 shard | n x 16-byte key      reply: u64 lease, f64 expires_in | n x 24-byte location
     verb RELEASE  u64 lease                                   no reply
-    verb CALL     msgpack, one of `Request`                   reply: msgpack, type as the `*_REPLY` decoders say
+    verb CALL     msgpack, any other `Verb`                   reply: msgpack, of the type that the verb is a `Verb` of
     status OK     the reply to request id
     status ERROR  u8 kind | UTF-8 text                        request id 0: about the connection, which then closes
     status PUSH   msgpack `Push`, request id 0
@@ -17,38 +17,36 @@ Packed verbs are the hot path; everything else is a typed struct. Whatever does 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
-from typing import Annotated, NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial, reduce
+from operator import or_
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 
 import msgspec
 
 from ..errors import ArgumentError, ManagerRefusedError, ProtocolError, SegmentError, VCacheError
 from ..keys import DIGEST_BYTES
-from ..segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation
+from ..segment.slots import LOCATION_BYTES, SlabInventory, SlotLocation
 from .api import (
     PROTOCOL_VERSION,
+    Acquire,
     AcquireReply,
-    GateReport,
-    GateWriter,
-    MovePlan,
+    Id,
+    InventoryPart,
+    Lookup,
+    Mount,
     Push,
-    PutGrant,
-    PutRequest,
+    Release,
     Role,
     SessionInfo,
-    SpillPlan,
-    StatsReply,
-    Ticket,
+    Verb,
 )
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 HELLO, LOOKUP, ACQUIRE, RELEASE, CALL = 1, 2, 3, 4, 5
 OK, ERROR, PUSH = 128, 129, 130
-
-WIPE_TIMEOUT = 2.0
-"""Seconds that the manager waits for lenders before it answers `remove` and `clear`."""
 
 HEADER_BYTES = 9
 _LENGTH_BYTES = 4
@@ -63,13 +61,7 @@ _DIGEST_LENGTHS = frozenset({DIGEST_BYTES})
 _BATCH = 1024
 """Keys unpacked by one cached format."""
 
-Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
-Id = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-Size = Annotated[int, msgspec.Meta(ge=0, lt=2**48)]
-"""Bytes of a segment or slab: anything larger is a mistake, not memory."""
 Name = Annotated[str, msgspec.Meta(max_length=256)]
-Avoid = Annotated[list[Annotated[int, msgspec.Meta(ge=0, lt=2**32)]], msgspec.Meta(max_length=2**16)]
-"""Numbers of segments."""
 
 
 class Hello(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -94,151 +86,10 @@ class HelloReply(msgspec.Struct, frozen=True):
     """Bytes of the largest frame this manager accepts."""
 
 
-class _Request(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, tag=True):
-    pass
-
-
-class PutStart(_Request, frozen=True):
-    request: PutRequest
-
-
-class PutEnd(_Request, frozen=True):
-    tickets: list[Ticket]
-
-
-class PutRevoke(_Request, frozen=True):
-    tickets: list[Ticket]
-
-
-class Demote(_Request, frozen=True):
-    nbytes: Size
-    avoid: Avoid
-
-
-class PlanSpill(_Request, frozen=True):
-    nbytes: Size
-    avoid: Avoid
-
-
-class Spilled(_Request, frozen=True):
-    lease: Annotated[int, msgspec.Meta(ge=0)]
-    keys: list[Digest]
-
-
-class Tiers(_Request, frozen=True):
-    keys: list[Digest]
-
-
-class Remove(_Request, frozen=True):
-    keys: list[Digest]
-
-
-class Clear(_Request, frozen=True):
-    namespace: Annotated[bytes, msgspec.Meta(max_length=DIGEST_BYTES)] = b""
-
-
-class InventoryPart(_Request, frozen=True):
-    """Part of an inventory too large for one frame; used up by the next `Mount` of that segment on this connection."""
-
-    uuid: Id
-    slabs: list[SlabInventory]
-
-
-class Mount(_Request, frozen=True):
-    info: SegmentInfo
-    inventory: list[SlabInventory]
-    gate: GateReport
-
-
-class WritersLeft(_Request, frozen=True):
-    uuid: Id
-    writers: list[GateWriter]
-
-
-class Unmount(_Request, frozen=True):
-    uuid: Id
-
-
-class AddSlabs(_Request, frozen=True):
-    uuid: Id
-    slabs: list[SlabInfo]
-
-
-class DropSlabs(_Request, frozen=True):
-    uuid: Id
-    nbytes: Size
-
-
-class ImporterGone(_Request, frozen=True):
-    uuid: Id
-    client: Id
-
-
-class RequestResize(_Request, frozen=True):
-    uuid: Id
-    nbytes: Size
-
-
-class Wiped(_Request, frozen=True):
-    token: int
-
-
-class Segments(_Request, frozen=True):
-    pass
-
-
-class Stats(_Request, frozen=True):
-    pass
-
-
-class Heartbeat(_Request, frozen=True):
-    pass
-
-
-class Goodbye(_Request, frozen=True):
-    """Ends the session as `Hello` starts it: no unfinished writes."""
-
-
-Request = (
-    PutStart
-    | PutEnd
-    | PutRevoke
-    | Demote
-    | PlanSpill
-    | Spilled
-    | Tiers
-    | Remove
-    | Clear
-    | InventoryPart
-    | Mount
-    | WritersLeft
-    | Unmount
-    | AddSlabs
-    | DropSlabs
-    | ImporterGone
-    | RequestResize
-    | Wiped
-    | Segments
-    | Stats
-    | Heartbeat
-    | Goodbye
-)
-
 _ENCODER = msgspec.msgpack.Encoder()
-_REQUEST: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _HELLO_BODY = msgspec.msgpack.Decoder(Hello)
+_HELLO_REPLY = msgspec.msgpack.Decoder(HelloReply)
 _PUSH: msgspec.msgpack.Decoder[Push] = msgspec.msgpack.Decoder(Push)
-
-HELLO_REPLY = msgspec.msgpack.Decoder(HelloReply)
-GRANTS_REPLY = msgspec.msgpack.Decoder(list[PutGrant])
-MOVE_PLAN_REPLY = msgspec.msgpack.Decoder(MovePlan)
-SPILL_PLAN_REPLY = msgspec.msgpack.Decoder(SpillPlan)
-FLAGS_REPLY = msgspec.msgpack.Decoder(list[bool])
-NUMBERS_REPLY = msgspec.msgpack.Decoder(list[int])
-NUMBER_REPLY = msgspec.msgpack.Decoder(int)
-NOTHING_REPLY = msgspec.msgpack.Decoder(type(None))
-SEGMENTS_REPLY = msgspec.msgpack.Decoder(list[SegmentInfo])
-STATS_REPLY = msgspec.msgpack.Decoder(StatsReply)
 
 # Which exceptions cross the wire as what they are; any other becomes the first.
 _ERROR_KINDS: tuple[type[VCacheError], ...] = (ManagerRefusedError, ProtocolError, ArgumentError, SegmentError)
@@ -327,15 +178,6 @@ def decode_hello(payload: bytes | bytearray) -> Hello:
     return decode_value(_HELLO_BODY, payload[_HELLO.size :])
 
 
-def encode_request(request: Request) -> bytes:
-    """Payload of CALL."""
-    return _ENCODER.encode(request)
-
-
-def decode_request(payload: bytes | bytearray) -> Request:
-    return decode_value(_REQUEST, payload)
-
-
 def join_keys(keys: Sequence[bytes]) -> bytes:
     """Payload of LOOKUP. Raises `ArgumentError` unless every key has 16 bytes."""
     if not _DIGEST_LENGTHS.issuperset(map(len, keys)):
@@ -371,22 +213,19 @@ def encode_acquire(keys: bytes, shard: int = 0, lease: int = 0) -> bytes:
         raise ArgumentError(f"acquire: shard {shard} or lease {lease} is out of range") from None
 
 
-class AcquireRequest(NamedTuple):
-    lease: int
-    shard: int
-    keys: Sequence[bytes]
-
-
-def decode_acquire(payload: bytes | bytearray) -> AcquireRequest:
+def decode_acquire(payload: bytes | bytearray) -> Acquire:
     if len(payload) < _ACQUIRE.size:
         raise ProtocolError(f"acquire: {len(payload)} bytes are too few")
     lease, shard = _ACQUIRE.unpack_from(payload)
-    return AcquireRequest(lease, shard, split_keys(payload, _ACQUIRE.size))
+    return Acquire(split_keys(payload, _ACQUIRE.size), shard, lease)
 
 
 def encode_lease(lease: int) -> bytes:
-    """Payload of RELEASE."""
-    return _LEASE.pack(lease)
+    """Payload of RELEASE. Raises `ArgumentError` for a number that no lease has."""
+    try:
+        return _LEASE.pack(lease)
+    except struct.error:
+        raise ArgumentError(f"release: lease {lease} is out of range") from None
 
 
 def decode_lease(payload: bytes | bytearray) -> int:
@@ -398,9 +237,13 @@ def decode_lease(payload: bytes | bytearray) -> int:
 # -- replies -----------------------------------------------------------------------------------------------------------
 
 
-def encode_reply(value: object) -> bytes:
-    """Payload of the OK reply to HELLO and CALL."""
-    return _ENCODER.encode(value)
+def encode_hello_reply(reply: HelloReply) -> bytes:
+    """Payload of the OK reply to HELLO."""
+    return _ENCODER.encode(reply)
+
+
+def decode_hello_reply(payload: bytes | bytearray) -> HelloReply:
+    return decode_value(_HELLO_REPLY, payload)
 
 
 def encode_count(count: int) -> bytes:
@@ -424,6 +267,10 @@ def decode_acquired(payload: bytes | bytearray) -> AcquireReply:
         raise ProtocolError(f"acquire reply: {len(payload)} bytes do not hold whole locations")
     lease, expires_in = _ACQUIRED.unpack_from(payload)
     return AcquireReply(lease, expires_in, SlotLocation.unpack_many(memoryview(payload)[_ACQUIRED.size :]))
+
+
+def _no_reply(_: object) -> Any:
+    raise ProtocolError("a reply to what has none")
 
 
 def encode_push(push: Push) -> bytes:
@@ -454,3 +301,110 @@ def decode_value(decoder: msgspec.msgpack.Decoder[T], payload: bytes | bytearray
         return decoder.decode(payload)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ProtocolError(f"payload: {' '.join(str(error).split())}") from None
+
+
+# -- verbs -------------------------------------------------------------------------------------------------------------
+
+
+class _Packed(NamedTuple):
+    """A verb with bytes of its own."""
+
+    code: int
+    encode: Callable[[Any], bytes]
+    decode: Callable[[bytes | bytearray], Verb[Any]]
+    encode_reply: Callable[[Any], bytes]
+    """Of what the directory answers."""
+    decode_reply: Callable[[bytes | bytearray], Any]
+
+
+_PACKED: dict[type[Verb[Any]], _Packed] = {
+    Lookup: _Packed(
+        LOOKUP,
+        lambda verb: join_keys(verb.keys),
+        lambda payload: Lookup(split_keys(payload)),
+        encode_count,
+        decode_count,
+    ),
+    Acquire: _Packed(
+        ACQUIRE,
+        lambda verb: encode_acquire(join_keys(verb.keys), verb.shard, verb.lease),
+        decode_acquire,
+        lambda reply: encode_acquired(*reply),
+        decode_acquired,
+    ),
+    Release: _Packed(
+        RELEASE,
+        lambda verb: encode_lease(verb.lease),
+        lambda payload: Release(decode_lease(payload)),
+        _no_reply,
+        _no_reply,
+    ),
+}
+VERBS: tuple[type[Verb[Any]], ...] = tuple(Verb.__subclasses__())
+"""Every verb, in the order of `api.py`."""
+_CALL: msgspec.msgpack.Decoder[Verb[Any]] = msgspec.msgpack.Decoder(reduce(or_, set(VERBS) - set(_PACKED)))
+_DECODERS: dict[int, Callable[[bytes | bytearray], Verb[Any]]] = {
+    CALL: lambda payload: decode_value(_CALL, payload),
+    **{packed.code: packed.decode for packed in _PACKED.values()},
+}
+
+
+def _reply_decoder(verb: type[Verb[Any]]) -> Callable[[bytes | bytearray], Any]:
+    if verb in _PACKED:
+        return _PACKED[verb].decode_reply
+    (base,) = verb.__orig_bases__  # type: ignore[attr-defined]
+    return partial(decode_value, msgspec.msgpack.Decoder(get_args(base)[0]))
+
+
+_REPLY_DECODERS = {verb: _reply_decoder(verb) for verb in VERBS}
+
+
+def encode_verb(verb: Verb[Any]) -> tuple[int, bytes]:
+    """Code and payload of a request. Raises `ArgumentError` for a packed verb whose fields do not fit."""
+    packed = _PACKED.get(type(verb))
+    return (packed.code, packed.encode(verb)) if packed is not None else (CALL, _ENCODER.encode(verb))
+
+
+def decode_verb(code: int, payload: bytes | bytearray) -> Verb[Any]:
+    """What is asked. Raises `ProtocolError` for what is no request."""
+    decode = _DECODERS.get(code)
+    if decode is None:
+        raise ProtocolError(f"unknown verb {code}")
+    return decode(payload)
+
+
+def encode_reply(verb: Verb[Any], reply: object) -> bytes:
+    """Payload of the OK reply to a verb."""
+    packed = _PACKED.get(type(verb))
+    return packed.encode_reply(reply) if packed is not None else _ENCODER.encode(reply)
+
+
+def decode_reply(verb: Verb[R], payload: bytes | bytearray) -> R:
+    """The reply to a verb. Raises `ProtocolError` when the payload is none."""
+    reply: R = _REPLY_DECODERS[type(verb)](payload)
+    return reply
+
+
+def in_frames(verb: Verb[Any], max_frame: int) -> list[Verb[Any]]:
+    """What to send in one session so that each fits into a frame; the reply to the last is the reply to `verb`. Raises
+    `ProtocolError` when one slab's headers alone do not fit."""
+    if not isinstance(verb, Mount):
+        return [verb]
+    *parts, last = _inventory_parts(verb.inventory, max_frame // 2)
+    return [*(InventoryPart(verb.info.uuid, part) for part in parts), msgspec.structs.replace(verb, inventory=last)]
+
+
+def _inventory_parts(inventory: Sequence[SlabInventory], limit: int) -> Iterator[list[SlabInventory]]:
+    """Split so that each part's headers have at most `limit` bytes. Yields at least one part."""
+    part: list[SlabInventory] = []
+    size = 0
+    for slab in inventory:
+        nbytes = len(slab.slab_header) + len(slab.slot_headers)
+        if nbytes > limit:
+            raise ProtocolError(f"slab {slab.slab}: {nbytes} bytes of headers do not fit a frame; raise manager.max_frame")
+        if part and size + nbytes > limit:
+            yield part
+            part, size = [], 0
+        part.append(slab)
+        size += nbytes
+    yield part

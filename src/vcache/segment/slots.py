@@ -166,7 +166,7 @@ class SlotLocation(NamedTuple):
     generation: int
 
     def pack(self) -> bytes:
-        units = align_up(self.slot_bytes, ALIGNMENT) // ALIGNMENT
+        units = -(-self.slot_bytes // ALIGNMENT)
         return _LOCATION.pack(self.segment, self.slab, self.tokens, self.slot, units, self.generation)
 
     @classmethod

@@ -1,62 +1,73 @@
 """The manager's heart: a pure state machine. Events in, replies and instructions out; no sockets, threads or clocks.
 
 Who calls it serialises the calls, passes the time (seconds, any origin, never backwards) and the client id of the session,
-carries out `take_instructions()` after every call, and calls `tick` no later than `next_deadline()`. What
-`begin_...` begins goes on bit by bit, by `work`; without `begin_` all of it is done at once.
+carries out `take_instructions()` after every call, and calls `tick` no later than `next_deadline()`. A `Job` that a call
+returns goes on bit by bit, by `work`.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, TypeVar
 
 from ...config import ManagerConfig
 from ...errors import ProtocolError
 from ...keys import DIGEST_BYTES
-from ...segment.slots import SegmentInfo, SlabInfo, SlabInventory
+from ...segment.slots import SegmentInfo
 from ..api import (
-    AcquireReply,
-    GateReport,
-    GateWriter,
-    MovePlan,
-    PutGrant,
-    PutRequest,
+    Acquire,
+    AddSlabs,
+    Clear,
+    Demote,
+    DropSlabs,
+    Goodbye,
+    Heartbeat,
+    ImporterGone,
+    InventoryPart,
+    Lookup,
+    Mount,
+    PlanSpill,
+    PutEnd,
+    PutRevoke,
+    PutStart,
+    Release,
+    Remove,
+    RequestResize,
     Role,
-    RoomWanted,
     SegmentMounted,
+    Segments,
     SegmentStats,
     SessionInfo,
     SessionStats,
-    SpillPlan,
+    Spilled,
+    Stats,
     StatsReply,
-    Ticket,
+    Tiers,
+    Unmount,
+    Verb,
+    Wiped,
+    WritersLeft,
 )
 from .demoting import Demoting
 from .integrity import check_core
 from .jobs import SLICE, Job
 from .lending import Lending
-from .reading import PackedReply, Reading
+from .reading import Reading
 from .removal import Removal
 from .slabs import FREE, PROCESSING, QUARANTINED, USED
 from .spilling import Spilling
 from .state import Instruction, Session, State
-from .writing import Writing, check_request
+from .writing import Writing
 
+V = TypeVar("V", bound=Verb[Any])
 
-class RemovalReply(NamedTuple):
-    """What `remove` and `clear` did at once, and what must still happen before the answer may go out."""
-
-    removed: int
-    tokens: list[int]
-    """Wait until `outstanding(tokens)` is false, or for a bounded time."""
+Handler = Callable[[Session, Any], object]
 
 
 class Directory:
-    """All state of one manager. Not thread-safe. Every verb takes the client id of a living session and raises
-    `ManagerRefusedError` without one, `ProtocolError` for arguments that no conforming client sends; nothing has changed
-    then. Keys are 16-byte digests."""
+    """All state of one manager. Not thread-safe."""
 
     def __init__(
         self,
@@ -77,6 +88,7 @@ class Directory:
         self._puts = Writing(core, self._moves)
         self._removal = Removal(core)
         self._lending = Lending(core, self._puts, self._removal)
+        self._handlers = self._table()
         self._started = now
 
     @property
@@ -121,10 +133,6 @@ class Directory:
         if not goodbye:
             self._lending.writer_lost(client)
 
-    def heartbeat(self, client: bytes, now: float) -> None:
-        """A sign of life. So is every other call."""
-        self._core.session(client, now)
-
     def has_session(self, client: bytes) -> bool:
         return client in self._core.sessions
 
@@ -168,152 +176,53 @@ class Directory:
         self._core.now = now
         self._core.jobs.step()
 
-    # Reading
+    # Verbs
 
-    def lookup(self, client: bytes, keys: Sequence[bytes], now: float) -> int:
-        """See `Manager.lookup`."""
-        return self._reading.lookup(self._core.session(client, now), keys, now)
+    def handle(self, client: bytes, verb: Verb[Any], now: float) -> object:
+        """Do what a client asks: the reply, or the `Job` whose result it will be.
 
-    def acquire(self, client: bytes, keys: Sequence[bytes], shard: int, lease: int, now: float) -> AcquireReply:
-        """See `Manager.acquire`. `lease` 0: a new one."""
-        return self._reading.acquire(self._core.session(client, now), keys, shard, lease, now).unpack()
+        In place of their replies, `Acquire` gets a `PackedReply`, `Remove` and `Clear` a `RemovalReply`. Raises
+        `ManagerRefusedError` without a session, `ProtocolError` for what no conforming client asks; nothing has changed then.
+        """
+        return self._handlers[type(verb)](self._core.session(client, now), verb)
 
-    def acquire_packed(self, client: bytes, keys: Sequence[bytes], shard: int, lease: int, now: float) -> PackedReply:
-        """As `acquire`, with the locations as bytes that lie ready. Raises `ProtocolError` for a negative shard."""
-        return self._reading.acquire(self._core.session(client, now), keys, shard, lease, now)
+    def _table(self) -> dict[type[Verb[Any]], Handler]:
+        """The handler of each verb."""
+        reading, writing, lending = self._reading, self._puts, self._lending
+        return {
+            Lookup: reading.lookup,
+            Acquire: reading.acquire,
+            Release: reading.release,
+            Tiers: self._job(reading.tiers),
+            PutStart: self._job(writing.start),
+            PutEnd: writing.end,
+            PutRevoke: writing.revoke,
+            Demote: self._moves.plan,
+            PlanSpill: self._spills.plan,
+            Spilled: self._spills.done,
+            Remove: self._job(self._removal.remove),
+            Clear: self._job(self._removal.clear),
+            InventoryPart: lending.part,
+            Mount: lending.mount,
+            WritersLeft: lending.writers_left,
+            Unmount: lending.unmount,
+            AddSlabs: lending.add_slabs,
+            DropSlabs: lending.drop_slabs,
+            ImporterGone: lending.importer_gone,
+            RequestResize: lending.request_resize,
+            Wiped: lending.wiped,
+            Segments: lambda session, verb: self.segments(),
+            Stats: lambda session, verb: self.stats(session.seen),
+            Heartbeat: lambda session, verb: None,
+            Goodbye: lambda session, verb: self.close_session(session.client, session.seen, goodbye=True),
+        }
 
-    def release(self, client: bytes, lease: int, now: float) -> None:
-        """See `Manager.release`."""
-        self._reading.release(self._core.session(client, now), lease)
-
-    def tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> list[int]:
-        """See `Manager.tiers`."""
-        return self.begin_tiers(client, keys, now).finish()
-
-    def begin_tiers(self, client: bytes, keys: Sequence[bytes], now: float) -> Job[list[int]]:
-        """`tiers` as a job for `work`."""
-        return self._core.jobs.begin(self._reading.tiers(self._core.session(client, now), keys))
-
-    # Writing
-
-    def put_start(self, client: bytes, request: PutRequest, now: float) -> list[PutGrant]:
-        """See `Manager.put_start`. `exists` also when the writer cannot read the copy that exists, on another host: one
-        copy of a chunk is all that the pool keeps. May instruct to ask the writer for room."""
-        return self.begin_put_start(client, request, now).finish()
-
-    def begin_put_start(self, client: bytes, request: PutRequest, now: float) -> Job[list[PutGrant]]:
-        """`put_start` as a job for `work`."""
-        session = self._core.session(client, now)
-        check_request(request)
-        return self._core.jobs.begin(self._put_start(session, request))
-
-    def _put_start(self, session: Session, request: PutRequest) -> Generator[None, None, list[PutGrant]]:
-        core = self._core
-        grants = yield from self._puts.start(session.client, request)
-        memory = core.allocator.hosts.get(session.host) if session.host and session.role == "engine" else None
-        if memory is not None and memory.wants_room(core.config.high_watermark, core.now):
-            core.push(session.client, RoomWanted())
-        return grants
-
-    def put_end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
-        """See `Manager.put_end`. Idempotent."""
-        self._core.session(client, now)
-        return self._puts.end(client, tickets, now)
-
-    def put_revoke(self, client: bytes, tickets: Sequence[Ticket], now: float) -> None:
-        """See `Manager.put_revoke`."""
-        self._core.session(client, now)
-        self._puts.revoke(client, tickets)
-
-    # Making room
-
-    def demote(self, client: bytes, nbytes: int, avoid: Sequence[int], now: float) -> MovePlan:
-        """See `Manager.demote`."""
-        return self._moves.plan(self._core.session(client, now), _plan_bytes(nbytes), frozenset(avoid), now)
-
-    def spill(self, client: bytes, nbytes: int, avoid: Sequence[int], now: float) -> SpillPlan:
-        """See `Manager.spill`."""
-        return self._spills.plan(self._core.session(client, now), _plan_bytes(nbytes), frozenset(avoid), now)
-
-    def spilled(self, client: bytes, lease: int, keys: Sequence[bytes], now: float) -> None:
-        """See `Manager.spilled`. Also counts for keys that the lease does not cover, and when it has ended."""
-        self._core.session(client, now)
-        self._spills.done(client, lease, keys, now)
-
-    # Removing
-
-    def remove(self, client: bytes, keys: Sequence[bytes], now: float) -> RemovalReply:
-        """See `Manager.remove`; gone at once here, and for good when the tokens are no longer outstanding."""
-        return RemovalReply(*self.begin_remove(client, keys, now).finish())
-
-    def begin_remove(self, client: bytes, keys: Sequence[bytes], now: float) -> Job[tuple[int, list[int]]]:
-        """`remove` as a job for `work`: the parts of a `RemovalReply`."""
-        self._core.session(client, now)
-        return self._core.jobs.begin(self._removal.remove(keys))
-
-    def clear(self, client: bytes, namespace: bytes, now: float) -> RemovalReply:
-        """See `Manager.clear`. Writes under way are not affected. O(chunks)."""
-        return RemovalReply(*self.begin_clear(client, namespace, now).finish())
-
-    def begin_clear(self, client: bytes, namespace: bytes, now: float) -> Job[tuple[int, list[int]]]:
-        """`clear` as a job for `work`: the parts of a `RemovalReply`. What is stored meanwhile may stay."""
-        self._core.session(client, now)
-        return self._core.jobs.begin(self._removal.clear(namespace))
+    def _job(self, steps: Callable[[Session, V], Generator[None, None, object]]) -> Callable[[Session, V], Job[object]]:
+        return lambda session, verb: self._core.jobs.begin(steps(session, verb))
 
     def outstanding(self, tokens: Iterable[int]) -> bool:
         """Whether a lender still has to zero headers for any of these tokens. False once its session is gone."""
         return any(self._core.wiping.outstanding(token) for token in tokens)
-
-    def wiped(self, client: bytes, token: int, now: float) -> None:
-        """See `Manager.wiped`."""
-        self._core.session(client, now)
-        self._lending.wiped(client, token)
-
-    # Lending
-
-    def mount(
-        self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport | None = None
-    ) -> int:
-        """See `Manager.mount`. O(slots)."""
-        return self.begin_mount(client, info, inventory, now, gate).finish()
-
-    def begin_mount(
-        self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], now: float, gate: GateReport | None = None
-    ) -> Job[int]:
-        """`mount` as a job for `work`: it is mounted at once, and its chunks come bit by bit. Its result raises
-        `ManagerRefusedError` when the segment is mounted again or goes before the end."""
-        self._core.session(client, now)
-        return self._lending.mount(client, info, inventory, gate or GateReport())
-
-    def writers_left(self, client: bytes, uuid: bytes, writers: Sequence[GateWriter], now: float) -> None:
-        """See `Manager.writers_left`."""
-        self._core.session(client, now)
-        self._lending.writers_left(client, uuid, writers)
-
-    def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
-        """See `Manager.unmount`."""
-        self._core.session(client, now)
-        self._lending.unmount(client, uuid)
-
-    def add_slabs(self, client: bytes, uuid: bytes, slabs: Sequence[SlabInfo], now: float) -> None:
-        """See `Manager.add_slabs`."""
-        self._core.session(client, now)
-        self._lending.add_slabs(client, uuid, slabs)
-
-    def drop_slabs(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> list[int]:
-        """See `Manager.drop_slabs`."""
-        self._core.session(client, now)
-        return self._lending.drop_slabs(client, uuid, nbytes, now)
-
-    def importer_gone(self, client: bytes, uuid: bytes, importer: bytes, now: float) -> None:
-        """See `Manager.importer_gone`."""
-        self._core.session(client, now)
-        self._lending.importer_gone(client, uuid, importer, now)
-
-    def request_resize(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> None:
-        """See `Manager.request_resize`."""
-        self._core.session(client, now)
-        self._lending.request_resize(uuid, nbytes)
 
     # Looking at it
 
@@ -383,9 +292,3 @@ def random_first_segment() -> int:
     """A number to begin with, so that a segment's number in one epoch means nothing in another: whoever still holds the
     segments of an earlier manager finds none under a number of this one. Leaves as many numbers above as below, within u32."""
     return 2**16 + secrets.randbelow(2**31)
-
-
-def _plan_bytes(nbytes: int) -> int:
-    if nbytes < 0:
-        raise ProtocolError(f"demote, spill: {nbytes} bytes")
-    return nbytes

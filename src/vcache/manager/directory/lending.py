@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 
 from ...errors import ManagerRefusedError, ProtocolError
 from ...keys import DIGEST_BYTES
-from ...segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo, SlabInventory
-from ..api import GateReport, GateWriter, ResizeRequested, SegmentGone, SegmentMounted, WriterLost
+from ...segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo
+from ..api import (
+    AddSlabs,
+    DropSlabs,
+    ImporterGone,
+    InventoryPart,
+    Mount,
+    RequestResize,
+    ResizeRequested,
+    SegmentGone,
+    SegmentMounted,
+    Unmount,
+    Wiped,
+    WriterLost,
+    WritersLeft,
+)
 from .inventory import SlabHeaders, check_inventory
 from .jobs import Job
 from .records import Record
 from .recovery import Recovery
 from .removal import Removal
 from .slabs import PROCESSING, QUARANTINED, UNREAD, USED, Segment, Slab, Wipe, Write
-from .state import State
+from .state import Session, State
 from .writing import Writing
 
 MAX_AWAY = 1024
@@ -23,6 +37,8 @@ MAX_AWAY = 1024
 Should it be mounted after all, its unfinished writes are found as after a restart of the manager: in its gate, and by their odd
 headers."""
 MAX_NAME = 256
+MAX_PARTS = 2**28
+"""Bytes of inventory parts that one session may have pending."""
 
 
 class _Away:
@@ -39,7 +55,7 @@ class _Away:
 
 
 class Lending:
-    """All segment verbs. Those that name a segment raise `ManagerRefusedError` when the client does not lend it."""
+    """All verbs about segments. Those that name one raise `ManagerRefusedError` when the client does not lend it."""
 
     def __init__(self, core: State, puts: Writing, removal: Removal) -> None:
         self._core = core
@@ -48,13 +64,25 @@ class Lending:
         self._recovery = Recovery(core, puts, removal)
         self._away: OrderedDict[bytes, _Away] = OrderedDict()
         """By uuid, in the order of their going."""
+        self._parts: dict[bytes, list[InventoryPart]] = {}
+        """By client: what came before its mount."""
         self._reading: dict[bytes, Job[int]] = {}
         """Latest mount of each segment, by uuid."""
 
-    def mount(self, client: bytes, info: SegmentInfo, inventory: Sequence[SlabInventory], gate: GateReport) -> Job[int]:
-        """See `Manager.mount`. The slots are free for use slab by slab, as their headers have been read. Raises
+    def part(self, session: Session, verb: InventoryPart) -> None:
+        """Raises `ManagerRefusedError`, and forgets all of them, when a session's parts have too many bytes."""
+        parts = self._parts.setdefault(session.client, [])
+        parts.append(verb)
+        if sum(len(slab.slot_headers) for each in parts for slab in each.slabs) > MAX_PARTS:
+            del self._parts[session.client]
+            raise ManagerRefusedError(f"mount: an inventory has at most {MAX_PARTS} bytes")
+
+    def mount(self, session: Session, verb: Mount) -> Job[int]:
+        """It is mounted at once. The slots are free for use slab by slab, as their headers have been read. Raises
         `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
-        core = self._core
+        core, client, info, gate = self._core, session.client, verb.info, verb.gate
+        parts = self._parts.pop(client, ())
+        inventory = [*(slab for part in parts if part.uuid == info.uuid for slab in part.slabs), *verb.inventory]
         _check_info(client, info)
         headers = check_inventory(info, inventory)
         segment = core.allocator.by_uuid.get(info.uuid)
@@ -91,41 +119,41 @@ class Lending:
         self._ask_for_writers(segment)
         return number
 
-    def writers_left(self, client: bytes, uuid: bytes, writers: Iterable[GateWriter]) -> None:
-        """See `Manager.writers_left`."""
-        segment = self._owned(client, uuid)
-        for writer in writers:
+    def writers_left(self, session: Session, verb: WritersLeft) -> None:
+        segment = self._owned(session.client, verb.uuid)
+        for writer in verb.writers:
             slab = segment.slabs.get(writer.slab)
             if slab is not None:
                 self._core.allocator.writer_left(slab, writer.client)
 
     def writer_idle(self, client: bytes) -> None:
-        """The client says that it has no writes in flight (hello or goodbye)."""
+        """Wait no longer for a client that says that it has no writes in flight (hello or goodbye)."""
         for slab in self._core.allocator.awaited(client):
             self._core.allocator.writer_left(slab, client)
 
-    def unmount(self, client: bytes, uuid: bytes) -> None:
-        """See `Manager.unmount`."""
+    def unmount(self, session: Session, verb: Unmount) -> None:
+        client, uuid = session.client, verb.uuid
         if uuid in self._core.allocator.by_uuid:
             self._remove(self._owned(client, uuid))
         if uuid in self._away and self._away[uuid].owner == client:
             self._drop_away(uuid)
 
     def lender_gone(self, client: bytes, *, goodbye: bool) -> None:
-        """A lender's session ended. Without goodbye its memory may live on, and it may come back with it."""
+        """Take down the segments of a lender whose session ended. Without goodbye its memory may live on, and it may come back
+        with it."""
+        self._parts.pop(client, None)
         for segment in list(self._core.allocator.segments.values()):
             if segment.info.owner == client:
                 self._remove(segment)
                 if goodbye:
                     self._drop_away(segment.info.uuid)
 
-    def add_slabs(self, client: bytes, uuid: bytes, slabs: Iterable[SlabInfo]) -> None:
-        """See `Manager.add_slabs`. Raises `ManagerRefusedError` for an index that was given back or has another size. A
-        known slab's address may change."""
-        segment, allocator = self._owned(client, uuid), self._core.allocator
+    def add_slabs(self, session: Session, verb: AddSlabs) -> None:
+        """Raises `ManagerRefusedError` for an index that was given back or has another size."""
+        segment, allocator = self._owned(session.client, verb.uuid), self._core.allocator
         fresh: dict[int, SlabInfo] = {}
         changed: dict[int, SlabInfo] = {}
-        for info in slabs:
+        for info in verb.slabs:
             _check_slab(info)
             known = segment.slabs.get(info.index)
             size = known.nbytes if known is not None else fresh.setdefault(info.index, info).nbytes
@@ -140,13 +168,13 @@ class Lending:
         if fresh or changed:
             self._announce(segment)
 
-    def drop_slabs(self, client: bytes, uuid: bytes, nbytes: int, now: float) -> list[int]:
-        """See `Manager.drop_slabs`. Empty slabs first, then those with the fewest and coldest chunks. O(slots)."""
-        segment = self._owned(client, uuid)
+    def drop_slabs(self, session: Session, verb: DropSlabs) -> list[int]:
+        """Empty slabs first, then those with the fewest and coldest chunks. O(slots)."""
+        segment = self._owned(session.client, verb.uuid)
         chosen: list[Slab] = []
         total = 0
         for slab in sorted(segment.slabs.values(), key=_worth):
-            if total >= nbytes:
+            if total >= verb.nbytes:
                 break
             chosen.append(slab)
             total += slab.nbytes
@@ -159,30 +187,30 @@ class Lending:
             self._announce(segment)
         return [slab.index for slab in chosen]
 
-    def importer_gone(self, client: bytes, uuid: bytes, importer: bytes, now: float) -> None:
-        """See `Manager.importer_gone`. Ignored when the segment is not mounted."""
-        if uuid in self._core.allocator.by_uuid:
-            self._puts.importer_gone(self._owned(client, uuid), importer, now)
+    def importer_gone(self, session: Session, verb: ImporterGone) -> None:
+        """Ignored when the segment is not mounted."""
+        if verb.uuid in self._core.allocator.by_uuid:
+            self._puts.importer_gone(self._owned(session.client, verb.uuid), verb.client, self._core.now)
 
-    def request_resize(self, uuid: bytes, nbytes: int) -> None:
-        """See `Manager.request_resize`. Raises `ManagerRefusedError` for an unknown segment."""
-        segment = self._core.allocator.by_uuid.get(uuid)
+    def request_resize(self, session: Session, verb: RequestResize) -> None:
+        """Raises `ManagerRefusedError` for an unknown segment."""
+        segment = self._core.allocator.by_uuid.get(verb.uuid)
         if segment is None:
-            raise ManagerRefusedError(f"request_resize: no segment {uuid.hex()} is mounted")
-        self._core.push(segment.info.owner, ResizeRequested(segment=uuid, nbytes=nbytes))
+            raise ManagerRefusedError(f"request_resize: no segment {verb.uuid.hex()} is mounted")
+        self._core.push(segment.info.owner, ResizeRequested(segment=verb.uuid, nbytes=verb.nbytes))
 
-    def wiped(self, client: bytes, token: int) -> None:
-        """See `Manager.wiped`."""
-        self._core.wiping.wiped(client, token)
+    def wiped(self, session: Session, verb: Wiped) -> None:
+        """Tokens of other lenders are ignored."""
+        self._core.wiping.wiped(session.client, verb.token)
 
     def writer_lost(self, client: bytes) -> None:
-        """The client's session ended without goodbye: lenders tell when its writes are over."""
+        """Ask lenders to tell when the writes of a client are over whose session ended without goodbye."""
         for segment in self._puts.writer_lost(client):
             if segment.info.owner != client:
                 self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=client))
 
     def away_slabs(self) -> Iterable[Slab]:
-        """Detached slabs in which somebody may still write."""
+        """Go through the detached slabs in which somebody may still write."""
         return (slab for away in self._away.values() for slab in away.slabs.values())
 
     # Parts
@@ -263,7 +291,7 @@ class Lending:
         return clean
 
     def _void(self, slab: Slab) -> None:
-        """A detached slab's memory is gone: its unfinished writes are over."""
+        """End the unfinished writes of a detached slab whose memory is gone."""
         for owner in list(slab.owners):
             if isinstance(owner, Write):
                 self._puts.release(owner)
@@ -276,7 +304,7 @@ class Lending:
 
 
 def _worth(slab: Slab) -> tuple[bool, bool, float, float]:
-    """Sort key: what is lost when this slab goes."""
+    """Value what is lost when this slab goes; a sort key."""
     used = [owner.used for owner in slab.owners if isinstance(owner, Record)]
     writing = slab.counts[PROCESSING] + slab.counts[QUARANTINED]
     pinned = any(isinstance(owner, Record) and owner.pins for owner in slab.owners)

@@ -1,4 +1,4 @@
-"""Reading: which chunks are there for a session, and leases on them."""
+"""Reads: which chunks are there for a session, and leases on them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ...errors import ProtocolError
 from ...segment.slots import LOCATION_BYTES, SlotLocation, slab_ids
-from ..api import AcquireReply
+from ..api import Acquire, AcquireReply, Lookup, Release, Tiers
 from .records import Record
 from .state import Session, State
 
@@ -33,41 +33,38 @@ class Reading:
         self._counters = state.counters
         self._touch = state.chunks.policy.touch
 
-    def lookup(self, session: Session, keys: Sequence[bytes], now: float) -> int:
-        """See `Manager.lookup`."""
-        found = self._prefix(session, keys)
+    def lookup(self, session: Session, verb: Lookup) -> int:
+        found = self._prefix(session, verb.keys)
         if found:
-            self._touch(found, self._state.tick_clock(now))
+            self._touch(found, self._state.tick_clock(self._state.now))
         return len(found)
 
-    def acquire(self, session: Session, keys: Sequence[bytes], shard: int, lease: int, now: float) -> PackedReply:
-        """See `Manager.acquire`. `lease` 0: a new one. The locations are bytes that lie ready. Raises `ProtocolError` for a
-        negative shard."""
-        if shard < 0:
-            raise ProtocolError(f"acquire: shard {shard}")
-        if lease:
-            return self._locate(session, keys, shard, lease, now)
+    def acquire(self, session: Session, verb: Acquire) -> PackedReply:
+        """Raises `ProtocolError` for a negative shard."""
+        if verb.shard < 0:
+            raise ProtocolError(f"acquire: shard {verb.shard}")
+        if verb.lease:
+            return self._locate(session, verb)
         state, client = self._state, session.client
         state.check_leases(client)
-        found = self._prefix(session, keys)
+        found = self._prefix(session, verb.keys)
         packed = b"".join([record.packed for record in found])
-        if shard or len(packed) != LOCATION_BYTES * len(found):
-            packed = self._places(found, shard)
+        if verb.shard or len(packed) != LOCATION_BYTES * len(found):
+            packed = self._places(found, verb.shard)
         if not found:
             return PackedReply(0, 0.0, b"")
-        granted = state.leases.grant(client, found, now)
+        granted = state.leases.grant(client, found, state.now)
         state.counters.leases += 1
-        self._touch(found, state.tick_clock(now))
+        self._touch(found, state.tick_clock(state.now))
         return PackedReply(granted.number, state.leases.ttl, packed)
 
-    def release(self, session: Session, lease: int) -> None:
-        """See `Manager.release`."""
+    def release(self, session: Session, verb: Release) -> None:
         state = self._state
-        state.unpinned(state.leases.drop(lease, session.client))
+        state.unpinned(state.leases.drop(verb.lease, session.client))
 
-    def tiers(self, session: Session, keys: Sequence[bytes]) -> Generator[None, None, list[int]]:
-        """See `Manager.tiers`. Pauses after each slice of keys."""
-        state, levels = self._state, list[int]()
+    def tiers(self, session: Session, verb: Tiers) -> Generator[None, None, list[int]]:
+        """Pauses after each slice of keys."""
+        state, keys, levels = self._state, verb.keys, list[int]()
         segments = state.allocator.segments
         for start in range(0, len(keys), state.slice_size):
             unreadable = state.unreadable(session)
@@ -82,7 +79,7 @@ class Reading:
         return levels
 
     def _prefix(self, session: Session, keys: Sequence[bytes]) -> list[Record]:
-        """Records of the leading keys that are visible and that the session can read; counts hits and misses."""
+        """Find the records of the leading keys that are visible and that the session can read; count hits and misses."""
         counters, asked = self._counters, len(keys)
         found: list[Record] = list(map(self._find, keys))  # type: ignore[arg-type]
         if not all(found):
@@ -99,7 +96,7 @@ class Reading:
         return found
 
     def _places(self, found: list[Record], shard: int) -> bytes:
-        """Packed locations of one shard; cuts `found` at the first record without it, which makes the rest misses."""
+        """Join the packed locations of one shard; cut `found` at the first record without it, which makes the rest misses."""
         places = [record.packed_at(shard) for record in found]
         if b"" in places:
             cut = places.index(b"")
@@ -109,10 +106,10 @@ class Reading:
             del found[cut:], places[cut:]
         return b"".join(places)
 
-    def _locate(self, session: Session, keys: Sequence[bytes], shard: int, number: int, now: float) -> PackedReply:
-        """The locations of chunks that a lease of the session's holds already."""
-        counters = self._counters
-        lease = self._state.leases.get(number, session.client, now)
+    def _locate(self, session: Session, verb: Acquire) -> PackedReply:
+        """Locate chunks that a lease of the session's holds already."""
+        counters, keys, now = self._counters, verb.keys, self._state.now
+        lease = self._state.leases.get(verb.lease, session.client, now)
         if lease is None:
             counters.lookups += len(keys)
             counters.errors += len(keys)
@@ -123,8 +120,8 @@ class Reading:
         counters.hits -= len(found) - cut
         counters.misses += len(found) - cut
         del found[cut:]
-        packed = self._places(found, shard)
-        return PackedReply(number if found else 0, lease.expires - now, packed)
+        packed = self._places(found, verb.shard)
+        return PackedReply(verb.lease if found else 0, lease.expires - now, packed)
 
 
 def readable(record: Record, unreadable: frozenset[bytes]) -> bool:
@@ -133,7 +130,7 @@ def readable(record: Record, unreadable: frozenset[bytes]) -> bool:
 
 
 def readable_prefix(records: Iterable[Record], unreadable: frozenset[bytes]) -> int:
-    """Number of leading records that are readable."""
+    """Count the leading records that are readable."""
     count = 0
     for record in records:
         if not readable(record, unreadable):

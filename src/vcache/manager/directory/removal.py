@@ -7,16 +7,26 @@ are done slice by slice (`jobs.py`).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from ...segment.slots import SlotHeader
+from ..api import Clear, Remove
 from .records import Record
 from .slabs import Slab, Traces
-from .state import State, name_of
+from .state import Session, State, name_of
 
 MAX_FORGOTTEN = 1 << 16
 """Removed keys and namespaces remembered for lenders that were not there."""
+
+
+class RemovalReply(NamedTuple):
+    """What `Remove` and `Clear` did at once, and what must still happen before the answer may go out."""
+
+    removed: int
+    tokens: list[int]
+    """Wait until `Directory.outstanding(tokens)` is false, or for `WIPE_TIMEOUT`."""
 
 
 class Removal:
@@ -34,12 +44,12 @@ class Removal:
 
     @property
     def done(self) -> int:
-        """Number of the last removal that has reached all mounted memory: those after it may be under way."""
+        """Return the number of the last removal that has reached all mounted memory: those after it may be under way."""
         return min(self._under_way.values(), default=self.event)
 
-    def remove(self, keys: Sequence[bytes]) -> Generator[None, None, tuple[int, list[int]]]:
-        """Forget unleased chunks, after the last pause: their number, and the tokens of the wipes to wait for."""
-        step = self._core.slice_size
+    def remove(self, session: Session, verb: Remove) -> Generator[None, None, RemovalReply]:
+        """Gone at the last pause, and for good when the tokens are no longer outstanding."""
+        step, keys = self._core.slice_size, verb.keys
         with self._begun():
             visible = self._core.chunks.visible
             names: set[bytes] = set()
@@ -58,12 +68,11 @@ class Removal:
                 tokens += self._hide(victims)
                 yield
             tokens += yield from self._erase(names, b"")
-            return removed, tokens
+            return RemovalReply(removed, tokens)
 
-    def clear(self, namespace: bytes) -> Generator[None, None, tuple[int, list[int]]]:
-        """Forget all chunks (of one namespace) that are there now, leased ones too, after the last pause: their number, and
-        the tokens of the wipes to wait for."""
-        step = self._core.slice_size
+    def clear(self, session: Session, verb: Clear) -> Generator[None, None, RemovalReply]:
+        """As `remove`, for all that is there now. O(chunks)."""
+        step, namespace = self._core.slice_size, verb.namespace
         with self._begun():
             self._note(namespace)
             every = list(self._core.chunks.visible.values())
@@ -81,7 +90,7 @@ class Removal:
                 tokens += self._hide(victims)
                 yield
             tokens += yield from self._erase(None, namespace)
-            return removed, tokens
+            return RemovalReply(removed, tokens)
 
     def was_removed(self, header: SlotHeader, since: int) -> bool:
         """Whether this chunk was removed after removal number `since`."""
@@ -114,7 +123,7 @@ class Removal:
         return core.wiping.hold(slots)
 
     def _erase(self, keys: set[bytes] | None, namespace: bytes) -> Generator[None, None, list[int]]:
-        """What is left in memory of chunks that the directory does not have, or has no longer; the tokens."""
+        """Erase what is left in memory of chunks that the directory does not have, or has no longer; the tokens."""
         core = self._core
         tokens: list[int] = []
         deferred: list[Slab] = []

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from ..api import Spill, SpillPlan
+from ...errors import ProtocolError
+from ..api import PlanSpill, Spill, Spilled, SpillPlan
 from .records import Record
 from .slabs import DRAM, VRAM, HostMemory
 from .state import Session, State
@@ -29,9 +30,11 @@ class Spilling:
         self._failed: OrderedDict[bytes, float] = OrderedDict()
         """Key -> until when it is left alone; in that order."""
 
-    def plan(self, session: Session, nbytes: int, avoid: frozenset[int], now: float) -> SpillPlan:
-        """See `Manager.spill`: until what is used on that host and is not in storage is at the low watermark."""
-        core = self._core
+    def plan(self, session: Session, verb: PlanSpill) -> SpillPlan:
+        """Raises `ProtocolError` for a negative size."""
+        if verb.nbytes < 0:
+            raise ProtocolError(f"spill: {verb.nbytes} bytes")
+        core, nbytes, now = self._core, verb.nbytes, self._core.now
         memory = core.allocator.hosts.get(session.host) if session.host else None
         if memory is None:
             return SpillPlan()
@@ -42,7 +45,7 @@ class Spilling:
         spills: list[Spill] = []
         records: list[Record] = []
         total = 0
-        for record in self._candidates(session.host, memory, avoid) if excess > 0 else ():
+        for record in self._candidates(session.host, memory, frozenset(verb.avoid)) if excess > 0 else ():
             places = record.places()
             size = sum(place.slot_bytes for place in places)
             if total >= excess or len(spills) + len(places) > MAX_SPILLS or (spills and size > nbytes):
@@ -59,10 +62,10 @@ class Spilling:
         self._plans[lease.number] = memory, total, core.tick_clock(now)
         return SpillPlan(lease=lease.number, spills=spills)
 
-    def done(self, client: bytes, number: int, keys: Sequence[bytes], now: float) -> None:
-        """See `Manager.spilled`. What is in storage goes first when room is needed, unless it was used meanwhile."""
-        core = self._core
-        written = dict.fromkeys(keys)
+    def done(self, session: Session, verb: Spilled) -> None:
+        """What is in storage goes first when room is needed, unless it was used meanwhile."""
+        core, client, number, now = self._core, session.client, verb.lease, self._core.now
+        written = dict.fromkeys(verb.keys)
         for key in written:
             record = core.chunks.visible.get(key)
             if record is not None and not record.spilled:
@@ -80,7 +83,7 @@ class Spilling:
         core.chunks.policy.cool([record for record in records if record.spilled and record.used < planned])
 
     def _candidates(self, host: str, memory: HostMemory, avoid: frozenset[int]) -> Iterator[Record]:
-        """Chunks that lie in the lowest tier of this host altogether, in about the order of their eviction."""
+        """Go through the chunks that lie in the lowest tier of this host altogether, in about the order of their eviction."""
         core = self._core
         lowest = DRAM if memory.nbytes[DRAM] else VRAM
         allowed = {
@@ -96,7 +99,7 @@ class Spilling:
                 yield record
 
     def _forget(self, now: float) -> None:
-        """Plans whose lease has ended otherwise, failures that were long ago."""
+        """Forget plans whose lease has ended otherwise, and failures that were long ago."""
         leases = self._core.leases.leases
         self._plans = {number: plan for number, plan in self._plans.items() if number in leases}
         while self._failed and next(iter(self._failed.values())) <= now:

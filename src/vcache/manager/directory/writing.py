@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator
 from typing import Literal
 
 from ...errors import ManagerRefusedError, ProtocolError
 from ...keys import DIGEST_BYTES
 from ...segment.slots import ALIGNMENT, align_up, generation_of, stride_of
-from ..api import PutGrant, PutRequest, Ticket
+from ..api import PutEnd, PutGrant, PutRequest, PutRevoke, PutStart, RoomWanted, Ticket
 from .chunks import Pending, deepest_first
 from .demoting import Demoting
 from .records import Record
 from .slabs import MAX_SLOTS, PROCESSING, QUARANTINED, USED, Segment, Slab, Write, geometry_of
-from .state import State, name_of
+from .state import Session, State, name_of
 
 EVICTION_ATTEMPTS = 64
 """Chunks evicted for one slot at most (a chunk may free slots of other sizes only)."""
@@ -60,8 +60,8 @@ class _Placer:
         self._budget = RECLAIM_BUDGET
 
     def again(self) -> _Placer:
-        """A placer for the rest of the request after a pause: segments may have come and gone, but the effort is bounded for
-        all of it together."""
+        """Make a placer for what is left of the request after a pause: segments may have come and gone, but the effort is
+        bounded for all of it together."""
         placer = _Placer(self._core, self._client, self._request, self._release)
         placer._exhausted, placer._budget = self._exhausted or placer._exhausted, self._budget
         return placer
@@ -70,8 +70,8 @@ class _Placer:
         return self._core.allocator.candidates(self._request.placement, self._request.device, self._avoid)
 
     def place(self, key: bytes) -> Slab | None:
-        """A slab with a free slot for a shard of `key`, after making room if need be; None when there is none (then for the
-        whole request)."""
+        """Find a slab with a free slot for a shard of `key`, after making room if need be; None when there is none (then for
+        the whole request)."""
         if self._exhausted:
             return None
         if self._request.placement == "spread":
@@ -81,8 +81,8 @@ class _Placer:
         return slab
 
     def _make_room(self, key: bytes) -> Slab | None:
-        """Shards whose chunk nobody can read yet go before chunks that somebody can: those that have waited for the others
-        for long, and those of a client that holds too many of them."""
+        """Free a slot. Shards whose chunk nobody can read yet go before chunks that somebody can: those that have waited for
+        the others for long, and those of a client that holds too many of them."""
         core = self._core
         stale = core.now + core.config.ticket_ttl - STRAGGLER_SECONDS
         for _ in range(EVICTION_ATTEMPTS):
@@ -126,7 +126,7 @@ class _Placer:
         return None
 
     def _other_slab(self, victim: Record | None, allowed: frozenset[int] | None) -> Slab | None:
-        """A slab of another slot size to empty rather than evict `victim`: one that holds something colder, and mostly so.
+        """Find a slab of another slot size to empty rather than evict `victim`: one that holds something colder, and mostly so.
         Without a victim: the coldest slab that can be emptied."""
         policy = self._core.chunks.policy
         if victim is None:
@@ -169,8 +169,8 @@ class _Placer:
         )
 
     def _hot_slots(self, slab: Slab, used: int) -> int | None:
-        """Slots used since `used`; None when one of them must stay. Emptying a slab of another slot size may part a prompt's
-        tail from its head; of our own it would be the prompt that we are asked to extend."""
+        """Count the slots used since `used`; None when one of them must stay. Emptying a slab of another slot size may part a
+        prompt's tail from its head; of our own it would be the prompt that the request extends."""
         hot, own = 0, slab.geometry is not None and slab.geometry.stride == self.stride
         for owner in slab.owners:
             self._budget -= 1
@@ -183,7 +183,7 @@ class _Placer:
         return hot
 
     def _heat(self, slab: Slab) -> float | None:
-        """Mean time of last use; None when one of the slots must stay."""
+        """Return the mean time of last use; None when one of the slots must stay."""
         if self._hot_slots(slab, 0) is None:
             return None
         return sum(owner.used for owner in slab.owners if isinstance(owner, Record)) / slab.counts[USED]
@@ -193,16 +193,18 @@ class Writing:
     """Grants and ends writes."""
 
     def __init__(self, core: State, moves: Demoting) -> None:
-        """`moves`: asked when a ticket of its plans ends."""
+        """`moves`: ends the tickets of its plans."""
         self._core = core
         self._moves = moves
 
     # Verbs
 
-    def start(self, client: bytes, request: PutRequest) -> Generator[None, None, list[PutGrant]]:
-        """See `Manager.put_start`. Pauses after each slice of keys. Raises `ManagerRefusedError` when the session ends in a
-        pause; what was granted is then dealt with as what every lost session leaves."""
-        core, session = self._core, self._core.sessions[client]
+    def start(self, session: Session, verb: PutStart) -> Generator[None, None, list[PutGrant]]:
+        """Pauses after each slice of keys. Raises `ProtocolError` for a request that contradicts itself, and
+        `ManagerRefusedError` when the session ends in a pause; what was granted is then dealt with as what every lost session
+        leaves."""
+        core, client, request = self._core, session.client, verb.request
+        check_request(request)
         placer, chunks, keys = _Placer(core, client, request, self.release), core.chunks, request.keys
         parent: Record | None = None
         if keys and request.parent and request.first_index:
@@ -221,6 +223,9 @@ class Writing:
                 previous = chunks.any(keys[offset])
             if parent is not None:
                 chunks.settle(parent)  # Now at the latest its child refers to it, or nothing does.
+        memory = core.allocator.hosts.get(session.host) if session.host and session.role == "engine" else None
+        if memory is not None and memory.wants_room(core.config.high_watermark, core.now):
+            core.push(client, RoomWanted())
         return grants
 
     def _grant(self, client: bytes, request: PutRequest, offset: int, previous: Record | None, placer: _Placer) -> PutGrant:
@@ -248,7 +253,7 @@ class Writing:
         return grant
 
     def _missing(self, request: PutRequest, offset: int, previous: Record | None) -> Pending | Literal["exists", "busy"] | None:
-        """The chunk that the request's shard is missing from; None when there is nothing of it yet. Or why it may not be
+        """Find the chunk that the request's shard is missing from; None when there is nothing of it yet. Or why it may not be
         written."""
         chunks, counters = self._core.chunks, self._core.counters
         record = chunks.visible.get(request.keys[offset])
@@ -274,12 +279,12 @@ class Writing:
             return "busy"
         return pending
 
-    def end(self, client: bytes, tickets: Sequence[Ticket], now: float) -> list[bool]:
-        """See `Manager.put_end`. Idempotent: a ticket whose bytes are published is True again."""
-        core = self._core
+    def end(self, session: Session, verb: PutEnd) -> list[bool]:
+        """A ticket whose bytes are published is True again."""
+        core, client, now = self._core, session.client, self._core.now
         published: list[Record] = []
         results: list[bool] = []
-        for ticket in tickets:
+        for ticket in verb.tickets:
             write = core.writes.get(client, ticket.key, ticket.shard, ticket.generation)
             if write is None:
                 done = self._is_published(ticket)
@@ -304,10 +309,9 @@ class Writing:
         self.enqueue(published, now)
         return results
 
-    def revoke(self, client: bytes, tickets: Iterable[Ticket]) -> None:
-        """See `Manager.put_revoke`."""
-        for ticket in tickets:
-            write = self._core.writes.get(client, ticket.key, ticket.shard, ticket.generation)
+    def revoke(self, session: Session, verb: PutRevoke) -> None:
+        for ticket in verb.tickets:
+            write = self._core.writes.get(session.client, ticket.key, ticket.shard, ticket.generation)
             if write is not None:
                 self._core.counters.revocations += 1
                 self.release(write)
@@ -322,7 +326,7 @@ class Writing:
         return part is not None and part.state == USED and part.generation == ticket.generation
 
     def _finish(self, write: Write, now: float) -> Record | None:
-        """The bytes landed. The record if its chunk is now complete."""
+        """Count a shard as complete whose bytes landed. The record if its chunk is now complete."""
         core, slab = self._core, write.slab
         write.state = USED
         core.allocator.change(slab, write.slot, PROCESSING)
@@ -331,7 +335,7 @@ class Writing:
         core.writes.await_others(write, now + core.config.ticket_ttl)
         return self.complete(write.key)
 
-    # What recovery needs too
+    # Complete chunks
 
     def complete(self, key: bytes) -> Record | None:
         """Publish a pending chunk if all its shards are there. The caller enqueues it for eviction."""
@@ -346,7 +350,7 @@ class Writing:
         return record
 
     def enqueue(self, records: list[Record], now: float) -> None:
-        """Published records enter the eviction queue of their first shard's slot size, tails first."""
+        """Put published records into the eviction queue of their first shard's slot size, tails first."""
         clock = self._core.tick_clock(now)
         for record in deepest_first(records) if len(records) > 1 else records:
             record.used = clock
@@ -355,7 +359,7 @@ class Writing:
     # Writes that do not end well
 
     def lapse(self, write: Write) -> None:
-        """PROCESSING -> QUARANTINED: others may write the key now, nobody the slot."""
+        """Quarantine a write in PROCESSING: others may write the key now, nobody the slot."""
         core = self._core
         self._leave(write)
         write.state = QUARANTINED
@@ -364,7 +368,7 @@ class Writing:
         core.counters.quarantines += 1
 
     def release(self, write: Write) -> None:
-        """The slot is free: its writer has finished with it, or is gone and the quarantine has passed."""
+        """Free the slot of a writer that has finished with it, or is gone and the quarantine has passed."""
         if write.state != QUARANTINED:
             self._leave(write)
         self._core.writes.remove(write)
@@ -380,7 +384,7 @@ class Writing:
                 self._core.chunks.abandon(pending)
 
     def writer_lost(self, client: bytes) -> list[Segment]:
-        """A session ended without goodbye: its writes wait in quarantine. Segments in which any wait."""
+        """Quarantine the writes of a session that ended without goodbye. Segments in which any wait."""
         waiting: dict[Segment, None] = {}
         for write in self._core.writes.of(client):
             if write.state == PROCESSING:
@@ -390,12 +394,12 @@ class Writing:
         return list(waiting)
 
     def writer_idle(self, client: bytes) -> None:
-        """The client says that it has no writes in flight (hello or goodbye)."""
+        """End all writes of a client that says that it has none in flight (hello or goodbye)."""
         for write in self._core.writes.of(client):
             self.release(write)
 
     def importer_gone(self, segment: Segment, client: bytes, now: float) -> None:
-        """See `Manager.importer_gone`."""
+        """The process is dead, or has unmapped the segment: what it was writing there is over when the quarantine is."""
         for write in self._core.writes.of(client):
             if write.slab.segment is segment:
                 if write.state == PROCESSING:
@@ -403,7 +407,7 @@ class Writing:
                 self._core.writes.rest(write, now + self._core.config.quarantine)
 
     def expire(self, now: float) -> None:
-        """Tickets that lapsed, shards whose chunk was not completed in time, quarantines that are over."""
+        """End tickets that lapsed, shards whose chunk was not completed in time, quarantines that are over."""
         core = self._core
         for write in core.writes.lapsed(now):
             if write.state == PROCESSING:

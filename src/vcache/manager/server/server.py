@@ -19,8 +19,8 @@ from ..api import StatsReply
 from ..directory.directory import Directory, random_first_segment
 from .exporter import Exporter
 from .listen import ListeningSocket, listen
-from .peer import Peer
-from .sessions import Service
+from .session import Session
+from .sessions import Sessions
 
 logger = logging.getLogger("vcache.manager")
 
@@ -42,7 +42,7 @@ class ManagerServer:
                 "manager.token_file, or set VCACHE_TOKEN (for one host, unix:///path needs none)"
             )
         self._directory = Directory(self._config, epoch=time.time_ns() & ~1, now=clock(), first_segment=random_first_segment())
-        self._service = Service(self._config, self._directory, token, clock)
+        self._sessions = Sessions(self._config, self._directory, token, clock)
         self._socket: ListeningSocket | None = None
         self._server: asyncio.Server | None = None
         self._exporter: Exporter | None = None
@@ -59,7 +59,7 @@ class ManagerServer:
 
     def stats(self) -> StatsReply:
         """Call it on the loop's thread."""
-        return self._service.stats()
+        return self._sessions.stats()
 
     def check_integrity(self) -> None:
         """For tests, on the loop's thread. Raises `IntegrityError` naming the rule that does not hold."""
@@ -71,7 +71,7 @@ class ManagerServer:
         self._socket = await asyncio.to_thread(listen, self._address)
         try:
             make = loop.create_unix_server if self._address.kind == "unix" else loop.create_server
-            self._server = await make(lambda: Peer(self._service), sock=self._socket.socket)
+            self._server = await make(lambda: Session(self._sessions), sock=self._socket.socket)
             if self._config.metrics_port:
                 self._exporter = Exporter(self._config.metrics_host, self._config.metrics_port, lambda: self._scrape(loop))
         except BaseException:
@@ -87,23 +87,23 @@ class ManagerServer:
         if self._server is not None:
             self._server.close()
             self._server = None
-        self._service.close()
-        with suppress(TimeoutError):  # Peers are aborted before; whoever is still there then is let go.
-            await asyncio.wait_for(self._service.closed(), _STOP_TIMEOUT)
+        self._sessions.close()
+        with suppress(TimeoutError):  # They are aborted before; whoever is still there then is let go.
+            await asyncio.wait_for(self._sessions.closed(), _STOP_TIMEOUT)
         if self._socket is not None:
             self._socket.close()
             logger.info("manager at %s stopped", self.address)
 
     async def idle_for(self, seconds: float) -> None:
         """Return once nobody has been connected for so long."""
-        while (rest := seconds - self._service.idle()) > 0:
+        while (rest := seconds - self._sessions.idle()) > 0:
             await asyncio.sleep(rest)
 
     def _scrape(self, loop: asyncio.AbstractEventLoop) -> StatsReply:
         """For the HTTP thread: statistics are taken on the loop."""
 
         async def take() -> StatsReply:
-            return self._service.stats()
+            return self._sessions.stats()
 
         return asyncio.run_coroutine_threadsafe(take(), loop).result(_SCRAPE_TIMEOUT)
 

@@ -1,4 +1,4 @@
-"""One client's connection at the manager: bytes to frames, hello, back-pressure, and the packed verbs."""
+"""One client's connection at the manager: bytes to frames, hello, back-pressure, and its requests."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 from ...errors import ManagerRefusedError, ProtocolError, VCacheError
 from .. import wire
-from ..api import Push
+from ..api import Push, Verb
 from ..socket_transport import peer_uid
-
-if TYPE_CHECKING:
-    from .sessions import Service
+from .sessions import OWED, Sessions
 
 logger = logging.getLogger("vcache.manager")
 
@@ -34,25 +32,20 @@ _WRONG_TOKEN_SECONDS = 0.25
 """How long a peer with a wrong token waits for the refusal, so that it cannot try many; less than a client's deadline."""
 _LINGER = 1.0
 """Seconds that the last words to a peer may take."""
-_DECODERS: Mapping[int, Callable[[bytes | bytearray], Any]] = {
-    wire.ACQUIRE: wire.decode_acquire,
-    wire.LOOKUP: wire.split_keys,
-    wire.RELEASE: wire.decode_lease,
-    wire.CALL: wire.decode_request,
-}
 
 
-class Peer(asyncio.Protocol):
+class Session(asyncio.Protocol):
     """Runs on the manager's loop only. Whatever its bytes are, at worst this one connection ends, with one line in the log.
 
-    A peer that does not read its replies is not read from either; when it has not caught up within half the session timeout,
+    A client that does not read its replies is not read from either; when it has not caught up within half the session timeout,
     or what waits for it outgrows the limit, it is disconnected.
     """
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, sessions: Sessions) -> None:
+        """`sessions`: all of them, to which it adds itself."""
+        self._all = sessions
         self._transport: asyncio.Transport | None = None
-        self._buffer = wire.FrameBuffer(min(_HELLO_FRAME, service.max_frame))
+        self._buffer = wire.FrameBuffer(min(_HELLO_FRAME, sessions.max_frame))
         self._where = "?"
         self._paused = False
         self._draining = False
@@ -61,7 +54,7 @@ class Peer(asyncio.Protocol):
         """It had a wrong token, and will be told so; nothing of what it says counts any more."""
         self._timer: asyncio.TimerHandle | None = None
         self._turn: asyncio.Handle | None = None
-        """Set while frames wait for this peer's next turn; nothing is read from it then."""
+        """Set while frames wait for this client's next turn; nothing is read from it then."""
         self.client = b""
         """Client id after hello; empty before, and again once the session is over."""
         self.name = ""
@@ -71,7 +64,7 @@ class Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=_HIGH_WATER)
-        self._service.peer_came(self)
+        self._all.came(self)
         sock: socket.socket = transport.get_extra_info("socket")
         if sock.family == socket.AF_UNIX:
             uid = peer_uid(sock)
@@ -82,7 +75,7 @@ class Peer(asyncio.Protocol):
         else:
             self._where = str(transport.get_extra_info("peername"))
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._arm(self._service.session_timeout, lambda: self.reject(ProtocolError("no hello in time")))
+        self._arm(self._all.session_timeout, lambda: self.reject(ProtocolError("no hello in time")))
 
     def data_received(self, data: bytes) -> None:
         if not self._closing and not self._refused:
@@ -90,7 +83,7 @@ class Peer(asyncio.Protocol):
             if self._turn is None:
                 self._drain()
             if not self._closing:
-                self._service.peer_waits(self, len(self._buffer) if len(self._buffer) > _SMALL_FRAME else 0)
+                self._all.waits(self, len(self._buffer) if len(self._buffer) > _SMALL_FRAME else 0)
 
     def eof_received(self) -> bool:
         return False
@@ -101,13 +94,13 @@ class Peer(asyncio.Protocol):
             self._turn.cancel()
         self._closing = True
         self._transport = None
-        self._service.peer_gone(self)
+        self._all.gone(self)
 
     def pause_writing(self) -> None:
         self._paused = True
         if self._transport is not None and not self._closing:
             self._transport.pause_reading()
-            self._arm(self._service.session_timeout / 2, self._too_slow)
+            self._arm(self._all.session_timeout / 2, self._too_slow)
 
     def resume_writing(self) -> None:
         self._paused = False
@@ -116,23 +109,23 @@ class Peer(asyncio.Protocol):
             if self._turn is None:
                 self._next_turn()
 
-    # -- for the service ---------------------------------------------------------------------------------------------
+    # -- for `Sessions` ------------------------------------------------------------------------------------------------
 
     def push(self, push: Push) -> None:
         self.send(wire.frame(0, wire.PUSH, wire.encode_push(push)))
 
-    def reply(self, request: int, payload: bytes) -> None:
-        self.send(self._reply(request, payload))
+    def answer(self, request: int, verb: Verb[Any], reply: object) -> None:
+        self.send(self._reply(request, wire.encode_reply(verb, reply)))
 
-    def refuse(self, request: int, error: VCacheError) -> None:
-        self.send(wire.frame(request, wire.ERROR, wire.encode_error(error)))
+    def refuse(self, request: int, error: Exception) -> None:
+        self.send(self._refusal(request, error))
 
     def send(self, data: bytes) -> None:
         """Write, unless too much waits already: then the peer is too slow and is disconnected."""
         transport = self._transport
         if transport is None or self._closing:
             return
-        if transport.get_write_buffer_size() + len(data) > _HIGH_WATER + 2 * self._service.max_frame:
+        if transport.get_write_buffer_size() + len(data) > _HIGH_WATER + 2 * self._all.max_frame:
             self._too_slow()
         else:
             transport.write(data)
@@ -153,12 +146,12 @@ class Peer(asyncio.Protocol):
     def reject(self, reason: VCacheError) -> None:
         """Close for a fault of the peer: counted, and logged unless there were many of late."""
         if not self._closing:
-            self._service.count("connections_rejected")
+            self._all.count("connections_rejected")
             self._log_end(type(reason).__name__, str(reason))
             self.close(reason)
 
     def _log_end(self, kind: str, reason: str) -> None:
-        left_out = self._service.log_throttle.allows(kind)
+        left_out = self._all.log_throttle.allows(kind)
         if left_out is not None:
             more = f" (and {left_out} more in a similar way since the last such line)" if left_out else ""
             logger.warning("connection of %s closed: %s%s", self, reason, more)
@@ -198,7 +191,7 @@ class Peer(asyncio.Protocol):
         finally:
             self._draining = False
         self._write(out)
-        self._service.settle()
+        self._all.settle()
 
     def _await_turn(self) -> None:
         if self._transport is not None:
@@ -206,7 +199,7 @@ class Peer(asyncio.Protocol):
         self._turn = asyncio.get_running_loop().call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
-        """Go on where the last turn, or the peer's own slowness, made us stop."""
+        """Go on where the last turn, or the client's own slowness, made us stop."""
         self._turn = None
         # A peer that takes no answers is not read from: `resume_writing` goes on here.
         if self._transport is not None and not self._closing and not self._paused:
@@ -223,33 +216,26 @@ class Peer(asyncio.Protocol):
             return self._hello(request, code, payload)
         if not request:
             raise ProtocolError("request id 0")
-        decode = _DECODERS.get(code)
-        if decode is None:
-            raise ProtocolError(f"unknown verb {code}")
-        return self._perform(request, code, decode(payload))
-
-    def _perform(self, request: int, code: int, body: Any) -> bytes:
-        """`body`: what the decoder of `code` gave."""
-        service = self._service
+        verb = wire.decode_verb(code, payload)
         try:
-            if code == wire.ACQUIRE:
-                return self._reply(request, service.acquire(self.client, body.keys, body.shard, body.lease))
-            if code == wire.LOOKUP:
-                return self._reply(request, service.lookup(self.client, body))
-            if code == wire.RELEASE:
-                service.release(self.client, body)
+            reply = self._all.directory.handle(self.client, verb, self._all.clock())
+            if code == wire.CALL:
+                reply = self._all.finish(self, request, verb, reply)
+            if reply is OWED or code == wire.RELEASE:
                 return b""
-            answer = service.call(self, request, body)
-            return b"" if answer is None else self._reply(request, answer)
-        except VCacheError as error:
-            refusal: VCacheError = error
-        except Exception:
-            logger.exception("a request of %s failed inside the manager", self)
-            refusal = service.failure()
-        return b"" if code == wire.RELEASE else wire.frame(request, wire.ERROR, wire.encode_error(refusal))
+            return self._reply(request, wire.encode_reply(verb, reply))
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong, it is this request that failed
+            return b"" if code == wire.RELEASE else self._refusal(request, error)
+
+    def _refusal(self, request: int, error: Exception) -> bytes:
+        if not isinstance(error, VCacheError):
+            logger.error("a request of %s failed inside the manager", self, exc_info=error)
+            self._all.count("internal_errors")
+            error = ManagerRefusedError("the manager failed at this request; its log has the details")
+        return wire.frame(request, wire.ERROR, wire.encode_error(error))
 
     def _reply(self, request: int, payload: bytes) -> bytes:
-        if len(payload) + wire.HEADER_BYTES > self._service.max_frame:
+        if len(payload) + wire.HEADER_BYTES > self._all.max_frame:
             refusal = ManagerRefusedError(f"an answer of {len(payload)} bytes exceeds manager.max_frame; ask for less at once")
             return wire.frame(request, wire.ERROR, wire.encode_error(refusal))
         return wire.frame(request, wire.OK, payload)
@@ -258,7 +244,7 @@ class Peer(asyncio.Protocol):
         if code != wire.HELLO:
             raise ProtocolError("the first frame must be a hello")
         hello = wire.decode_hello(payload)
-        token = self._service.token
+        token = self._all.token
         if token and not hmac.compare_digest(token, hello.token):
             refusal = ManagerRefusedError("wrong token; set manager.token_file or VCACHE_TOKEN to the manager's secret")
             self._refused = True
@@ -267,13 +253,13 @@ class Peer(asyncio.Protocol):
         self._disarm()
         self.name = hello.name
         try:
-            answer = self._service.hello(self, hello)
+            reply = self._all.hello(self, hello)
         except VCacheError as error:
             self.reject(error)
             return b""
         self.client = hello.client
-        self._buffer.max_frame = self._service.max_frame
-        return self._reply(request, answer)
+        self._buffer.max_frame = self._all.max_frame
+        return self._reply(request, wire.encode_hello_reply(reply))
 
     # -- slow peers --------------------------------------------------------------------------------------------------
 
@@ -287,7 +273,7 @@ class Peer(asyncio.Protocol):
             self._timer = None
 
     def _too_slow(self) -> None:
-        self._service.count("slow_peers")
+        self._all.count("slow_peers")
         self._log_end("too slow", "it does not read what it is sent")
         self._closing = True
         self._disarm()
