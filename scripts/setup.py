@@ -1,8 +1,8 @@
-"""Make `.venv` ready for `make test`, `make lint` or the demo without vLLM. Standard library only; does nothing twice.
+"""Make `.venv` for `make test` and the demo without vLLM, or `.venv-lint` for `make lint`. Does nothing twice.
 
 usage: setup.py demo|test|lint
 
-See `venvs.py` for the settings that apply.
+`.venv-lint` is small: no torch is in it. See `venvs.py` for the settings that apply. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,16 +16,20 @@ from venvs import MODEL, SetupError, Venv, require_python, stop
 
 # The Triton that this torch release goes with: CPU builds of torch do not bring it. Later ones' interpreters differ.
 TRITON = "triton==3.7.1"
-EXTRAS = {"demo": "demo", "test": "demo,test,cuda,plot", "lint": "demo,test,cuda,plot,lint"}
+EXTRAS = {"demo": "demo", "test": "demo,test,cuda,plot,lint", "lint": "lint"}
 
 
 def set_up(group: str) -> Path:
-    """Interpreter of `.venv`, with all that `group` needs. Raises `SetupError`."""
+    """Interpreter of `.venv` or `.venv-lint`, with all that `group` needs. Raises `SetupError`."""
     require_python(group)
-    venv = Venv(".venv", group, Path(__file__))
+    venv = Venv(".venv-lint" if group == "lint" else ".venv", group, Path(__file__))
     if venv.ready():
         return venv.python
     venv.create()
+    if group == "lint":
+        venv.install("vcache[lint]", "--editable", ".[lint]")
+        venv.done()
+        return venv.python
     venv.install_torch()
     triton = [TRITON] if "cuda" in EXTRAS[group] else []
     venv.install(f"vcache[{EXTRAS[group]}]", *triton, "--editable", f".[{EXTRAS[group]}]")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -12,16 +11,13 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from .cache.opening import Resources, open_resources
-from .cache.pool import HEAD_CHUNKS, ChunkPool, PoolTransfer, Presence
-from .cache.storage_tier import ChunkStorage
+from .cache.opening import Cache, open_cache
+from .cache.pool import Presence
 from .cache.transfer import StreamFollower, TransferHandle
 from .config import VCacheConfig
-from .errors import ArgumentError, ManagerError, VCacheError
+from .errors import ArgumentError, VCacheError
 from .keys import CacheKey, TokenDatabase, skipped_tokens, token_array
 from .manager.client import Manager
-from .metrics import EngineMetrics
-from .paged.checksum import slot_bytes_for
 from .paged.mover import Rows, Target
 from .prompt import Prompt, RecentPrompts
 from .spec import KVCacheSpec
@@ -29,17 +25,11 @@ from .spec import KVCacheSpec
 if TYPE_CHECKING:
     import torch
 
-
-logger = logging.getLogger("vcache.engine")
-
 KVCaches: TypeAlias = "Sequence[torch.Tensor] | Mapping[str, torch.Tensor] | Target"
 """A list or dict of one tensor per layer, or what `VCacheEngine.bind` made of it."""
 
 MAX_TARGETS = 3
 """Paged caches remembered besides the newest."""
-
-CLOSE_TIMEOUT = 5.0
-"""Seconds that `close` waits for background writes."""
 
 
 class VCacheEngine:
@@ -63,27 +53,12 @@ class VCacheEngine:
             raise ArgumentError("VCacheEngine: a KVCacheSpec is needed: VCacheEngine(config, KVCacheSpec(model=..., ...))")
         self.config = config or VCacheConfig()
         self.spec = spec
-        settings = self.config.cache
-        size = settings.chunk_size
-        self.metrics = EngineMetrics(floor_gbps=self.config.transfer.floor_gbps)
-        self._tokens = TokenDatabase(spec.namespace(size), size, partial=settings.save_partial_chunk)
+        size = self.config.cache.chunk_size
+        self._tokens = TokenDatabase(spec.namespace(size), size, partial=self.config.cache.save_partial_chunk)
         self._recent = RecentPrompts(size)
-        slot_bytes = slot_bytes_for(spec.payload_bytes(size), settings.checksum)
-        self._resources: Resources = open_resources(self.config, slot_bytes, name or f"engine-{os.getpid()}", device)
-        self.pool = ChunkPool(
-            self._resources.manager,
-            self._resources.segments,
-            spec,
-            size,
-            self.metrics,
-            placement=settings.placement,
-            remote=self._resources.remote,
-            checksum=settings.checksum,
-        )
-        self.manager.set_write_gate(self.pool.wait_writes)
-        self._lower: ChunkStorage | None = self._resources.open_lower_tier(self.config, self.pool, self.metrics)
-        self._relief = self._resources.open_relief(self.config, self.pool, self.metrics, self._lower)
         self._executor = ThreadPoolExecutor(self.config.transfer.threads, thread_name_prefix="vcache-transfer")
+        self.cache: Cache = open_cache(self.config, spec, name or f"engine-{os.getpid()}", device)
+        self.pool, self.metrics, self._tiers = self.cache.pool, self.cache.metrics, self.cache.tiers
         self._targets: list[Target] = []
         self._lock = threading.Lock()
         self._closed = False
@@ -96,7 +71,7 @@ class VCacheEngine:
         began = time.perf_counter()
         self._check_open()
         prompt = Prompt(self._tokens, token_array(tokens), recent=self._recent)
-        present = self._present(prompt.digests())
+        present = self._tiers.lookup(prompt.digests())
         self._count(prompt.length, present)
         self.metrics.observe("lookup", "", time.perf_counter() - began)
         return int(prompt.tokens(0, present.found).stop)
@@ -139,22 +114,15 @@ class VCacheEngine:
         key = CacheKey.parse(key) if isinstance(key, str) else key
         if key.namespace != self._tokens.namespace:
             return -1
-        tier = -1
-        try:
-            tier = self._resources.manager.tiers([key.digest])[0]
-        except ManagerError:
-            self.metrics.count("manager_errors")
-        if tier < 0 and self._lower is not None and self._lower.prefix([key.digest]):
-            return 1
-        return tier
+        return self._tiers.contains(key.digest)
 
     def get_stats(self) -> dict[str, Any]:
         """Counters since construction, bytes, GB/s, hit ratio and latencies per tier; the state of manager and segments.
         Does not ask the manager and does not block."""
         stats = self.metrics.snapshot()
-        stats["manager"] = {"address": self.config.manager.address, "epoch": self._resources.manager.epoch}
-        stats["segments"] = self._resources.describe()
-        stats["lent_bytes"] = self._resources.lent_bytes()
+        stats["manager"] = {"address": self.config.manager.address, "epoch": self.manager.epoch}
+        stats["segments"] = self.cache.describe()
+        stats["lent_bytes"] = self.cache.lent_bytes()
         return stats
 
     # -- beside them -----------------------------------------------------------------------------------------------
@@ -202,11 +170,7 @@ class VCacheEngine:
 
     def flush(self, timeout: float | None = None) -> bool:
         """Block until background writes are done; False on timeout (seconds)."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        if not self.pool.wait_writes(timeout):
-            return False
-        rest = None if deadline is None else max(0.0, deadline - time.monotonic())
-        return self._lower is None or self._lower.flush(rest)
+        return self.cache.flush(timeout)
 
     def close(self) -> None:
         """Finish transfers, return what was lent. Idempotent. Gives stores of other threads, background writes and pinned slabs
@@ -216,13 +180,7 @@ class VCacheEngine:
                 return
             self._closed = True
         self._executor.shutdown(wait=True)
-        if self._relief is not None:
-            self._relief.close(CLOSE_TIMEOUT)
-        if not self.pool.wait_writes(CLOSE_TIMEOUT):
-            logger.warning("closed while another thread stores; its slots stay reserved until it is done")
-        if self._lower is not None:
-            self._lower.close(CLOSE_TIMEOUT)
-        self._resources.close()
+        self.cache.close()
 
     def __enter__(self) -> VCacheEngine:
         return self
@@ -233,7 +191,7 @@ class VCacheEngine:
     @property
     def manager(self) -> Manager:
         """The manager this engine talks to, for tools and integrations."""
-        return self._resources.manager
+        return self.cache.manager
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
@@ -241,65 +199,16 @@ class VCacheEngine:
         chunks = prompt.chunks(0, prompt.length)
         if not chunks:
             return
-        report = self.pool.put(chunks, prompt.parent(0), rows).result()
-        if self._lower is not None:
-            self._lower.save_later(report.stored)
-            self._lower.save_now(report.unplaced, rows)
+        self._tiers.save(chunks, prompt.parent(0), rows).finish()
 
     def _retrieve(self, prompt: Prompt, rows: Rows) -> torch.Tensor:
         import torch
 
-        present = self._load(prompt, rows)
+        present = self._tiers.load(prompt, rows)
         self._count(prompt.length, present)
         result = torch.zeros(rows.slot_mapping.numel(), dtype=torch.bool)
         result[prompt.tokens(0, present.found)] = True
         return result
-
-    def _load(self, prompt: Prompt, rows: Rows) -> Presence:
-        """Load the longest prefix and verify it. Goes on in the storage tier where the pool ends, and back."""
-        position, failed = 0, False
-        while position < prompt.length:
-            above = self._load_from_pool(prompt, position, rows)
-            position, failed = position + above.found, above.failed
-            if self._lower is None or position == prompt.length:
-                break
-            rest = prompt.chunks(position, prompt.length)
-            loaded = self._lower.load(rest, rows, prompt.parent(position))
-            if not loaded:
-                break
-            position += loaded
-        return Presence(position, failed)
-
-    def _load_from_pool(self, prompt: Prompt, begin: int, rows: Rows) -> Presence:
-        """Load what the pool holds of the chunks from `begin` on. The head of a long prompt that has no names yet is on its way
-        while the tail is named, leased and prepared."""
-        begun: list[PoolTransfer[list[bool]]] = []
-        failed, long = False, prompt.unnamed(begin) >= 2 * HEAD_CHUNKS
-        try:
-            for end in (begin + HEAD_CHUNKS, prompt.length) if long else (prompt.length,):
-                chunks = prompt.chunks(begin, end)
-                lease = self.pool.acquire([chunk.digest for chunk in chunks])
-                failed = lease.failed
-                if lease.locations:
-                    begun.append(self.pool.load(lease, chunks, rows))
-                if len(lease.locations) < len(chunks):
-                    break
-                begin = end
-        finally:  # also after an error, or slots would stay pinned
-            flags = [flag for transfer in begun for flag in transfer.result()]
-        return Presence(next((i for i, ok in enumerate(flags) if not ok), len(flags)), failed)
-
-    def _present(self, digests: Sequence[bytes]) -> Presence:
-        found, failed = 0, False
-        while found < len(digests):
-            above = self.pool.lookup(digests[found:])
-            failed = above.failed
-            found += above.found
-            below = self._lower.prefix(digests[found:]) if self._lower is not None else 0
-            if not below:
-                break
-            found += below
-        return Presence(found, failed)
 
     def _check(self, tokens: Any, mask: Any, rows: Rows, offset: int = 0) -> Prompt:
         """Check the arguments of a store or retrieve. Raises `ArgumentError`."""

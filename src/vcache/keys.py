@@ -56,6 +56,19 @@ class ChunkSpan(NamedTuple):
     digest: bytes
 
 
+class Chunk(NamedTuple):
+    """One chunk of a prompt, as moved by one call."""
+
+    digest: bytes
+    position: int
+    """Chunks before it in the prompt."""
+    tokens: int
+    start: int
+    """Index into the call's slot mapping of its first moved token."""
+    skip: int = 0
+    """Loads only: leading tokens that stay untouched."""
+
+
 def token_array(tokens: Any) -> array[int]:
     """Token ids as native u32, in an array of its own: the caller may use `tokens` for something else afterwards. Accepts a
     sequence of ints, `array`, a NumPy array or a 1-D torch tensor; does not mutate it.

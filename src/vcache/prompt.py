@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 from array import array
+from collections.abc import Iterator
 
-from .cache.pool import Chunk
-from .keys import ChunkSpan, TokenDatabase
+from .keys import Chunk, ChunkSpan, TokenDatabase
 
 RECENT_PROMPTS = 4
 """Prompts whose chunks' names are remembered: 16 bytes for each chunk, and the token ids."""
@@ -46,6 +46,13 @@ class Prompt:
             Chunk(span.digest, index, span.end - span.start, span.start - offset)
             for index, span in enumerate(self._spans[first + begin : first + end], start=first + begin)
         ]
+
+    def runs(self, begin: int, head: int) -> Iterator[list[Chunk]]:
+        """Chunks from `begin` on. Of many that have no names yet, the first `head` come first, before the rest is named."""
+        if self.unnamed(begin) >= 2 * head:
+            yield self.chunks(begin, begin + head)
+            begin += head
+        yield self.chunks(begin, self.length)
 
     def digests(self) -> list[bytes]:
         """Names of all chunks to move, in order."""

@@ -52,7 +52,7 @@ class Handler(BaseHTTPRequestHandler):
             lines = [f'vllm:{name}_total{{engine="0",model_name="demo"}} {float(value)}' for name, value in counters.items()]
             self.reply("\n".join(["# HELP vllm:prefix_cache_hits_total x", *lines]).encode())
         else:
-            self.reply({"/health": b"", "/version": b'{"version":"0.0.fake"}'}[self.path])
+            self.reply({"/health": b""}[self.path])
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

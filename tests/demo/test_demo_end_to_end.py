@@ -7,15 +7,18 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from vcache.demo import document, model, scenario
-from vcache.demo.messages import Answer, Ask, Load, Prepare, Prepared
-from vcache.demo.report import Results, problems
+from vcache.demo import document, main, model, story
+from vcache.demo.cast import Run
+from vcache.demo.hardware import find_hardware
+from vcache.demo.report import problems
 from vcache.demo.stage import Stage
+from vcache.demo.story import Results
+from vcache.worker import Line
 
 pytestmark = [
     pytest.mark.processes,
@@ -41,20 +44,22 @@ def processes_of(folder: Path) -> list[str]:
 
 def test_two_processes_share_a_document_and_the_hit_survives_a_killed_manager(tmp_path: Path) -> None:
     output = io.StringIO()
-    results = scenario.play(
-        Stage(Console(file=output, width=120)), tmp_path, device="cpu", tokens=1000, cache_dir=model.cache_folder()
-    )
+    stage = Stage(Console(file=output, width=120))
+    results = main.perform(stage, tmp_path, "torch", find_hardware("torch", "cpu"), 1000, None)
     assert problems(results) == []
     assert results.first.hit_tokens == results.control.hit_tokens == 0
-    assert results.shared.hit_tokens == results.shared.used_tokens == results.restarted.used_tokens
+    assert results.shared.hit_tokens == results.shared.loaded_tokens == results.restarted.loaded_tokens
     assert results.shared.hit_tokens % 256 == 0
     assert results.shared.hit_tokens >= 768
     # Prefills are cut alike, so that even the logits agree bit for bit.
     assert results.control.logits_digest == results.shared.logits_digest == results.restarted.logits_digest
     assert document.FIRST_QUESTION.fact in results.first.text
     assert document.SECOND_QUESTION.fact in results.shared.text
-    assert len(re.findall("^done ", output.getvalue(), re.MULTILINE)) == 9
+    text = output.getvalue()
+    assert len(re.findall("^done ", text, re.MULTILINE)) == 9 + text.count("convert the language model")
     assert processes_of(tmp_path) == []
+    (workers,) = re.findall(r"processes (\d+) and (\d+)", text)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 class FaultyPool:
@@ -121,29 +126,27 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_wrong_bytes_show_as_wrong_answers() -> None:
+def test_wrong_bytes_show_as_wrong_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The negative control of every "equal" that the demo prints, with the model and the questions that it uses."""
-    from vcache.demo.worker import Worker
+    from vcache.demo.torch_engine import TorchEngine
 
-    worker, pool = Worker(lambda reply: None), FaultyPool()
-    prepared = worker.handle(Prepare(device="cpu", cache_dir=str(model.cache_folder())))
-    assert isinstance(prepared, Prepared)
-    names = ("model_dir", "revision", "dtype")
-    worker.handle(Load(**{name: getattr(prepared, name) for name in names}, device="cpu", tokens=1000, block_size=16))
-    worker._engine = cast(Any, pool)
+    pool = FaultyPool()
+    monkeypatch.setattr("vcache.engine.VCacheEngine", lambda *_, **__: pool)
+    monkeypatch.setattr("vcache.demo.torch_engine.configure_logging", lambda: None)  # of a process of its own
+    served, dtype = main.own_model(Stage(Console(quiet=True)), tmp_path), model.choose_dtype("cpu")
+    engine = TorchEngine(Line(io.BytesIO()), served.name, served.revision, "cpu", dtype, 16, "nowhere")
+    book = document.build(1000, engine.count)
 
-    def ask(question: document.Question, *, cached: bool = True, store: bool = False) -> Answer:
-        answer = worker.handle(Ask(question=question.text, cached=cached, store=store, max_tokens=10))
-        assert isinstance(answer, Answer)
-        return answer
+    def ask(question: document.Question, salt: str = "") -> Run:
+        return engine.ask(story.prompt(book, question), salt, 10)
 
     def play(fault: Callable[[list[Any]], None]) -> Results:
         pool.fault = fault
         shared = ask(document.SECOND_QUESTION)
-        return Results(first, control, shared, shared)
+        return Results(first, control, shared, None, shared, "B")
 
-    first = ask(document.FIRST_QUESTION, store=True)
-    control = ask(document.SECOND_QUESTION, cached=False)
+    first = ask(document.FIRST_QUESTION)
+    control = ask(document.SECOND_QUESTION, "a salt")
     good = play(no_fault)
     assert problems(good) == []
     assert good.shared.logits_digest == control.logits_digest

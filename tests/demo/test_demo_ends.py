@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vcache.demo import engines, main, model, sessions
-from vcache.demo.messages import DemoError
+from vcache.demo import DemoError, engines, main, model, sessions
 from vcache.demo.processes import Process, guarded
 from vcache.demo.sessions import kill_session, members
 
@@ -131,7 +130,7 @@ def test_a_child_that_fails_or_takes_too_long_is_reported(tmp_path: Path) -> Non
 def test_logs_stay_only_when_something_failed(monkeypatch: pytest.MonkeyPatch, outcome: str) -> None:
     folders: list[Path] = []
 
-    def play(stage: object, folder: Path, device: str, tokens: int, given: object) -> list[str]:
+    def play(stage: object, folder: Path, engine: str, device: str, tokens: int, given: object) -> list[str]:
         folders.append(folder)
         (folder / "vllm-a.log").write_text("a line")
         if outcome == "error":
@@ -140,7 +139,7 @@ def test_logs_stay_only_when_something_failed(monkeypatch: pytest.MonkeyPatch, o
             os.kill(os.getpid(), signal.SIGTERM)
         return ["the answer differs: '[/INST]'"] if outcome == "problem" else []
 
-    monkeypatch.setattr(main, "_play_vllm", play)
+    monkeypatch.setattr(main, "_play", play)
     monkeypatch.setattr(engines, "installed_vllm", lambda: "vllm 1.2")
     monkeypatch.setattr(model, "missing_packages", list)
     output = io.StringIO()

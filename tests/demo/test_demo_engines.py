@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vcache.demo import engines
-from vcache.demo.messages import DemoError
-from vcache.demo.vllm_instance import Hardware
+from vcache.demo import DemoError, engines, hardware
+from vcache.demo.hardware import Hardware, find_hardware
 from vcache.errors import ArgumentError
 
 
@@ -55,39 +54,49 @@ def test_a_model_of_the_user_needs_vllm() -> None:
     ],
 )
 def test_each_instance_gets_a_gpu_where_there_are_several(visible: str, count: int, expected: tuple[str, str]) -> None:
-    assert engines.pick_gpus(visible, count) == expected
+    assert hardware.pick_gpus(visible, count) == expected
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """A machine that may have a GPU, so that vLLM is asked."""
-    monkeypatch.setattr(engines, "_GPU_FILES", (str(tmp_path),))
+    monkeypatch.setattr(hardware, "_GPU_FILES", (str(tmp_path),))
     return monkeypatch
 
 
 def test_without_a_gpu_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines, "_GPU_FILES", ())
-    monkeypatch.setattr(engines.sys, "executable", "/nonexistent")
-    found = engines.find_hardware("auto")
+    monkeypatch.setattr(hardware, "_GPU_FILES", ())
+    monkeypatch.setattr(hardware.sys, "executable", "/nonexistent")
+    found = find_hardware("vllm", "auto")
     assert not found.on_gpu
     assert found.threads >= 1
-    assert found.dtype in engines.describe(found)
+    assert found.dtype in hardware.describe(found)
     with pytest.raises(DemoError, match=r"--device cuda: the vLLM in .* finds no usable GPU, it runs on cpu"):
-        engines.find_hardware("cuda")
+        find_hardware("vllm", "cuda")
+    assert find_hardware("torch", "auto") == found._replace(threads=0)
+    with pytest.raises(DemoError, match="--device cuda: torch finds no usable GPU, it runs on cpu; see `vcache doctor`"):
+        find_hardware("torch", "cuda")
 
 
 def test_vllm_says_what_it_runs_on(asked: pytest.MonkeyPatch) -> None:
-    asked.setattr(engines, "_ASK_VLLM", "print('INFO something'); print('cuda', 2)")
-    found = engines.find_hardware("auto", {})
+    asked.setitem(hardware._ASK, "vllm", "print('INFO something'); print('cuda', 2)")
+    found = find_hardware("vllm", "auto", {})
     assert found == Hardware(("0", "1"), "auto", 0)
-    assert engines.describe(found) == "GPU 0 and 1"
+    assert hardware.describe(found) == "GPU 0 and 1"
     with pytest.raises(DemoError, match=r"--device cpu: the vLLM in .* is built for GPUs"):
-        engines.find_hardware("cpu", {})
-    asked.setattr(engines, "_ASK_VLLM", "print('cpu', 1)")
-    assert not engines.find_hardware("auto", {}).on_gpu
+        find_hardware("vllm", "cpu", {})
+    asked.setitem(hardware._ASK, "vllm", "print('cpu', 1)")
+    assert not find_hardware("vllm", "auto", {}).on_gpu
+
+
+def test_torch_takes_first_and_last_gpu_or_the_cpu(asked: pytest.MonkeyPatch) -> None:
+    asked.setitem(hardware._ASK, "torch", "print('cuda', 3)")
+    assert find_hardware("torch", "auto", {}) == find_hardware("torch", "cuda", {}) == Hardware(("0", "2"), "bfloat16", 0)
+    asked.setitem(hardware._ASK, "torch", "raise AssertionError('not to be asked')")
+    assert not find_hardware("torch", "cpu", {}).on_gpu
 
 
 def test_a_vllm_that_does_not_start_is_reported(asked: pytest.MonkeyPatch) -> None:
-    asked.setattr(engines, "_ASK_VLLM", "raise ImportError('libcuda.so.1 is missing')")
+    asked.setitem(hardware._ASK, "vllm", "raise ImportError('libcuda.so.1 is missing')")
     with pytest.raises(DemoError, match=r"does not start: ImportError: libcuda.so.1 is missing; without it: --engine torch"):
-        engines.find_hardware("auto", {})
+        find_hardware("vllm", "auto", {})

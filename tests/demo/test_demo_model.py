@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vcache.demo import model
-from vcache.demo.messages import DemoError
+from vcache.demo import DemoError, model
 
 
 class Converter:
@@ -15,7 +14,6 @@ class Converter:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.announced = 0
         self.breaks = False
 
     def convert(self, source: Path, out: Path) -> None:
@@ -25,11 +23,8 @@ class Converter:
             raise KeyboardInterrupt
         (out / "config").write_text("{}")
 
-    def announce(self) -> None:
-        self.announced += 1
-
     def prepare(self, cache: Path, source: Path) -> tuple[Path, str]:
-        return model.prepare(cache, source, self.convert, self.announce)
+        return model.prepare(cache, source, self.convert)
 
 
 @pytest.fixture
@@ -43,7 +38,7 @@ def test_it_converts_once(tmp_path: Path, source: Path) -> None:
     converter = Converter()
     folder, revision = converter.prepare(tmp_path / "cache", source)
     assert converter.prepare(tmp_path / "cache", source) == (folder, revision)
-    assert (converter.calls, converter.announced) == (1, 1)
+    assert converter.calls == 1
     assert (folder / "weights").read_bytes() == b"weights of a model" * 2
 
 

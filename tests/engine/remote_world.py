@@ -13,8 +13,9 @@ import torch
 from support.paged import Paged, content, spec_for
 
 from vcache import VCacheConfig, VCacheEngine
-from vcache.cache.pool import Chunk, ChunkPool
-from vcache.cache.remote_reads import RemotePool
+from vcache.cache.pool import ChunkPool
+from vcache.cache.remote_reads import RemoteReader
+from vcache.keys import Chunk
 from vcache.lender.lender import Lender
 from vcache.metrics import EngineMetrics
 from vcache.paged.layout import PagedCache
@@ -78,22 +79,22 @@ class World:
         )
         self.engine = VCacheEngine(config, SPEC, device="cpu")
         manager = self.engine.manager
-        first = self.engine._resources.lender
+        first = self.engine.cache.lender
         assert first is not None
         self.lenders = [first]
         for _ in range(lenders - 1):
             lender = Lender(manager, HostBacking(), config.segment)
             assert lender.wait_mounted(5)
-            self.engine._resources.segments.add_local(lender.uuid, lender.slab, lender.backing)
+            self.engine.cache.segments.add_local(lender.uuid, lender.slab, lender.backing)
             self.lenders.append(lender)
         for info in manager.segments():
-            self.engine._resources.segments.update(info)
+            self.engine.cache.segments.update(info)
         self.engines: list[FakeEngine] = []
         self.behave: Callable[..., int] | None = None
         self.segments = SegmentMap(manager.client_id, HERE, {"host": lambda device: HostBacking()})
         self.metrics = EngineMetrics()
         size = SPEC.payload_bytes(CHUNK)
-        self.remote = RemotePool(size, self.make_engine, self.alive, deadline=deadline, limit=limit)
+        self.remote = RemoteReader(size, self.make_engine, self.alive, deadline=deadline, limit=limit)
         self.pool = ChunkPool(manager, self.segments, SPEC, CHUNK, self.metrics, remote=self.remote)
         for number in range(lenders):
             self.show(number)

@@ -126,7 +126,7 @@ def test_a_slab_header_of_a_later_format_is_mended(engine: VCacheEngine, bit: in
     """One flipped bit in the generation of a slab's format kept every writer away for good, while the manager went on to give
     out its slots first: nothing was stored any more."""
     store(engine)
-    lender = engine._resources.lender
+    lender = engine.cache.lender
     assert lender is not None
     for info in engine.manager.segments()[0].slabs:
         slab = lender.slab(info.index)

@@ -12,7 +12,8 @@ import torch
 from support.paged import Paged, content, spec_for
 
 from vcache import VCacheConfig, VCacheEngine
-from vcache.cache.pool import Chunk, ChunkPool
+from vcache.cache.pool import ChunkPool
+from vcache.keys import Chunk
 from vcache.lender.lender import Lender
 from vcache.metrics import EngineMetrics
 from vcache.paged.layout import PagedCache

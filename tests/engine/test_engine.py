@@ -235,7 +235,7 @@ def test_eviction_under_pressure_never_returns_wrong_bytes() -> None:
         counters = engine.get_stats()["counters"]
         assert 0 < hits < 40 * 40
         assert counters["lookups"] == counters["hits"] + counters["misses"] + counters["errors"]
-        engine._resources.check_integrity()
+        engine.cache.check_integrity()
 
 
 def test_storage_tier_continues_the_prefix_and_survives_eviction() -> None:
@@ -282,7 +282,7 @@ def test_many_threads_share_one_engine() -> None:
             thread.join(60)
         assert not any(thread.is_alive() for thread in threads)
         assert not failures
-        engine._resources.check_integrity()
+        engine.cache.check_integrity()
 
 
 def test_default_construction_works_without_configuration() -> None:

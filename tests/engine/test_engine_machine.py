@@ -150,7 +150,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def integrity(self) -> None:
-        self.engine._resources.check_integrity()
+        self.engine.cache.check_integrity()
 
 
 class TightMachine(EngineMachine):

@@ -84,7 +84,7 @@ def test_no_slot_stays_pinned_and_no_lease_behind() -> None:
                 engine.manager.remove([engine.chunk_keys(tokens)[hole].digest])
             load(engine, tokens)
             assert engine.manager.stats().gauges["leases"] == 0
-        engine._resources.check_integrity()
+        engine.cache.check_integrity()
 
 
 @given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 8), st.booleans(), st.lists(st.integers(0, 12), max_size=4))

@@ -41,7 +41,7 @@ def test_tickets_of_an_earlier_manager_are_not_used() -> None:
         engine.pool.manager = manager
         assert engine.get_stats()["counters"]["put_lapsed"] == 2
         segment = manager.segments()[0]
-        lender = engine._resources.lender
+        lender = engine.cache.lender
         assert lender is not None
         for slab in segment.slabs:
             memory = lender.slab(slab.index)
@@ -49,4 +49,4 @@ def test_tickets_of_an_earlier_manager_are_not_used() -> None:
             assert memory.buffer is not None
             assert not any(memory.buffer), "nothing may be written under such a ticket"
         assert engine.pool.no_writes()
-        engine._resources.segments.check_integrity()
+        engine.cache.segments.check_integrity()

@@ -84,9 +84,9 @@ class Host:
 
     def rest(self) -> None:
         """Until nothing moves."""
-        relief = self.engine._relief
-        assert relief is not None
-        assert relief.wait_idle(10)
+        maker = self.engine.cache.room_maker
+        assert maker is not None
+        assert maker.wait_idle(10)
 
     def settle(self) -> None:
         """Until nothing moves and VRAM has room."""
@@ -95,7 +95,7 @@ class Host:
         assert self.engine.flush(10)
 
     def close(self) -> None:
-        self.engine._resources.check_integrity()
+        self.engine.cache.check_integrity()
         if self.lender is not None:
             self.lender.close()
         self.engine.close()
@@ -169,7 +169,7 @@ def test_a_reader_amid_the_copy_keeps_the_chunk_where_it_is(make_host: Callable[
 
 def test_switched_off_nothing_moves(make_host: Callable[..., Host]) -> None:
     host = make_host(cache={"demote": False})
-    assert host.engine._relief is None
+    assert host.engine.cache.room_maker is None
     for seed in range(9):
         host.store(prompt(seed))
     assert host.count("demoted_chunks") == 0
@@ -221,9 +221,9 @@ def test_never_a_wrong_byte_while_everything_moves(make_host: Callable[..., Host
 
 
 def in_storage(host: Host, tokens: list[int]) -> int:
-    lower = host.engine._lower
-    assert lower is not None
-    return lower.prefix([key.digest for key in host.engine.chunk_keys(tokens)])
+    storage = host.engine.cache.storage
+    assert storage is not None
+    return storage.prefix([key.digest for key in host.engine.chunk_keys(tokens)])
 
 
 def test_nothing_is_written_until_the_pool_runs_full_and_nothing_is_lost_then(make_host: Callable[..., Host]) -> None:

@@ -20,7 +20,7 @@ from support.cluster import eventually
 from support.paged import Paged, content, spec_for
 
 from vcache import VCacheConfig, VCacheEngine
-from vcache import engine as engine_module
+from vcache.cache import opening
 from vcache.paged.cpu_mover import CpuMover
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def test_closing_beside_a_running_store_frees_no_slot_that_it_writes(
     """`close` said goodbye, which promises that nothing is being written, while another thread's store was."""
     cluster.lend(size="64KiB", slab="64KiB")
     writer, other = host(), host()
-    monkeypatch.setattr(engine_module, "CLOSE_TIMEOUT", 0.1)
+    monkeypatch.setattr(opening, "CLOSE_TIMEOUT", 0.1)
     with held_store(writer, prompt(1), ("slot", 1)) as mover:
         assert mover.reached(0)
         writer.engine.close()

@@ -12,10 +12,11 @@ import torch
 from stepping import Agent, Scheduler, SteppedLock, SteppedMemory, SteppedWords
 from support.paged import Paged, spec_for
 
-from vcache.cache.pool import Chunk, ChunkPool
+from vcache.cache.pool import ChunkPool
 from vcache.cache.room_maker import RoomMaker
 from vcache.config import ManagerConfig
 from vcache.errors import ManagerUnavailableError
+from vcache.keys import Chunk
 from vcache.lender.lender import Lender
 from vcache.lender.slabs import LentSlab, LentSlabs
 from vcache.manager.api import (

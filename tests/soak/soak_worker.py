@@ -97,7 +97,7 @@ class SoakWorker:
                 mounted = {segment.info.uuid for segment in self.engine.manager.stats().segments}
             except VCacheError:
                 return False
-            known = {info.uuid for info in self.engine._resources.segments.segments()}
+            known = {info.uuid for info in self.engine.cache.segments.segments()}
             return len(mounted) == segments and mounted == known
 
         eventually(seen, 25.0, what="a session and all segments")

@@ -120,7 +120,7 @@ def test_master_and_owner_are_killed_during_traffic(store: Store) -> None:
             store.start_master()
             store.lend()
             written_again(engine, spec, seeds)
-        engine._resources.check_integrity()
+        engine.cache.check_integrity()
 
 
 def test_an_owner_is_killed_during_traffic(store: Store) -> None:

@@ -98,7 +98,7 @@ def test_write_through_restart_and_tenants(store: Store) -> None:
         put(engine, alice, tokens_of(99))
         assert engine.flush(10)
         assert counters(engine)["storage_written"] == 0
-        engine._resources.check_integrity()
+        engine.cache.check_integrity()
     with engine_on(store.options, bob) as engine:
         assert engine.lookup(tokens_of(3)) == 0
         assert check(engine, bob, tokens_of(3)) == 0

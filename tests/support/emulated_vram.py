@@ -38,5 +38,5 @@ def emulate_vram(replace: Callable[[Any, str, Any], None], amid: Callable[[Mappe
 
     factories = {"host": lambda device: HostBacking(), "cuda": lambda device: EmulatedVram(amid)}
     replace(opening, "find_gpu", lambda device, kind: GPU)
-    replace(opening, "backing_factories", lambda gpu, stack: factories)
-    replace(opening.Resources, "_pinning", lambda self: None)
+    replace(opening, "open_page_lock", lambda gpu, stack: None)
+    replace(opening, "backing_factories", lambda gpu, page_lock: factories)

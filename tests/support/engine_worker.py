@@ -12,7 +12,7 @@ import torch
 from support.paged import Paged, content
 
 from vcache import KVCacheSpec, VCacheConfig, VCacheEngine
-from vcache.cache.pool import Chunk
+from vcache.keys import Chunk
 from vcache.paged.cpu_mover import CpuMover
 from vcache.paged.mover import Rows
 

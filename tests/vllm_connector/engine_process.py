@@ -24,7 +24,6 @@ class Engine:
     def __init__(self) -> None:
         self.llm: Any = None
         self.events_socket: Any = None
-        self.verifying: Any = None
 
     def start(self, model: str, connector: dict[str, Any] | None, **arguments: Any) -> None:
         from tiny_models import draw_strong_weights
@@ -119,9 +118,9 @@ class Engine:
     def flush_storage(self) -> dict[str, int]:
         """Wait for writes to the storage tier; the worker's counters, and bytes read from storage."""
         store = self.worker()._store
-        if not store._lower.flush(20.0):
+        if not store.cache.storage.flush(20.0):
             raise RuntimeError("writes to storage do not end")
-        snapshot = store.metrics.snapshot()
+        snapshot = store.cache.metrics.snapshot()
         read = snapshot["operations"].get("retrieve", {}).get("storage", {}).get("bytes", 0)
         return snapshot["counters"] | {"storage_bytes": read}
 
@@ -174,7 +173,7 @@ class Engine:
 
     def garble(self) -> int:
         """Overwrite all that this process lends, headers too; number of bytes."""
-        lender = self.worker()._store._resources.lender
+        lender = self.worker()._store.cache.lender
         total = 0
         for slab in lender.info.slabs:
             memory = lender.slab(slab.index).buffer
@@ -184,16 +183,14 @@ class Engine:
 
     def blind(self, on: bool = True) -> None:
         """Switch verification off: the negative control. `on=False`: switch it on again."""
-        from vcache.paged.cpu_mover import CpuMover
-        from vcache.paged.mover import Outcome
+        from vcache.paged import cpu_mover
+        from vcache.segment import slot_protocol
 
-        def load_one(mover: Any, cache: Any, slots: Any, transfer: Any) -> Outcome:
-            count = transfer.header.tokens - transfer.skip
-            mover._move(cache, slots[transfer.start : transfer.start + count], transfer, to_slot=False)
-            return Outcome.VERIFIED
+        def believe(*_: Any) -> bool:
+            return True
 
-        self.verifying = self.verifying or CpuMover._load_one
-        CpuMover._load_one = load_one if on else self.verifying
+        for name in ("carries", "still_carries"):
+            setattr(cpu_mover, name, believe if on else getattr(slot_protocol, name))
 
     def facts(self) -> dict[str, Any]:
         """What the connector of this process knows about itself."""
@@ -201,7 +198,7 @@ class Engine:
         store = getattr(self.worker(), "_store", None)
         return {
             "declined": connector._scheduler is None,
-            "lent": store._resources.lent_bytes() if store is not None else 0,
+            "lent": store.cache.lent_bytes() if store is not None else 0,
             "layout": store.target.cache.layout if store is not None else "",
         }
 

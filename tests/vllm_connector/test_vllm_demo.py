@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from vllm_harness import require_vllm
 
-from vcache.demo import document, main, model, vllm_demo
-from vcache.demo.vllm_report import shareable_tokens
-from vcache.demo.vllm_scenario import Results
+from vcache.demo import document, main, model
+from vcache.demo.report import shareable_tokens
+from vcache.demo.story import Results
 
 require_vllm()
 pytestmark = [
@@ -39,14 +39,14 @@ def processes_of(folder: Path) -> list[str]:
 
 def test_two_servers_share_a_document_and_the_hit_survives_kill_9(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Path, Results]] = []
-    real = vllm_demo.run
+    real = main.perform
 
-    def run(stage: Any, folder: Path, **options: Any) -> Results:
-        results = real(stage, folder, **options)
+    def perform(stage: Any, folder: Path, *options: Any) -> Results:
+        results = real(stage, folder, *options)
         seen.append((folder, results))
         return results
 
-    monkeypatch.setattr(vllm_demo, "run", run)
+    monkeypatch.setattr(main, "perform", perform)
     output = io.StringIO()
     code = main.run(engine="vllm", tokens=1000, console=Console(file=output, width=120))
     text = output.getvalue()
@@ -67,7 +67,7 @@ def test_two_servers_share_a_document_and_the_hit_survives_kill_9(monkeypatch: p
     assert document.FIRST_QUESTION.fact in results.first.text
     assert document.SECOND_QUESTION.fact in results.shared.text
     assert results.control.ids == results.shared.ids == results.restarted.ids != []
-    assert len(re.findall(r"^done ", text, re.MULTILINE)) == 9 + text.count("convert the language model")
+    assert len(re.findall(r"^done ", text, re.MULTILINE)) == 10 + text.count("convert the language model")
     assert "Engine: vLLM (" in text.splitlines()[0]
     assert processes_of(folder) == []
     assert not folder.exists()

@@ -282,19 +282,6 @@ def test_a_worker_that_declined_answers_all_the_same(caplog_vllm: pytest.LogCapt
     assert caplog_vllm.text.count("a reason") == 1
 
 
-@pytest.mark.parametrize("ended", [True, False])
-def test_a_store_that_closes_waits_for_its_writes(ended: bool, caplog_vllm: pytest.LogCaptureFixture) -> None:
-    from vcache.integrations.vllm.jobs import ShardStore
-
-    order: list[str] = []
-    pool = SimpleNamespace(wait_writes=lambda timeout: (order.append("wait"), ended)[1])
-    resources = SimpleNamespace(close=lambda: order.append("close"))
-    store: Any = ShardStore(None, pool, None, resources, None, 16)  # type: ignore[arg-type]
-    store.close()
-    assert order == ["wait", "close"]
-    assert ("writes to the pool do not end" in caplog_vllm.text) is not ended
-
-
 def test_what_vllm_wakes_up_with_is_what_it_had(one_layer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM 0.33 calls `restore_kv_caches()` without tensors: a TypeError on wake-up."""
     from vcache.integrations.vllm.connector import VCacheConnector

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from ..cache.pool import Chunk
 from ..config import VCacheConfig
 from ..engine import VCacheEngine
 from ..errors import VCacheError
-from ..keys import TokenDatabase
+from ..keys import Chunk, TokenDatabase
 from ..paged.mover import SlotTransfer
 from ..spec import KVCacheSpec
 from ..worker import Worker

@@ -1,8 +1,10 @@
-"""What an engine opens and closes: the manager's client, the map of segments, its own lender, the storage tier."""
+"""Opens what an engine or worker needs, and closes it: the manager's client, memory, its own lender, pool, storage, room."""
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -19,24 +21,32 @@ from ..manager.client import Manager
 from ..manager.connect import connect
 from ..manager.loopback import Loopback
 from ..metrics import EngineMetrics
+from ..paged.checksum import slot_bytes_for
 from ..segment.backing import SlabBacking
 from ..segment.host import HostBacking
 from ..segment.hostinfo import host_id
 from ..segment.mapping import BackingFactory, SegmentMap
 from ..segment.remote_engine import MooncakeEngine, load_engine, local_address
 from ..segment.slots import SegmentKind
+from ..spec import KVCacheSpec
 from ..storage.base import StorageTier
 from .pool import ChunkPool
-from .remote_reads import RemotePool
+from .remote_reads import RemoteReader
 from .room_maker import RoomMaker
 from .storage_tier import ChunkStorage
+from .tiers import Tiers
 
 if TYPE_CHECKING:
     from ..segment.cuda import PageLock
 
+logger = logging.getLogger("vcache.engine")
+
+CLOSE_TIMEOUT = 5.0
+"""Seconds that each part gets to end its work when a cache closes."""
+
 
 class SegmentWatcher:
-    """Keeps a `SegmentMap` in step with the manager. A `messages.Listener`; does not block."""
+    """Keeps a `SegmentMap` in step with the manager. A `Listener` of the manager; does not block."""
 
     def __init__(self, segments: SegmentMap) -> None:
         self._segments = segments
@@ -55,50 +65,36 @@ class SegmentWatcher:
             self._segments.forget(push.number)
 
 
-class Resources:
-    """Opened by `open_resources`; `close` undoes everything in reverse order. Not thread-safe, but for `lent_bytes`."""
+class Cache:
+    """What one engine or worker has open, made by `open_cache`: its way to the manager, to memory and to storage."""
 
     def __init__(
         self,
         manager: Manager,
         segments: SegmentMap,
         lender: Lender | None,
+        pool: ChunkPool,
+        storage: ChunkStorage | None,
+        room_maker: RoomMaker | None,
         stack: ExitStack,
-        gpu: str,
-        remote: RemotePool | None = None,
     ) -> None:
-        self.remote = remote
-        """Reads memory of other hosts; None unless `cache.remote` asks for it."""
+        """`stack`: undoes everything, the last first."""
         self.manager = manager
         self.segments = segments
         self.lender = lender
-        self.gpu = gpu
-        """UUID of the GPU that reads and writes slots; empty on a machine without one."""
+        self.pool = pool
+        self.storage = storage
+        self.room_maker = room_maker
+        self.tiers = Tiers(pool, storage)
+        self.metrics = pool.metrics
         self._stack = stack
 
-    def open_lower_tier(self, config: VCacheConfig, pool: ChunkPool, metrics: EngineMetrics) -> ChunkStorage | None:
-        """The storage tier that `config.storage` asks for; None for none. Raises `StorageError` when it cannot be opened."""
-        storage = open_storage(config.storage)
-        if storage is None:
-            return None
-        return ChunkStorage(storage, pool, metrics, config.storage, self._pinning())
-
-    def open_relief(
-        self, config: VCacheConfig, pool: ChunkPool, metrics: EngineMetrics, lower: ChunkStorage | None
-    ) -> RoomMaker | None:
-        """What moves chunks down when the manager asks for room; None when `config` wants neither kind. Close it before
-        `lower`."""
-        spiller = lower.spiller if lower is not None else None
-        if not config.cache.demote and spiller is None:
-            return None
-        return RoomMaker(pool, metrics, demote=config.cache.demote, spiller=spiller)
-
     def lent_bytes(self) -> int:
-        """Payload bytes this engine lends now."""
+        """Payload bytes that are lent now. Thread-safe."""
         return self.lender.payload_bytes if self.lender is not None else 0
 
     def describe(self) -> list[dict[str, Any]]:
-        """What is known of each segment, for `get_stats`."""
+        """Tell what is known of each segment, for `get_stats`."""
         problems = self.segments.problems()
         return [
             {
@@ -111,6 +107,14 @@ class Resources:
             for info in self.segments.segments()
         ]
 
+    def flush(self, timeout: float | None = None) -> bool:
+        """Block until no write is under way, and none to storage waits; False on timeout (seconds)."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self.pool.wait_writes(timeout):
+            return False
+        rest = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return self.storage is None or self.storage.flush(rest)
+
     def check_integrity(self) -> None:
         """Raises `IntegrityError` for a broken invariant. For tests; call without traffic."""
         self.segments.check_integrity()
@@ -118,26 +122,31 @@ class Resources:
             self.manager.transport.check_integrity()
 
     def close(self) -> None:
-        """Idempotent; bounded."""
+        """Finish writes, give back what was lent. Idempotent. Waits at most `CLOSE_TIMEOUT` each for the room maker, for writes
+        of other threads, for storage and for pinned slabs; what still runs then keeps its slots, which nobody else is given
+        before it has ended."""
         self._stack.close()
 
-    def _pinning(self) -> PageLock | None:
-        if not self.gpu:
-            return None
-        from ..segment.cuda import PageLock
 
-        pinning = PageLock(self.gpu)
-        self._stack.callback(pinning.close)
-        return pinning
+def open_cache(
+    config: VCacheConfig,
+    spec: KVCacheSpec,
+    name: str,
+    device: str = "auto",
+    *,
+    chunk_size: int = 0,
+    namespace: bytes | None = None,
+) -> Cache:
+    """Connect, map, lend, and open the storage tier. Blocks up to `manager.connect_timeout`. Leaves nothing behind when it
+    raises.
 
-
-def open_resources(config: VCacheConfig, slot_bytes: int, name: str, device: str = "auto") -> Resources:
-    """Connect, map, lend. Blocks up to `manager.connect_timeout`. Leaves nothing behind when it raises.
-
-    `slot_bytes`: payload of a full chunk; a segment too small for one is a `ConfigError`. `device`: `auto`, `cpu`, `cuda` or
-    `cuda:<n>`, where the paged caches will be. Raises `DeviceUnavailableError` when CUDA is asked for and missing,
-    `SegmentError` when memory to lend cannot be had.
+    `name`: shown in `vcache status`. `device`: `auto`, `cpu`, `cuda` or `cuda:<n>`, where the paged caches will be.
+    `chunk_size`: tokens, default `cache.chunk_size`. `namespace`: as in `ChunkPool`. Raises `DeviceUnavailableError` when CUDA
+    is asked for and missing, `SegmentError` when memory to lend cannot be had, `StorageError` when the storage tier cannot be
+    opened, and `ConfigError`: for a segment too small for one chunk, say.
     """
+    chunk_size = chunk_size or config.cache.chunk_size
+    slot_bytes = slot_bytes_for(spec.payload_bytes(chunk_size), config.cache.checksum)
     if config.segment.lend and config.segment.size < slot_bytes:
         raise ConfigError(
             f"segment.size: {config.segment.size} cannot hold one chunk of {slot_bytes} bytes; "
@@ -145,8 +154,10 @@ def open_resources(config: VCacheConfig, slot_bytes: int, name: str, device: str
         )
     client_id, host = os.urandom(16), host_id()
     gpu = find_gpu(device, config.segment.kind)
+    metrics = EngineMetrics(floor_gbps=config.transfer.floor_gbps)
     with ExitStack() as stack:
-        backings = backing_factories(gpu, stack)
+        page_lock = open_page_lock(gpu, stack)
+        backings = backing_factories(gpu, page_lock)
         segments = SegmentMap(client_id, host, backings)
         stack.callback(segments.close)
         manager = connect(config, client_id=client_id, name=name, role="engine")
@@ -156,35 +167,63 @@ def open_resources(config: VCacheConfig, slot_bytes: int, name: str, device: str
             kind: SegmentKind = "cuda" if gpu and config.segment.kind != "host" else "host"
             backing = backings[kind](gpu if kind == "cuda" else "host")
             stack.callback(backing.close)
-            # A slab holds at least one chunk.
-            slab_size = max(config.segment.slab_size, ByteSize(slot_bytes))
-            export = open_export(config.segment, parse_address(config.manager.address).endpoint)
-            if export is not None:
-                stack.callback(export.close)
-            segment = msgspec.structs.replace(config.segment, slab_size=slab_size)
-            lender = Lender(manager, backing, segment, host=host, export=export)
-            stack.callback(lender.close)
+            lender = open_lender(config, manager, backing, slot_bytes, host, stack)
             segments.add_local(lender.uuid, lender.slab, backing)
         manager.subscribe(SegmentWatcher(segments))
         if lender is not None and manager.epoch:
             lender.wait_mounted(config.manager.deadline)  # or the first stores would find no room
-        remote = open_remote(config, slot_bytes, segments, gpu, stack)
-        return Resources(manager, segments, lender, stack.pop_all(), gpu, remote)
+        remote = open_remote(config, slot_bytes, segments, page_lock, stack)
+        pool = ChunkPool(
+            manager,
+            segments,
+            spec,
+            chunk_size,
+            metrics,
+            placement=config.cache.placement,
+            namespace=namespace,
+            remote=remote,
+            checksum=config.cache.checksum,
+        )
+        manager.set_write_gate(pool.wait_writes)
+        storage = open_chunk_storage(config.storage, pool, page_lock, stack)
+        stack.callback(wait_for_writes, pool)
+        room_maker = None
+        spiller = storage.spiller if storage is not None else None
+        if config.cache.demote or spiller is not None:
+            room_maker = RoomMaker(pool, metrics, demote=config.cache.demote, spiller=spiller)
+            stack.callback(room_maker.close, CLOSE_TIMEOUT)
+        return Cache(manager, segments, lender, pool, storage, room_maker, stack.pop_all())
 
 
-def open_remote(config: VCacheConfig, slot_bytes: int, segments: SegmentMap, gpu: str, stack: ExitStack) -> RemotePool | None:
-    """What reads slots on other hosts, as `cache.remote` says; None for `off`. `stack` closes it. Raises `ConfigError` when
-    Mooncake is missing."""
+def wait_for_writes(pool: ChunkPool) -> None:
+    """Wait for stores of other threads before what they use is closed; at most `CLOSE_TIMEOUT`."""
+    if not pool.wait_writes(CLOSE_TIMEOUT):
+        logger.warning("closed while another thread stores; its slots stay reserved until it is done")
+
+
+def open_lender(
+    config: VCacheConfig, manager: Manager, backing: SlabBacking, slot_bytes: int, host: str, stack: ExitStack
+) -> Lender:
+    """Lend a segment as `config.segment` says. `stack` closes it. Raises `SegmentError`."""
+    export = open_export(config.segment, parse_address(config.manager.address).endpoint)
+    if export is not None:
+        stack.callback(export.close)
+    # A slab holds at least one chunk.
+    segment = msgspec.structs.replace(config.segment, slab_size=max(config.segment.slab_size, ByteSize(slot_bytes)))
+    lender = Lender(manager, backing, segment, host=host, export=export)
+    stack.callback(lender.close)
+    return lender
+
+
+def open_remote(
+    config: VCacheConfig, slot_bytes: int, segments: SegmentMap, page_lock: PageLock | None, stack: ExitStack
+) -> RemoteReader | None:
+    """Open what reads slots on other hosts, as `cache.remote` says; None for `off`. `stack` closes it. Raises `ConfigError`
+    when Mooncake is missing."""
     protocol, deadline = config.cache.remote, config.storage.deadline
     if protocol == "off":
         return None
     kind = load_engine(protocol, "cache.remote", timeout=deadline)
-    pinning = None
-    if gpu:
-        from ..segment.cuda import PageLock
-
-        pinning = PageLock(gpu)
-        stack.callback(pinning.close)
 
     def make_engine(endpoint: str) -> MooncakeEngine:
         host, _, port = endpoint.rpartition(":")
@@ -193,14 +232,30 @@ def open_remote(config: VCacheConfig, slot_bytes: int, segments: SegmentMap, gpu
     def alive() -> set[bytes]:
         return {info.uuid for info in segments.segments()}
 
-    remote = RemotePool(slot_bytes, make_engine, alive, deadline=deadline, pinning=pinning)
+    remote = RemoteReader(slot_bytes, make_engine, alive, deadline=deadline, pinning=page_lock)
     stack.callback(remote.close)
     return remote
 
 
+def open_chunk_storage(
+    config: StorageConfig, pool: ChunkPool, page_lock: PageLock | None, stack: ExitStack
+) -> ChunkStorage | None:
+    """Open the storage tier that `config` asks for, and what keeps chunks in it; None for none. `stack` closes it. Raises
+    `StorageError` or `ConfigError`."""
+    storage = open_storage(config)
+    if storage is None:
+        return None
+    with ExitStack() as opened:
+        opened.callback(storage.close)
+        chunks = ChunkStorage(storage, pool, pool.metrics, config, page_lock)
+        opened.pop_all()  # it closes the storage tier
+    stack.callback(chunks.close, CLOSE_TIMEOUT)
+    return chunks
+
+
 def find_gpu(device: str, kind: str) -> str:
-    """UUID of the GPU to use, "" for none. `device`: `auto`, `cpu`, `cuda` or `cuda:<n>`. `auto` takes the current GPU where
-    PyTorch has one. Raises `DeviceUnavailableError` when CUDA is asked for (by either argument) and missing."""
+    """Find the UUID of the GPU to use, "" for none. `device`: `auto`, `cpu`, `cuda` or `cuda:<n>`. `auto` takes the current GPU
+    where PyTorch has one. Raises `DeviceUnavailableError` when CUDA is asked for (by either argument) and missing."""
     if device == "cpu" and kind != "cuda":
         return ""
     wanted = device.startswith("cuda") or kind == "cuda"
@@ -221,23 +276,31 @@ def find_gpu(device: str, kind: str) -> str:
     return gpu_uuid(ordinal)
 
 
-def backing_factories(gpu: str, stack: ExitStack) -> Mapping[SegmentKind, BackingFactory]:
-    """How this process maps slabs of each kind. `gpu`: UUID of the GPU that accesses them, "" for none."""
+def open_page_lock(gpu: str, stack: ExitStack) -> PageLock | None:
+    """Open what makes host memory reachable for the GPU; None without one. `stack` closes it."""
     if not gpu:
-        return {"host": lambda device: HostBacking()}
-    from ..segment.cuda import CudaBacking, PageLock
+        return None
+    from ..segment.cuda import PageLock
 
-    pinning = PageLock(gpu)
-    stack.callback(pinning.close)
+    page_lock = PageLock(gpu)
+    stack.callback(page_lock.close)
+    return page_lock
+
+
+def backing_factories(gpu: str, page_lock: PageLock | None) -> Mapping[SegmentKind, BackingFactory]:
+    """Tell how this process maps slabs of each kind. `gpu`: UUID of the GPU that accesses them, "" for none."""
+    if page_lock is None:
+        return {"host": lambda device: HostBacking()}
+    from ..segment.cuda import CudaBacking
 
     def host(device: str) -> SlabBacking:
-        return HostBacking(register=pinning.register, unregister=pinning.unregister)
+        return HostBacking(register=page_lock.register, unregister=page_lock.unregister)
 
     return {"host": host, "cuda": lambda device: CudaBacking(device, through=gpu)}
 
 
 def open_storage(config: StorageConfig) -> StorageTier | None:
-    """The storage tier named by `config.kind`. Raises `StorageError` or `ConfigError` when it cannot be opened."""
+    """Open the storage tier named by `config.kind`. Raises `StorageError` or `ConfigError` when it cannot be opened."""
     if config.kind == "none":
         return None
     if config.kind == "memory":

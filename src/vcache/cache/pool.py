@@ -11,11 +11,13 @@ import random
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeVar
+from functools import partial
+from typing import Literal, NamedTuple
 
 from ..errors import TRANSFER_ERRORS, ManagerError
+from ..keys import Chunk
 from ..manager.api import Placement, PutGrant, PutRequest, Ticket
 from ..manager.client import Manager
 from ..metrics import EngineMetrics
@@ -24,26 +26,14 @@ from ..paged.layout import device_name
 from ..paged.mover import Rows, SlotTransfer, Transfer
 from ..segment.gate import Passage
 from ..segment.mapping import MappedSlab, PinnedSlot, SegmentMap
-from ..segment.slots import (
-    ALIGNMENT,
-    HEADER_BYTES,
-    SlabHeader,
-    SlotHeader,
-    SlotLocation,
-    Tier,
-    align_up,
-    formatted_since,
-    outlived,
-)
+from ..segment.slot_protocol import PinnedMemory, carries, mend_format, still_carries
+from ..segment.slots import ALIGNMENT, HEADER_BYTES, SlabHeader, SlotHeader, SlotLocation, Tier, align_up
 from ..spec import KVCacheSpec
-from .remote_reads import RemotePool, RemoteRead, RemoteTransfer
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from .remote_reads import RemoteRead, RemoteReader, RemoteTransfer
+from .transfer import JoinedTransfer, PoolTransfer
 
 logger = logging.getLogger("vcache.pool")
 
-T = TypeVar("T")
 HEAD_CHUNKS = 32
 """Chunks of a long load that are launched first: with 32 MiB each, half a millisecond of work for a GPU."""
 
@@ -52,19 +42,6 @@ SAMPLED = 1 / 64
 
 MAX_BROKEN = 4096
 """Chunks remembered as broken."""
-
-
-class Chunk(NamedTuple):
-    """One chunk of a prompt, as moved by one call."""
-
-    digest: bytes
-    position: int
-    """Chunks before it in the prompt."""
-    tokens: int
-    start: int
-    """Index into the call's slot mapping of its first moved token."""
-    skip: int = 0
-    """Loads only: leading tokens that stay untouched."""
 
 
 class PutReport(NamedTuple):
@@ -98,101 +75,6 @@ class Lease(NamedTuple):
     """The manager could not be asked."""
 
 
-class JoinedTransfer(Transfer):
-    """Several transfers as one, each of them with the places of its slots in the whole."""
-
-    def __init__(self, mapped: Sequence[tuple[Transfer, Sequence[int]]], remote: tuple[Transfer, Sequence[int]] | None) -> None:
-        """`remote` comes last, because it takes longest."""
-        self._parts = [*mapped, remote] if remote is not None else list(mapped)
-        self._mapped = len(mapped)
-        self.mapped_at = 0.0
-        """When the mapped part had arrived, by `time.perf_counter`, once waited for."""
-
-    def done(self) -> bool:
-        return all(part.done() for part, _ in self._parts)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """All of them, also when one breaks: what is still under way writes to the paged cache."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        failure: Exception | None = None
-        for number, (part, _) in enumerate(self._parts, start=1):
-            try:
-                if not part.wait(None if deadline is None else max(0.0, deadline - time.monotonic())):
-                    return False
-            except TRANSFER_ERRORS as error:
-                failure = failure or error
-            if number == self._mapped:
-                self.mapped_at = self.mapped_at or time.perf_counter()
-        if failure is not None:
-            raise failure
-        return True
-
-    def damaged(self) -> list[int]:
-        return [places[index] for part, places in self._parts for index in part.damaged()]
-
-    def verified(self) -> list[bool]:
-        if len(self._parts) == self._mapped:
-            return [flag for part, _ in self._parts for flag in part.verified()]
-        flags = {place: flag for part, places in self._parts for place, flag in zip(places, part.verified(), strict=True)}
-        return [flags.get(place, False) for place in range(max(flags, default=-1) + 1)]
-
-
-class PoolTransfer(Generic[T]):
-    """A batch under way. Its result is settled exactly once, by whoever waits first. Thread-safe."""
-
-    def __init__(self, transfer: Transfer | None, settle: Callable[[list[bool]], T]) -> None:
-        """`settle` gets one flag per transfer and runs once; all False when the transfer broke or is None."""
-        self.transfer = transfer
-        self._settle = settle
-        self._lock = threading.Lock()
-        self._results: list[T] = []
-
-    def done(self) -> bool:
-        """Whether the bytes landed. Does not block."""
-        return self.transfer is None or self.transfer.done()
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Block until settled; False on timeout (seconds)."""
-        if self.transfer is not None and not self._results:
-            try:
-                if not self.transfer.wait(timeout):
-                    return False
-            except TRANSFER_ERRORS:
-                pass  # `result` asks again and reports it.
-        self.result()
-        return True
-
-    def result(self) -> T:
-        """Settle if nobody has, and return the result. Blocks until the bytes landed; raises nothing."""
-        with self._lock:
-            if not self._results:
-                verified: list[bool] = []
-                if self.transfer is not None:
-                    try:
-                        self.transfer.wait()
-                        verified = self.transfer.verified()
-                    except TRANSFER_ERRORS as error:
-                        logger.warning("transfer failed, treated as a miss: %s", error)
-                self._results.append(self._settle(verified))
-            return self._results[0]
-
-
-class _Route(NamedTuple):
-    """How the slots of one load are reached. Places are positions in the load."""
-
-    mapped: list[SlotTransfer]
-    mapped_places: list[int]
-    slabs: list[MappedSlab]
-    """Where `mapped` lies; pinned."""
-    remote: list[RemoteRead]
-    remote_places: list[int]
-
-    def cut(self, place: int) -> None:
-        """Read nothing from other hosts from `place` on."""
-        count = sum(other < place for other in self.remote_places)
-        del self.remote[count:], self.remote_places[count:]
-
-
 class ChunkPool:
     """Thread-safe. Owns nothing: manager, segments and mover are given and closed by the caller."""
 
@@ -206,7 +88,7 @@ class ChunkPool:
         *,
         placement: Placement = "local",
         namespace: bytes | None = None,
-        remote: RemotePool | None = None,
+        remote: RemoteReader | None = None,
         checksum: ChecksumMode = "off",
     ) -> None:
         """`remote`: reads slots on other hosts; without it they cannot be reached. `checksum`: `CacheConfig.checksum`.
@@ -240,10 +122,18 @@ class ChunkPool:
             self._manager_failed("lookup", error)
             return Presence(0, failed=True)
 
-    def acquire(self, digests: Sequence[bytes], *, lease: int = 0) -> Lease:
-        """Lease the longest present prefix, or, with `lease`, locate this rank's shards under it. Blocks for one round trip."""
+    def tier(self, digest: bytes) -> int:
+        """Tell where a chunk is: 0 for VRAM, 1 for DRAM, -1 for neither. Not a use of it. Blocks for one round trip."""
         try:
-            reply = self.manager.acquire(digests, self.spec.rank, lease=lease)
+            return self.manager.tiers([digest])[0]
+        except ManagerError as error:
+            self._manager_failed("tiers", error)
+            return -1
+
+    def acquire(self, digests: Sequence[bytes]) -> Lease:
+        """Lease the longest present prefix. Blocks for one round trip."""
+        try:
+            reply = self.manager.acquire(digests, self.spec.rank)
         except ManagerError as error:
             self._manager_failed("acquire", error)
             return Lease(0, [], failed=True)
@@ -256,51 +146,13 @@ class ChunkPool:
         except ManagerError as error:
             self._manager_failed("release", error)
 
-    def load(self, lease: Lease, chunks: Sequence[Chunk], rows: Rows, *, release: bool = True) -> PoolTransfer[list[bool]]:
+    def load(self, lease: Lease, chunks: Sequence[Chunk], rows: Rows) -> PoolTransfer[list[bool]]:
         """Start moving leased chunks into a paged cache. The result tells which chunks are there **and verified**.
 
-        `chunks[i]` belongs to `lease.locations[i]`. Moves the part before the first slot that this process cannot reach.
-        With `release`, the lease is given back when settled.
+        `chunks[i]` belongs to `lease.locations[i]`. Moves the part before the first slot that this process cannot reach. The
+        lease is given back when settled.
         """
-        began = time.perf_counter()
-        route = _Route([], [], [], [], [])
-        mapped: list[tuple[Transfer, Sequence[int]]] = []
-        # The first part is under way while the rest is prepared.
-        head = HEAD_CHUNKS if len(chunks) >= 2 * HEAD_CHUNKS else len(chunks)
-        for begin, end in ((0, head), (head, len(chunks))):
-            known = len(route.mapped)
-            whole = self._route(lease.locations[begin:end], chunks[begin:end], begin, route)
-            part, places = route.mapped[known:], route.mapped_places[known:]
-            started = self._start(lambda part=part: rows.load(part), part)  # type: ignore[misc]
-            if started is not None:
-                mapped.append((started, places))
-            elif part:
-                route.cut(places[0])
-                break
-            if not whole:
-                break
-        remote = self._start_remote(route.remote, rows)
-        joined = JoinedTransfer(mapped, None if remote is None else (remote, route.remote_places))
-
-        def settle(verified: list[bool]) -> list[bool]:
-            self.segments.unpin_all(route.slabs)
-            if release:
-                self.release(lease.id)
-            flags = [verified[place] for place in route.mapped_places if place < len(verified)]
-            stale = [transfer.header.key for transfer, ok in zip(route.mapped, flags, strict=False) if not ok]
-            damaged = [lease.locations[place].segment for place in joined.damaged()]
-            if damaged:
-                self._distrust(damaged)
-            if len(stale) > len(damaged):
-                self.metrics.count("stale_reads", len(stale) - len(damaged))
-            if broken := [*stale, *(remote.stale if remote is not None else ())]:
-                self.mark_broken(broken)
-            elif self._broken:
-                self._unmark([chunk.digest for chunk, ok in zip(chunks, verified, strict=False) if ok])
-            self._observe("retrieve", route.mapped, flags, (joined.mapped_at or time.perf_counter()) - began)
-            return [*verified, *[False] * (len(chunks) - len(verified))]
-
-        return PoolTransfer(joined if mapped or remote is not None else None, settle)
+        return _Load(self, lease, chunks).start(rows)
 
     def read(self, location: SlotLocation, chunk: Chunk, out: memoryview) -> int:
         """Copy header and payload of a leased slot into host memory `out`; bytes written, 0 when unreachable or stale.
@@ -309,21 +161,17 @@ class ChunkPool:
         if slot is None:
             return 0
         try:
-            header = self.header(chunk, location.generation)
-            packed = header.pack()
-            size = len(packed)
-            total = size + header.payload_bytes
-            if self.segments.read(slot.slab, slot.header_offset, size) != packed:
+            memory, header = PinnedMemory(self.segments, slot.slab), self.header(chunk, location.generation)
+            packed, total = header.pack(), HEADER_BYTES + header.payload_bytes
+            if not carries(memory, slot.header_offset, packed):
                 return 0
-            out[:size] = packed
-            self.segments.read_into(slot.slab, slot.payload_offset, out[size:total])
+            out[:HEADER_BYTES] = packed
+            self.segments.read_into(slot.slab, slot.payload_offset, out[HEADER_BYTES:total])
             at = self._trailer(slot, location) if self._verifies == 1 else 0
-            trailer = self.segments.read(slot.slab, at, TRAILER_BYTES) if at else b""
-            if self.segments.read(slot.slab, slot.header_offset, size) != packed:
+            trailer = memory.read(at, TRAILER_BYTES) if at else b""
+            if not still_carries(memory, slot.header_offset, packed):
                 return 0
-            if outlived(self.segments.read(slot.slab, 0, HEADER_BYTES), location.generation):
-                return 0
-            if at and contradicts(trailer, out[size:total], location.generation):
+            if at and contradicts(trailer, out[HEADER_BYTES:total], location.generation):
                 self._distrust([location.segment])
                 return 0
             return total
@@ -337,56 +185,12 @@ class ChunkPool:
 
         `parent`: digest of the chunk before the first, empty for none. The result settles after `put_end`.
         """
-        began = time.perf_counter()
-        with self._writes_changed:
-            self._writes += 1
-        passage = Passage()
-        written: list[Chunk] = []
-        transfers: list[SlotTransfer] = []
-
-        def settle(verified: list[bool]) -> PutReport:
-            try:
-                flags = [*verified, *[False] * (len(transfers) - len(verified))]
-                try:
-                    self._mend_slab_headers([transfer for transfer, ok in zip(transfers, flags, strict=True) if not ok])
-                finally:
-                    # Out of the gates before the tickets end: whoever gets these slots next must not wait for us.
-                    passage.leave()
-                    for transfer in transfers:
-                        self.segments.unpin(transfer.slot)
-                stored = self._publish(written, transfers, flags)
-                # Not the time until somebody asks, nor that of the forward pass which the copy waits for.
-                seconds = started.seconds if started is not None else 0.0
-                self._observe("store", transfers, flags, seconds or time.perf_counter() - began)
-                nbytes = sum(t.header.payload_bytes for t, ok in zip(transfers, flags, strict=True) if ok)
-                return PutReport(stored, unplaced, nbytes, seconds)
-            finally:
-                self._write_over()
-
-        unplaced: list[Chunk] = []
-        started: Transfer | None = None
-        try:
-            epoch = self.manager.epoch
-            grants = self._put_start(chunks, parent, device_name(rows.target.cache.device))
-            unplaced = self._place(chunks, grants, passage, written, transfers)
-            if self.manager.epoch != epoch:
-                # The manager that gave the tickets is gone. Nothing rests on this look (the gate is what holds such writes
-                # back), but nobody would take the bytes any more.
-                unplaced = [*unplaced, *written]
-                self._abandon(transfers)
-                written.clear()
-            start = lambda: rows.store(transfers, self.manager.client_id)  # noqa: E731
-            started = self._start(start, transfers)
-        except BaseException:
-            settle([])
-            raise
-        return PoolTransfer(started, settle)
+        return _Put(self, chunks).start(parent, rows)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """A write is in flight inside: begin before tickets are asked for, end after they have ended (`set_write_gate`)."""
-        with self._writes_changed:
-            self._writes += 1
+        self._write_begins()
         try:
             yield
         finally:
@@ -456,36 +260,6 @@ class ChunkPool:
         for number in sorted(set(damaged)):
             self.segments.distrust(number, f"{damaged.count(number)} of its chunks had a wrong checksum")
 
-    def _route(self, locations: Sequence[SlotLocation], chunks: Sequence[Chunk], first: int, route: _Route) -> bool:
-        """Add slots to `route`, up to the first one that this process cannot reach: pinned ones, and those that only a transfer
-        engine reaches. `first`: place of the first. Whether all are reached."""
-        count, done = min(len(locations), len(chunks)), 0
-        strides, verifies = self._strides, self._verifies
-        while done < count:
-            pinned = self.segments.pin_prefix(locations[done:count])
-            route.slabs.extend(pinned.slabs)
-            for slot in pinned.slots:
-                location, chunk = locations[done], chunks[done]
-                if location.tokens != chunk.tokens or location.slot_bytes not in strides:
-                    break
-                header = self.header(chunk, location.generation)
-                trailer = self._trailer(slot, location) if verifies and random.random() < verifies else 0
-                route.mapped.append(SlotTransfer(slot, header, chunk.start, chunk.skip, b"", trailer))
-                route.mapped_places.append(first + done)
-                done += 1
-            if done == count:
-                break
-            location, chunk = locations[done], chunks[done]
-            elsewhere = self.segments.remote(location) if self._remote is not None else None
-            # Where a payload lies depends on the slots' size; that of this namespace's chunks is known.
-            if elsewhere is None or location.tokens != chunk.tokens or location.slot_bytes not in self._strides:
-                self.metrics.count("unreachable")
-                return False
-            route.remote.append(RemoteRead(elsewhere, self.header(chunk, location.generation), chunk.start, chunk.skip))
-            route.remote_places.append(first + done)
-            done += 1
-        return len(locations) >= len(chunks)
-
     def _put_start(self, chunks: Sequence[Chunk], parent: bytes, device: str) -> list[PutGrant]:
         if not chunks:
             return []
@@ -511,75 +285,16 @@ class ChunkPool:
             self._manager_failed("put_start", error)
             return [PutGrant("no_space") for _ in chunks]
 
-    def _place(
-        self,
-        chunks: Sequence[Chunk],
-        grants: Sequence[PutGrant],
-        passage: Passage,
-        written: list[Chunk],
-        transfers: list[SlotTransfer],
-    ) -> list[Chunk]:
-        """Add what may be written to `written` and `transfers`, its slots pinned and their gates passed; the chunks that found
-        no place."""
-        unplaced: list[Chunk] = []
-        refused: list[Ticket] = []
-        for chunk, grant in zip(chunks, grants, strict=True):
-            location = grant.location
-            if grant.status != "granted" or location is None:
-                self.metrics.count(f"put_{grant.status}")
-                if grant.status == "no_space":
-                    unplaced.append(chunk)
-                continue
-            slot = self.segments.pin(location)
-            if slot is None or not passage.admits(slot.slab, grant.fence):
-                if slot is not None:
-                    # The manager that gave the ticket is gone, or has learned of the segment anew.
-                    self.segments.unpin(slot)
-                self.metrics.count("unreachable" if slot is None else "put_lapsed")
-                refused.append(Ticket(chunk.digest, self.spec.rank, location.generation))
-                unplaced.append(chunk)
-                continue
-            slab = SlabHeader(grant.format_generation, location.slot_bytes, grant.slots).pack()
-            header, trailer = self.header(chunk, location.generation), self._trailer(slot, location) if self._verifies else 0
-            transfers.append(SlotTransfer(slot, header, chunk.start, 0, slab, trailer))
-            written.append(chunk)
-        self._revoke(refused)
-        return unplaced
-
-    def _mend_slab_headers(self, refused: Sequence[SlotTransfer]) -> None:
-        """Rewrite slab headers that kept writes away by a later format than the tickets'. Inside the gate there is none: a slab
-        is not formatted anew while one of its tickets is out, and tickets of earlier mounts do not get in. So the header is
-        damaged, and would keep every writer away for good."""
+    def _put_end(self, tickets: list[Ticket]) -> set[bytes]:
+        """Digests of the chunks that are published."""
+        if not tickets:
+            return set()
         try:
-            for slab, header in {transfer.slot.slab: transfer.slab_header for transfer in refused}.items():
-                if formatted_since(self.segments.read(slab, 0, HEADER_BYTES), header):
-                    self.segments.write(slab, 0, header)
-                    self.metrics.count("slab_headers_mended")
-                    logger.warning("slab %d on %s: its header was damaged, and is mended", slab.index, slab.device)
-        except TRANSFER_ERRORS as error:
-            self.metrics.count("transfer_errors")
-            logger.warning("slab headers cannot be looked at: %s", error)
-
-    def _abandon(self, transfers: list[SlotTransfer]) -> None:
-        for transfer in transfers:
-            self.segments.unpin(transfer.slot)
-        self.metrics.count("put_lapsed", len(transfers))
-        transfers.clear()
-
-    def _publish(self, written: list[Chunk], transfers: list[SlotTransfer], flags: list[bool]) -> list[Chunk]:
-        tickets = [Ticket(t.header.key, t.header.shard, t.header.generation) for t in transfers]
-        good = [ticket for ticket, ok in zip(tickets, flags, strict=True) if ok]
-        self._revoke([ticket for ticket, ok in zip(tickets, flags, strict=True) if not ok])
-        published: set[bytes] = set()
-        if good:
-            try:
-                answers = self.manager.put_end(good)
-                published = {ticket.key for ticket, ok in zip(good, answers, strict=True) if ok}
-            except ManagerError as error:
-                self._manager_failed("put_end", error)
-        if len(published) < len(transfers):
-            self.metrics.count("put_lapsed", len(transfers) - len(published))
-        return [chunk for chunk in written if chunk.digest in published]
+            answers = self.manager.put_end(tickets)
+        except ManagerError as error:
+            self._manager_failed("put_end", error)
+            return set()
+        return {ticket.key for ticket, ok in zip(tickets, answers, strict=True) if ok}
 
     def _revoke(self, tickets: list[Ticket]) -> None:
         if not tickets:
@@ -589,19 +304,7 @@ class ChunkPool:
         except ManagerError as error:
             self._manager_failed("put_revoke", error)
 
-    def _start_remote(self, reads: list[RemoteRead], rows: Rows) -> RemoteTransfer | None:
-        if not reads or self._remote is None:
-            return None
-        try:
-            return self._remote.load(reads, rows, self.metrics)
-        except TRANSFER_ERRORS as error:
-            self.metrics.count("transfer_errors")
-            logger.warning("read from another host not started, treated as a miss: %s", error)
-            return None
-
-    def _start(self, launch: Callable[[], Transfer], transfers: list[SlotTransfer]) -> Transfer | None:
-        if not transfers:
-            return None
+    def _start(self, launch: Callable[[], Transfer]) -> Transfer | None:
         try:
             return launch()
         except TRANSFER_ERRORS as error:
@@ -625,6 +328,10 @@ class ChunkPool:
                 # The tiers of a mixed transfer share its time by their bytes.
                 self.metrics.observe(operation, tier, seconds * count / total, self._token_bytes * count)
 
+    def _write_begins(self) -> None:
+        with self._writes_changed:
+            self._writes += 1
+
     def _write_over(self) -> None:
         with self._writes_changed:
             self._writes -= 1
@@ -644,3 +351,219 @@ def leased(pool: ChunkPool, digests: Sequence[bytes]) -> Iterator[Lease]:
     finally:
         if lease.id:
             pool.release(lease.id)
+
+
+class _Load:
+    """One load: the slots that are pinned for it, and what is left to do when their bytes have landed."""
+
+    def __init__(self, pool: ChunkPool, lease: Lease, chunks: Sequence[Chunk]) -> None:
+        self._pool = pool
+        self._lease = lease
+        self._chunks = chunks
+        self._began = time.perf_counter()
+        self._mapped: list[SlotTransfer] = []
+        self._places: list[int] = []
+        """Of `_mapped`: positions in the load."""
+        self._slabs: list[MappedSlab] = []
+        """Where `_mapped` lies; pinned."""
+        self._reads: list[RemoteRead] = []
+        self._read_places: list[int] = []
+        self._remote: RemoteTransfer | None = None
+        self._whole = JoinedTransfer([], None)
+
+    def start(self, rows: Rows) -> PoolTransfer[list[bool]]:
+        """Start what can be reached. The first part is under way while the rest is prepared."""
+        count = len(self._chunks)
+        head = HEAD_CHUNKS if count >= 2 * HEAD_CHUNKS else count
+        parts: list[tuple[Transfer, Sequence[int]]] = []
+        for begin, end in ((0, head), (head, count)):
+            known = len(self._mapped)
+            reached = self._reach(begin, end)
+            part, places = self._mapped[known:], self._places[known:]
+            started = self._pool._start(partial(rows.load, part)) if part else None
+            if started is not None:
+                parts.append((started, places))
+            elif part:
+                # Nothing behind this place is worth reading from another host.
+                kept = sum(place < places[0] for place in self._read_places)
+                del self._reads[kept:], self._read_places[kept:]
+                break
+            if not reached:
+                break
+        self._remote = self._start_remote(rows)
+        self._whole = JoinedTransfer(parts, None if self._remote is None else (self._remote, self._read_places))
+        return PoolTransfer(self._whole if parts or self._remote is not None else None, self._settle)
+
+    def _reach(self, begin: int, end: int) -> bool:
+        """Take in the slots `[begin, end)` of the lease, up to the first one that this process cannot reach: pinned ones, and
+        those that only a transfer engine reaches. Whether all chunks of that part have a slot that is reached."""
+        pool, segments = self._pool, self._pool.segments
+        locations, chunks = self._lease.locations[begin:end], self._chunks[begin:end]
+        count, done = min(len(locations), len(chunks)), 0
+        strides, verifies = pool._strides, pool._verifies
+        while done < count:
+            pinned = segments.pin_prefix(locations[done:count])
+            self._slabs.extend(pinned.slabs)
+            for slot in pinned.slots:
+                location, chunk = locations[done], chunks[done]
+                if location.tokens != chunk.tokens or location.slot_bytes not in strides:
+                    break
+                header = pool.header(chunk, location.generation)
+                trailer = pool._trailer(slot, location) if verifies and random.random() < verifies else 0
+                self._mapped.append(SlotTransfer(slot, header, chunk.start, chunk.skip, b"", trailer))
+                self._places.append(begin + done)
+                done += 1
+            if done == count:
+                break
+            location, chunk = locations[done], chunks[done]
+            elsewhere = segments.remote(location) if pool._remote is not None else None
+            # Where a payload lies depends on the slots' size; that of this namespace's chunks is known.
+            if elsewhere is None or location.tokens != chunk.tokens or location.slot_bytes not in strides:
+                pool.metrics.count("unreachable")
+                return False
+            self._reads.append(RemoteRead(elsewhere, pool.header(chunk, location.generation), chunk.start, chunk.skip))
+            self._read_places.append(begin + done)
+            done += 1
+        return len(locations) >= len(chunks)
+
+    def _start_remote(self, rows: Rows) -> RemoteTransfer | None:
+        pool = self._pool
+        if not self._reads or pool._remote is None:
+            return None
+        try:
+            return pool._remote.load(self._reads, rows, pool.metrics)
+        except TRANSFER_ERRORS as error:
+            pool.metrics.count("transfer_errors")
+            logger.warning("read from another host not started, treated as a miss: %s", error)
+            return None
+
+    def _settle(self, verified: list[bool]) -> list[bool]:
+        pool, chunks = self._pool, self._chunks
+        pool.segments.unpin_all(self._slabs)
+        pool.release(self._lease.id)
+        flags = [verified[place] for place in self._places if place < len(verified)]
+        stale = [transfer.header.key for transfer, ok in zip(self._mapped, flags, strict=False) if not ok]
+        damaged = [self._lease.locations[place].segment for place in self._whole.damaged()]
+        if damaged:
+            pool._distrust(damaged)
+        if len(stale) > len(damaged):
+            pool.metrics.count("stale_reads", len(stale) - len(damaged))
+        if broken := [*stale, *(self._remote.stale if self._remote is not None else ())]:
+            pool.mark_broken(broken)
+        elif pool._broken:
+            pool._unmark([chunk.digest for chunk, ok in zip(chunks, verified, strict=False) if ok])
+        pool._observe("retrieve", self._mapped, flags, (self._whole.mapped_at or time.perf_counter()) - self._began)
+        return [*verified, *[False] * (len(chunks) - len(verified))]
+
+
+class _Put:
+    """One put: what is written to which slot, and what its end publishes."""
+
+    def __init__(self, pool: ChunkPool, chunks: Sequence[Chunk]) -> None:
+        self._pool = pool
+        self._chunks = chunks
+        self._began = time.perf_counter()
+        self._passage = Passage()
+        self._written: list[Chunk] = []
+        self._transfers: list[SlotTransfer] = []
+        """Of `_written`, one for one: slots pinned, gates passed."""
+        self._unplaced: list[Chunk] = []
+        self._started: Transfer | None = None
+
+    def start(self, parent: bytes, rows: Rows) -> PoolTransfer[PutReport]:
+        """Ask for tickets, and start writing where they say."""
+        pool = self._pool
+        pool._write_begins()
+        try:
+            epoch = pool.manager.epoch
+            grants = pool._put_start(self._chunks, parent, device_name(rows.target.cache.device))
+            self._place(grants)
+            if pool.manager.epoch != epoch:
+                # The manager that gave the tickets is gone. Nothing rests on this look (the gate is what holds such writes
+                # back), but nobody would take the bytes any more.
+                self._abandon()
+            if self._transfers:
+                self._started = pool._start(partial(rows.store, self._transfers, pool.manager.client_id))
+        except BaseException:
+            self._settle([])
+            raise
+        return PoolTransfer(self._started, self._settle)
+
+    def _place(self, grants: Sequence[PutGrant]) -> None:
+        """Pin the slots that were granted, and pass their gates."""
+        pool, segments = self._pool, self._pool.segments
+        refused: list[Ticket] = []
+        for chunk, grant in zip(self._chunks, grants, strict=True):
+            location = grant.location
+            if grant.status != "granted" or location is None:
+                pool.metrics.count(f"put_{grant.status}")
+                if grant.status == "no_space":
+                    self._unplaced.append(chunk)
+                continue
+            slot = segments.pin(location)
+            if slot is None or not self._passage.admits(slot.slab, grant.fence):
+                if slot is not None:
+                    # The manager that gave the ticket is gone, or has learned of the segment anew.
+                    segments.unpin(slot)
+                pool.metrics.count("unreachable" if slot is None else "put_lapsed")
+                refused.append(Ticket(chunk.digest, pool.spec.rank, location.generation))
+                self._unplaced.append(chunk)
+                continue
+            slab = SlabHeader(grant.format_generation, location.slot_bytes, grant.slots).pack()
+            header, trailer = pool.header(chunk, location.generation), pool._trailer(slot, location) if pool._verifies else 0
+            self._transfers.append(SlotTransfer(slot, header, chunk.start, 0, slab, trailer))
+            self._written.append(chunk)
+        pool._revoke(refused)
+
+    def _abandon(self) -> None:
+        """Write nothing."""
+        self._unplaced += self._written
+        for transfer in self._transfers:
+            self._pool.segments.unpin(transfer.slot)
+        self._pool.metrics.count("put_lapsed", len(self._transfers))
+        self._transfers.clear()
+        self._written.clear()
+
+    def _settle(self, verified: list[bool]) -> PutReport:
+        pool, transfers = self._pool, self._transfers
+        try:
+            flags = [*verified, *[False] * (len(transfers) - len(verified))]
+            try:
+                self._mend_slab_headers([transfer for transfer, ok in zip(transfers, flags, strict=True) if not ok])
+            finally:
+                # Out of the gates before the tickets end: whoever gets these slots next must not wait for us.
+                self._passage.leave()
+                for transfer in transfers:
+                    pool.segments.unpin(transfer.slot)
+            stored = self._publish(flags)
+            # Not the time until somebody asks, nor that of the forward pass which the copy waits for.
+            seconds = self._started.seconds if self._started is not None else 0.0
+            pool._observe("store", transfers, flags, seconds or time.perf_counter() - self._began)
+            nbytes = sum(t.header.payload_bytes for t, ok in zip(transfers, flags, strict=True) if ok)
+            return PutReport(stored, self._unplaced, nbytes, seconds)
+        finally:
+            pool._write_over()
+
+    def _mend_slab_headers(self, refused: Sequence[SlotTransfer]) -> None:
+        """Rewrite slab headers that kept writes away by a later format than the tickets'. Inside the gate there is none: a slab
+        is not formatted anew while one of its tickets is out, and tickets of earlier mounts do not get in. So the header is
+        damaged, and would keep every writer away for good."""
+        segments, metrics = self._pool.segments, self._pool.metrics
+        try:
+            for slab, header in {transfer.slot.slab: transfer.slab_header for transfer in refused}.items():
+                if mend_format(PinnedMemory(segments, slab), header):
+                    metrics.count("slab_headers_mended")
+                    logger.warning("slab %d on %s: its header was damaged, and is mended", slab.index, slab.device)
+        except TRANSFER_ERRORS as error:
+            metrics.count("transfer_errors")
+            logger.warning("slab headers cannot be looked at: %s", error)
+
+    def _publish(self, flags: list[bool]) -> list[Chunk]:
+        """End the tickets; the chunks that can be found from now on."""
+        pool = self._pool
+        tickets = [Ticket(t.header.key, t.header.shard, t.header.generation) for t in self._transfers]
+        pool._revoke([ticket for ticket, ok in zip(tickets, flags, strict=True) if not ok])
+        published = pool._put_end([ticket for ticket, ok in zip(tickets, flags, strict=True) if ok])
+        if len(published) < len(tickets):
+            pool.metrics.count("put_lapsed", len(tickets) - len(published))
+        return [chunk for chunk in self._written if chunk.digest in published]

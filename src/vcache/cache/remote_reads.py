@@ -12,7 +12,8 @@ from typing import NamedTuple
 from ..metrics import EngineMetrics
 from ..paged.mover import Rows, SlotTransfer, Transfer
 from ..segment.mapping import RemoteSlot
-from ..segment.slots import HEADER_BYTES, SlabHeader, SlotHeader, align_up
+from ..segment.slot_protocol import proved
+from ..segment.slots import HEADER_BYTES, SlotHeader, align_up
 from .buffers import BufferPool, Pinning, SlotBuffer
 from .remote_lenders import EngineFactory, RemoteLender, RemoteLenders
 from .transfer import StreamFollower
@@ -35,9 +36,9 @@ class RemoteRead(NamedTuple):
     skip: int = 0
 
 
-class RemotePool:
-    """Thread-safe. Everything that fails here is a miss plus a counter, and nothing takes longer than its deadline: reads run
-    in threads of their own, those from different lenders side by side."""
+class RemoteReader:
+    """Reads slots of other hosts into the paged cache. Thread-safe. Everything that fails here is a miss plus a counter, and
+    nothing takes longer than its deadline: reads run in threads of their own, those from different lenders side by side."""
 
     def __init__(
         self,
@@ -229,10 +230,8 @@ class _Job:
         reads = [self._reads[index] for index in batch]
         for buffer in taken:
             _blank(buffer)
-        # Headers and payloads first, in any order. Then the headers again, in a call that begins when all of that has landed.
-        # A writer makes the header odd before it touches the payload, and generations only grow: a header that is still the
-        # promised one after the payload was read proves that no byte of the payload was overwritten before it was read. That
-        # it was complete before is what the lease says, and the first header.
+        # Headers and payloads first, in any order: that a payload was complete before is what the lease says. Then the headers
+        # again, in a call that begins when all of that has landed.
         targets, sources, sizes = [], [], []
         for buffer, read in zip(taken, reads, strict=True):
             targets += [buffer.address, buffer.address + HEADER_BYTES]
@@ -316,8 +315,6 @@ def _blank(buffer: SlotBuffer) -> None:
 
 
 def _proves(buffer: SlotBuffer, header: SlotHeader) -> bool:
-    """Whether the slot carried this header before and after its payload was read, and its slab the format it belongs to."""
+    """Whether what was read proves the payload to be that of `header`."""
     proof = buffer.view[_proof_offset(buffer) :]
-    slab = SlabHeader.unpack(bytes(proof[HEADER_BYTES:]))
-    same = buffer.view[:HEADER_BYTES] == proof[:HEADER_BYTES] == header.pack()
-    return same and slab is not None and slab.format_generation < header.generation
+    return proved(buffer.view[:HEADER_BYTES], proof[:HEADER_BYTES], proof[HEADER_BYTES:], header)

@@ -9,14 +9,15 @@ from contextlib import ExitStack
 
 from ..config import StorageConfig
 from ..errors import VCacheError
-from ..keys import CacheKey
+from ..keys import CacheKey, Chunk
 from ..metrics import EngineMetrics
 from ..paged.mover import Rows, SlotTransfer
+from ..segment.slot_protocol import complete_header
 from ..segment.slots import HEADER_BYTES, SlotHeader
 from ..storage.base import StorageTier
 from ..storage.values import is_intact, value_bytes
 from .buffers import Pinning, SlotBuffer
-from .pool import Chunk, ChunkPool
+from .pool import ChunkPool
 from .storage_writer import Spiller, StorageBuffers, StorageWriter
 
 logger = logging.getLogger("vcache.storage")
@@ -153,9 +154,9 @@ class ChunkStorage:
         if size < 0:
             self._metrics.count("storage_unreadable")
             return None
-        header = SlotHeader.unpack(buffer.view[:HEADER_BYTES])
+        header = complete_header(buffer.view[:HEADER_BYTES])
         expected = self._pool.header(chunk, header.generation) if header is not None else None
-        if header is None or header != expected or header.is_writing or size != value_bytes(header.payload_bytes):
+        if header is None or header != expected or size != value_bytes(header.payload_bytes):
             self._metrics.count("storage_invalid")
         elif is_intact(buffer.view[:size]):
             return header

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from ..errors import StorageError
-from ..keys import CacheKey
+from ..keys import CacheKey, Chunk
 from ..manager.api import Spill
 from ..metrics import EngineMetrics
 from ..segment.mapping import SegmentMap
@@ -19,7 +19,7 @@ from ..segment.slots import HEADER_BYTES
 from ..storage.base import StorageTier
 from ..storage.values import TRAILER_BYTES, seal, value_bytes
 from .buffers import BufferPool, Pinning, SlotBuffer
-from .pool import Chunk, ChunkPool, leased
+from .pool import ChunkPool, leased
 
 logger = logging.getLogger("vcache.storage")
 

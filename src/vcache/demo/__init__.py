@@ -1,1 +1,7 @@
-"""`vcache demo`: two processes with a real language model share the KV of one long document."""
+"""`vcache demo`: two real inference engines share one document's KV."""
+
+from ..errors import VCacheError
+
+
+class DemoError(VCacheError):
+    """The demo cannot go on. The text is one line: what, where, and what to do."""

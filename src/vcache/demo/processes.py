@@ -1,4 +1,4 @@
-"""The processes of the demo: manager, lender, workers, servers: started, spoken to and ended."""
+"""The processes of the demo that are commands: manager, lender, vLLM servers: started, watched and ended."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import msgspec
-
-from .messages import DemoError, Failed, Progress, Reply, Request
+from . import DemoError
 from .sessions import kill_session
 
 _ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b.*:")
@@ -155,43 +153,6 @@ class Child(Process):
             for line in lines:
                 self._lines.put(line)
         self._lines.put(None)
-
-
-class Service(Child):
-    """`vcache serve` or `vcache lend`."""
-
-    def __init__(self, name: str, arguments: Sequence[str], folder: Path, *, env: Mapping[str, str] | None = None) -> None:
-        super().__init__(name, guarded("vcache.cli", *arguments), folder, env=env)
-
-    def wait_ready(self, timeout: float = 30.0) -> None:
-        """Both print one line when they are ready. Raises `DemoError`."""
-        self.line(timeout)
-
-
-class WorkerProcess(Child):
-    """`python -m vcache.demo.worker`. Not thread-safe: one request at a time."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        super().__init__(name, guarded("vcache.demo.worker"), folder)
-
-    def send(self, request: Request) -> None:
-        """Does not wait for the answer. Raises `DemoError` when the process is gone."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(msgspec.json.encode(request) + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise DemoError(f"{self.name} (pid {self.pid}) is gone; {self.evidence()}") from None
-
-    def receive(self, timeout: float, on_progress: Callable[[Progress], None] = lambda progress: None) -> Reply:
-        """The answer to the request sent last; `timeout` is the longest silence. Raises `DemoError`."""
-        while True:
-            reply: Reply = msgspec.json.decode(self.line(timeout), type=Reply)
-            if isinstance(reply, Failed):
-                raise DemoError(f"{self.name}: {reply.error}")
-            if not isinstance(reply, Progress):
-                return reply
-            on_progress(reply)
 
 
 def poll(found: Callable[[], bool], timeout: float, what: str, interval: float = 0.1) -> float:

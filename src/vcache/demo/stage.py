@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from .messages import Progress as Moved
-
 
 class Step:
     """A step under way; `note` adds a line below the one that is printed when it is done."""
@@ -20,8 +18,8 @@ class Step:
         self._task = bar.add_task(text, total=None)
         self.notes: list[str] = []
 
-    def moved(self, progress: Moved) -> None:
-        self._bar.update(self._task, description=progress.what, completed=progress.done, total=progress.total)
+    def moved(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -32,6 +30,12 @@ class Stage:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        self._step: Step | None = None
+
+    def moved(self, done: int, total: int) -> None:
+        """Move the bar of the step under way, if any."""
+        if self._step is not None:
+            self._step.moved(done, total)
 
     @contextmanager
     def step(self, text: str) -> Iterator[Step]:
@@ -39,7 +43,7 @@ class Stage:
         began = time.monotonic()
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bar:
-            step = Step(bar, text)
+            step = self._step = Step(bar, text)
             yield step
         self.console.print(f"[green]done[/green] {time.monotonic() - began:5.1f} s  {text}", highlight=False)
         for note in step.notes:

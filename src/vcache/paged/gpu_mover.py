@@ -56,9 +56,9 @@ class _Lane:
         self._blocking = blocking
         self._device = device
         if device.type == "cuda":
-            self.stream = torch.cuda.Stream(device, priority=priority)  # type: ignore[no-untyped-call]
+            self.stream = torch.cuda.Stream(device, priority=priority)
             self.handle = self.stream.cuda_stream
-            self._caller = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._caller = torch.cuda.Event()
         self.tables = TablePool(device, self.current)
 
     def current(self) -> Any:
@@ -81,7 +81,7 @@ class _Lane:
         """An event behind everything queued on this lane; None without a stream, where all is done by now."""
         if self.stream is None:
             return None
-        event = torch.cuda.Event(enable_timing=self._blocking, blocking=self._blocking)  # type: ignore[no-untyped-call]
+        event = torch.cuda.Event(enable_timing=self._blocking, blocking=self._blocking)
         event.record(self.stream)
         return event
 

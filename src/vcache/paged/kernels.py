@@ -6,6 +6,8 @@ the compiled kernel fits, whatever the request:
     [0, PARAMS)                    see the `PARAM_*` offsets
     [PARAMS + i * CHUNK, + CHUNK)  chunk i, see the `CHUNK_*` offsets
 
+What `announce` and `publish` do to headers is `segment/slot_protocol.py` once more; change both, or none.
+
 The same kernels run on CPU tensors under TRITON_INTERPRET=1, with SYSTEM=False (no fences there).
 """
 
@@ -79,7 +81,8 @@ def _fence(SYSTEM: tl.constexpr):
 
 @triton.jit
 def _write_generation(header, words, allowed, SYSTEM: tl.constexpr):
-    """Write the generation of a slot header, after all that was written before, and before all that follows."""
+    """Write the generation of a slot header, after all that was written before, and before all that follows: the first part
+    of `slot_protocol.ANNOUNCED`, the last of `PUBLISHED`."""
     _fence(SYSTEM)
     if SYSTEM:
         # A plain store is no strong write, so observers could not synchronise with it, whatever fence stands before it.
@@ -101,14 +104,14 @@ def _write_generation(header, words, allowed, SYSTEM: tl.constexpr):
 
 @triton.jit
 def _write_rest(header, words, allowed):
-    """Write all of a slot header but its generation."""
+    """Write all of a slot header but its generation: the other parts, in any order."""
     word = tl.arange(0, 8)
     tl.store(header + word, words, mask=allowed & (word != GENERATION))
 
 
 @triton.jit
 def _signed(table, wanted):
-    """The odd header that announces the write of `wanted`."""
+    """Make the odd header that announces the write of `wanted`: `SlotHeader.writing`."""
     word = tl.arange(0, 8)
     writer = tl.load(table + PARAM_WRITER + word - 4, mask=(word == 4) | (word == 5), other=0)
     odd = tl.where(word == GENERATION, wanted - 1, wanted)
@@ -117,8 +120,8 @@ def _signed(table, wanted):
 
 @triton.jit
 def announce(table, STORE: tl.constexpr, SYSTEM: tl.constexpr):
-    """Before the move, one program per chunk. Load: compare the header. Store: write slab header and odd header, unless a
-    newer generation is there. Sets CHUNK_LIVE."""
+    """Look at a slot before the move, one program per chunk. Load: compare the header (`slot_protocol.carries`). Store: write
+    slab header and odd header, unless a newer generation is there (`slot_protocol.announce`). Sets CHUNK_LIVE."""
     row = table + PARAMS + tl.program_id(0) * CHUNK
     word = tl.arange(0, 8)
     wanted = tl.load(row + CHUNK_WANTED + word)
@@ -148,7 +151,9 @@ def announce(table, STORE: tl.constexpr, SYSTEM: tl.constexpr):
 
 @triton.jit
 def publish(table, STORE: tl.constexpr, SYSTEM: tl.constexpr):
-    """After the move, one program per chunk: check the header again; store: write the even header. Reports results."""
+    """Look at a slot again after the move, one program per chunk. Load: compare the header, and the slab's format
+    (`slot_protocol.still_carries`). Store: compare the odd header, write the even one (`slot_protocol.publish`). Reports
+    results."""
     chunk = tl.program_id(0)
     row = table + PARAMS + chunk * CHUNK
     word = tl.arange(0, 8)

@@ -160,9 +160,12 @@ def still_carries(memory: SlabMemory, at: int, header: bytes) -> bool:
     return not at or not _outlived(memory.read(0, HEADER_BYTES), _generation(header))
 
 
-def proved(before: bytes, after: bytes, slab_header: bytes, header: SlotHeader) -> bool:
-    """Whether copies of a slot's header, made before and after its payload was read, and one of its slab's header, made last,
-    prove that the payload is that of `header`: for memory that cannot be looked at in place. Pure."""
+def proved(before: bytes | memoryview, after: bytes | memoryview, slab_header: bytes | memoryview, header: SlotHeader) -> bool:
+    """Whether copies of headers prove that a payload is that of `header`: for memory that cannot be looked at in place. Pure.
+
+    `before`: the slot's, made in any order with the payload's, which a lease says was complete. `after`, `slab_header`: the
+    slot's and its slab's, made when all of the payload had landed: no byte of it was overwritten before it was read.
+    """
     if not before == after == header.pack():
         return False
     return SlabHeader.unpack(slab_header) is not None and not _outlived(slab_header, header.generation)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+from ...cache.pool import Presence
+from ...cache.tiers import longest_prefix
 from ...errors import ManagerError, StorageError
 from ...keys import DIGEST_BYTES, CacheKey
 from ...manager.client import Manager
@@ -133,6 +136,30 @@ class _Save(NamedTuple):
     digests: list[bytes]
     start: int
     end: int
+
+
+class _LeasingReader:
+    """The pool's part of one look-up: what it finds stays leased."""
+
+    def __init__(self, manager: Manager, digests: Sequence[bytes]) -> None:
+        self._manager = manager
+        self._digests = digests
+        self.leases: list[int] = []
+        self.valid = MISS_SECONDS
+        """Seconds that the answer is good for."""
+
+    def lease(self, begin: int) -> Presence:
+        """Lease the chunks from `begin` on that are in the pool. Blocks for a round trip."""
+        try:
+            reply = self._manager.acquire(self._digests[begin:])
+        except ManagerError as error:
+            logger.debug("look-up: %s", error)
+            return Presence(0, failed=True)
+        if reply.locations:
+            self.leases.append(reply.lease)
+            # A waiting request renews well before the lease ends: what is loaded under it needs the rest.
+            self.valid = reply.expires_in / 2
+        return Presence(len(reply.locations))
 
 
 class SchedulerSide:
@@ -302,23 +329,9 @@ class SchedulerSide:
         digests = self._digests(state, ends)
         usable = self._chunks.usable(digests, self._clock())
         epoch = self.manager.epoch
-        leases: list[int] = []
-        count, valid = 0, MISS_SECONDS
-        for _ in range(LOOKUP_ROUNDS):
-            try:
-                reply = self.manager.acquire(digests[count:usable])
-            except ManagerError as error:
-                logger.debug("look-up: %s", error)
-            else:
-                if reply.locations:
-                    leases.append(reply.lease)
-                    count += len(reply.locations)
-                    # A waiting request renews well before the lease ends: what is loaded under it needs the rest.
-                    valid = reply.expires_in / 2
-            found = self._in_storage(digests[count:usable])
-            count += found
-            if not found or count == usable:
-                break
+        pool = _LeasingReader(self.manager, digests[:usable])
+        storage = partial(self._in_storage, digests[:usable])
+        count = longest_prefix(usable, pool.lease, storage, rounds=LOOKUP_ROUNDS).found
         self.stats.add("lookups")
         self.stats.add("lookup_seconds", time.perf_counter() - began)
         self.stats.add("queried_tokens", state.request.num_tokens - computed)
@@ -327,14 +340,14 @@ class SchedulerSide:
         now = self._clock()
         self._chunks.saw(digests[:count], now)
         self._chunks.missed(digests[count:])
-        return _Found(leases, epoch, computed, ends[:count], now + valid)
+        return _Found(pool.leases, epoch, computed, ends[:count], now + pool.valid)
 
-    def _in_storage(self, digests: Sequence[bytes]) -> int:
-        """Leading chunks that the storage tier has."""
-        if self._storage is None or not digests or self._reset.happened:
+    def _in_storage(self, digests: Sequence[bytes], begin: int) -> int:
+        """Count the chunks from `begin` on that the storage tier has."""
+        if self._storage is None or self._reset.happened:
             return 0
         try:
-            return self._storage.prefix([CacheKey(self._names.namespace, digest) for digest in digests], 0)
+            return self._storage.prefix([CacheKey(self._names.namespace, digest) for digest in digests[begin:]], 0)
         except StorageError as error:
             logger.debug("look-up in storage: %s", error)
             return 0

@@ -12,11 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ...cache.opening import open_resources
-from ...cache.pool import ChunkPool
+from ...cache.opening import open_cache
 from ...cache.transfer import StreamFollower
 from ...errors import VCacheError
-from ...metrics import EngineMetrics
 from .jobs import Rank, Saved, SaveUnderWay, ShardStore, own_caches, this_rank
 from .keys import worker_spec
 from .kv_group import KVGroup
@@ -258,33 +256,13 @@ class WorkerSide:
 
         spec = worker_spec(self._vllm_config, self._group, len(kv_caches), self._rank.shard)
         cache = PagedCache.bind(kv_caches, spec)
-        checksum = self._settings.config.cache.checksum
-        slot_bytes = slot_bytes_for(spec.payload_bytes(self._chunk_tokens), checksum)
+        slot_bytes = slot_bytes_for(spec.payload_bytes(self._chunk_tokens), self._settings.config.cache.checksum)
         segment = lendable(self._settings, slot_bytes, cache.device)
         config = msgspec.structs.replace(self._settings.config, segment=segment)
         target = Target(cache, mover_for(cache, config.transfer))
         device = f"cuda:{cache.device.index or 0}" if cache.device.type == "cuda" else "cpu"
         name = f"vllm-{str(self._vllm_config.kv_transfer_config.engine_id)[:12]}-{self._rank.shard}"
-        resources = open_resources(config, slot_bytes, name, device)
-        try:
-            metrics = EngineMetrics(floor_gbps=config.transfer.floor_gbps)
-            pool = ChunkPool(
-                resources.manager,
-                resources.segments,
-                spec,
-                self._chunk_tokens,
-                metrics,
-                placement=config.cache.placement,
-                namespace=self._namespace,
-                remote=resources.remote,
-                checksum=checksum,
-            )
-            resources.manager.set_write_gate(pool.wait_writes)
-            lower = resources.open_lower_tier(config, pool, metrics)
-            relief = resources.open_relief(config, pool, metrics, lower)
-        except BaseException:
-            resources.close()
-            raise
+        opened = open_cache(config, spec, name, device, chunk_size=self._chunk_tokens, namespace=self._namespace)
         logger.info(
             "VCache worker: shard %d of %d, layout %s, %d layers, chunks of %d tokens (%.1f MiB), lending %.0f MiB, manager %s",
             spec.rank,
@@ -293,10 +271,10 @@ class WorkerSide:
             spec.num_layers,
             self._chunk_tokens,
             slot_bytes / 2**20,
-            resources.lent_bytes() / 2**20,
+            opened.lent_bytes() / 2**20,
             config.manager.address,
         )
-        return ShardStore(target, pool, lower, resources, metrics, self._group.block_size, relief)
+        return ShardStore(target, opened, self._group.block_size)
 
     def _follower(self) -> Run:
         """How to run work in a thread, after what the current stream has queued."""

@@ -64,7 +64,7 @@ class Recovery:
 
 
 def _raise_counter(slab: Slab, generation: int) -> None:
-    """Generations given out in the slab from now on lie above this one (rule I4)."""
+    """Give out only generations above this one in the slab from now on (rule I4)."""
     if generation > slab.counter:
         slab.counter = generation + (generation & 1)
 
@@ -83,7 +83,7 @@ class _Reader:
         """Of the slots that are being read: whose shards were taken in."""
 
     def read(self, slab: Slab, headers: SlabHeaders, slots: range) -> None:
-        """Each of these slots has a holder afterwards, or is free. `headers` may have more slots than the slab, or fewer, when
+        """Give each of these slots a holder, or free it. `headers` may have more slots than the slab, or fewer, when
         they are of another format."""
         core = self._core
         wipes: list[tuple[Slab, int]] = []
@@ -122,7 +122,7 @@ class _Reader:
             self._found = []
 
     def sort(self) -> Iterator[None]:
-        """What became visible goes before all that was used, a prompt's tail before its head."""
+        """Have what became visible evicted before all that was used, a prompt's tail before its head."""
         for slot_bytes, by_index in self._cold.items():
             records = chain.from_iterable(by_index[index] for index in sorted(by_index, reverse=True))
             yield from self._core.chunks.policy.sort_cold(records, slot_bytes, self._core.slice_size)
@@ -187,8 +187,8 @@ class _Reader:
         self._core.chunks.policy.add_cold(record, slot_bytes)
 
     def _replace(self, record: Record, header: SlotHeader, packed: bytes) -> bool:
-        """Whether a second copy of a visible shard takes the place of the first: the higher generation wins, but nothing moves
-        under a lease."""
+        """Let a second copy of a visible shard take the place of the first, and say whether it did: the higher generation wins,
+        but nothing moves under a lease."""
         places = record.places()
         if record.pins or len(places) != header.num_shards:
             return False

@@ -44,7 +44,7 @@ class Removal:
 
     @property
     def done(self) -> int:
-        """Number of the last removal that has reached all mounted memory: those after it may be under way."""
+        """Return the number of the last removal that has reached all mounted memory: those after it may be under way."""
         return min(self._under_way.values(), default=self.event)
 
     def remove(self, session: Session, verb: Remove) -> Generator[None, None, RemovalReply]:
@@ -125,7 +125,7 @@ class Removal:
         return core.wiping.hold(slots)
 
     def _erase(self, keys: set[bytes] | None, namespace: bytes) -> Generator[None, None, list[int]]:
-        """What is left in memory of chunks that the directory does not have, or has no longer; the tokens."""
+        """Erase what is left in memory of chunks that the directory does not have, or has no longer; the tokens."""
         core = self._core
         tokens: list[int] = []
         deferred: list[Slab] = []

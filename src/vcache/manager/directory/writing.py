@@ -60,8 +60,8 @@ class _Placer:
         self._budget = RECLAIM_BUDGET
 
     def again(self) -> _Placer:
-        """A placer for the rest of the request after a pause: segments may have come and gone, but the effort is bounded for
-        all of it together."""
+        """Make a placer for what is left of the request after a pause: segments may have come and gone, but the effort is
+        bounded for all of it together."""
         placer = _Placer(self._core, self._client, self._request, self._drop)
         placer._exhausted, placer._budget = self._exhausted or placer._exhausted, self._budget
         return placer
@@ -70,8 +70,8 @@ class _Placer:
         return self._core.allocator.candidates(self._request.placement, self._request.device, self._avoid)
 
     def place(self, key: bytes) -> Slab | None:
-        """A slab with a free slot for a shard of `key`, after making room if need be; None when there is none (then for the
-        whole request)."""
+        """Find a slab with a free slot for a shard of `key`, after making room if need be; None when there is none (then for
+        the whole request)."""
         if self._exhausted:
             return None
         if self._request.placement == "spread":
@@ -81,8 +81,8 @@ class _Placer:
         return slab
 
     def _make_room(self, key: bytes) -> Slab | None:
-        """Shards whose chunk nobody can read yet go before chunks that somebody can: those that have waited for the others
-        for long, and those of a client that holds too many of them."""
+        """Free a slot. Shards whose chunk nobody can read yet go before chunks that somebody can: those that have waited for
+        the others for long, and those of a client that holds too many of them."""
         core = self._core
         stale = core.now + core.config.ticket_ttl - STRAGGLER_SECONDS
         for _ in range(EVICTION_ATTEMPTS):
@@ -123,7 +123,7 @@ class _Placer:
         return None
 
     def _other_slab(self, victim: Record | None, allowed: frozenset[int] | None) -> Slab | None:
-        """A slab of another slot size to empty rather than evict `victim`: one that holds something colder, and mostly so.
+        """Find a slab of another slot size to empty rather than evict `victim`: one that holds something colder, and mostly so.
         Without a victim: the coldest slab that can be emptied."""
         policy = self._core.chunks.policy
         if victim is None:
@@ -166,8 +166,8 @@ class _Placer:
         )
 
     def _hot_slots(self, slab: Slab, used: int) -> int | None:
-        """Slots used since `used`; None when one of them must stay. Emptying a slab of another slot size may part a prompt's
-        tail from its head; of our own it would be the prompt that we are asked to extend."""
+        """Count the slots used since `used`; None when one of them must stay. Emptying a slab of another slot size may part a
+        prompt's tail from its head; of our own it would be the prompt that the request extends."""
         hot, own = 0, slab.geometry is not None and slab.geometry.stride == self.stride
         for owner in slab.owners:
             self._budget -= 1
@@ -180,7 +180,7 @@ class _Placer:
         return hot
 
     def _heat(self, slab: Slab) -> float | None:
-        """Mean time of last use; None when one of the slots must stay."""
+        """Return the mean time of last use; None when one of the slots must stay."""
         if self._hot_slots(slab, 0) is None:
             return None
         return sum(owner.used for owner in slab.owners if isinstance(owner, Record)) / slab.counts[USED]
@@ -190,7 +190,7 @@ class Writing:
     """Grants and ends writes."""
 
     def __init__(self, core: State, moves: Demoting) -> None:
-        """`moves`: asked when a ticket of its plans ends."""
+        """`moves`: ends the tickets of its plans."""
         self._core = core
         self._moves = moves
 
@@ -222,7 +222,7 @@ class Writing:
             core.log.placed(core.now, session.name, request, begin, places)
             if parent is not None:
                 chunks.settle(parent)  # Now at the latest its child refers to it, or nothing does.
-        memory = core.allocator.hosts.get(session.host) if session.host and session.role == "engine" else None
+        memory = core.memory_of(session) if session.role == "engine" else None
         if memory is not None and memory.wants_room(core.config.high_watermark, core.now):
             core.push(client, RoomWanted())
         return grants
@@ -263,7 +263,7 @@ class Writing:
         return grant
 
     def _missing(self, request: PutRequest, offset: int, previous: Record | None) -> Pending | Literal["exists", "busy"] | None:
-        """The chunk that the request's shard is missing from; None when there is nothing of it yet. Or why it may not be
+        """Find the chunk that the request's shard is missing from; None when there is nothing of it yet. Or why it may not be
         written."""
         chunks, counters = self._core.chunks, self._core.counters
         record = chunks.visible.get(request.keys[offset])
@@ -337,7 +337,7 @@ class Writing:
         return part is not None and part.state == USED and part.generation == ticket.generation
 
     def _finish(self, write: Write, now: float) -> Record | None:
-        """The bytes landed. The record if its chunk is now complete."""
+        """Count a shard as complete whose bytes landed. The record if its chunk is now complete."""
         core, slab = self._core, write.slab
         write.state = USED
         core.allocator.change(slab, write.slot, PROCESSING)
@@ -346,7 +346,7 @@ class Writing:
         core.writes.await_others(write, now + core.config.ticket_ttl)
         return self.complete(write.key)
 
-    # What recovery needs too
+    # Complete chunks
 
     def complete(self, key: bytes) -> Record | None:
         """Publish a pending chunk if all its shards are there. The caller enqueues it for eviction."""
@@ -361,7 +361,7 @@ class Writing:
         return record
 
     def enqueue(self, records: list[Record], now: float) -> None:
-        """Published records enter the eviction queue of their first shard's slot size, tails first."""
+        """Put published records into the eviction queue of their first shard's slot size, tails first."""
         clock = self._core.tick_clock(now)
         for record in deepest_first(records) if len(records) > 1 else records:
             record.used = clock
@@ -370,7 +370,7 @@ class Writing:
     # Writes that do not end well
 
     def lapse(self, write: Write, why: str) -> None:
-        """PROCESSING -> QUARANTINED: others may write the key now, nobody the slot."""
+        """Quarantine a write in PROCESSING: others may write the key now, nobody the slot."""
         core = self._core
         core.log.happened(core.now, "quarantined", (write.key,), why, write.packed)
         self._leave(write)
@@ -380,7 +380,7 @@ class Writing:
         core.counters.quarantines += 1
 
     def release(self, write: Write) -> None:
-        """The slot is free: its writer has finished with it, or is gone and the quarantine has passed."""
+        """Free the slot of a writer that has finished with it, or is gone and the quarantine has passed."""
         if write.state != QUARANTINED:
             self._leave(write)
         self._core.writes.remove(write)
@@ -402,7 +402,7 @@ class Writing:
                 self._core.chunks.abandon(pending)
 
     def writer_lost(self, client: bytes) -> list[Segment]:
-        """A session ended without goodbye: its writes wait in quarantine. Segments in which any wait."""
+        """Quarantine the writes of a session that ended without goodbye. Segments in which any wait."""
         waiting: dict[Segment, None] = {}
         for write in self._core.writes.of(client):
             if write.state == PROCESSING:
@@ -412,7 +412,7 @@ class Writing:
         return list(waiting)
 
     def writer_idle(self, client: bytes) -> None:
-        """The client says that it has no writes in flight (hello or goodbye)."""
+        """End all writes of a client that says that it has none in flight (hello or goodbye)."""
         for write in self._core.writes.of(client):
             self._core.log.happened(self._core.now, "given up", (write.key,), "its writer has nothing in flight", write.packed)
             self.release(write)
@@ -426,7 +426,7 @@ class Writing:
                 self._core.writes.rest(write, now + self._core.config.quarantine)
 
     def expire(self, now: float) -> None:
-        """Tickets that lapsed, shards whose chunk was not completed in time, quarantines that are over."""
+        """End tickets that lapsed, shards whose chunk was not completed in time, quarantines that are over."""
         core = self._core
         for write in core.writes.lapsed(now):
             if write.state == PROCESSING:

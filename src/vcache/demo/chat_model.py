@@ -1,6 +1,6 @@
-"""Which model the vLLM instances serve, and how much memory its KV takes.
+"""Which model the engines run, and how much memory its KV takes.
 
-usage: python -m vcache.demo.vllm_model NAME_OR_PATH FILE    writes what `token_bytes` needs to FILE, as JSON
+usage: python -m vcache.demo.chat_model NAME_OR_PATH FILE    writes what `token_bytes` needs to FILE, as JSON
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..config import CacheConfig
 from ..errors import ArgumentError
-from .messages import DemoError
+from . import DemoError
 from .processes import Process, guarded
 
 CONFIG_READ = 300.0
@@ -28,11 +28,13 @@ _MLA_FIELDS = ("kv_lora_rank", "qk_rope_head_dim")
 
 
 class ChatModel(NamedTuple):
-    """A model that the user named."""
+    """A model that engines can load: the demo's own, or one that the user named."""
 
     name: str
-    """What vLLM gets: a folder, absolute, or a name on the Hugging Face hub."""
+    """A folder, absolute, or a name on the Hugging Face hub."""
     on_hub: bool
+    revision: str = ""
+    """Digest of the demo's own model; empty for the user's."""
 
 
 def chat_model(wanted: str) -> ChatModel:
@@ -51,7 +53,7 @@ def read_config(folder: Path, model: ChatModel) -> dict[str, Any]:
     """The model's configuration, as transformers understands it, read in a process of its own that logs to `folder`. Blocks for
     seconds, longer when it is fetched. Raises `DemoError`."""
     out = folder / "model-config.json"
-    command = guarded("vcache.demo.vllm_model", model.name, str(out))
+    command = guarded("vcache.demo.chat_model", model.name, str(out))
     with Process("model config", command, folder, offline=not model.on_hub) as reader:
         reader.finish(CONFIG_READ)
     config: dict[str, Any] = json.loads(out.read_text())

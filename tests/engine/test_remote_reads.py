@@ -16,8 +16,9 @@ from remote_world import CHUNK, HERE, SPEC, FakeEngine, World, copy
 from support.cluster import eventually
 from support.paged import content
 
-from vcache.cache.pool import Chunk, JoinedTransfer
+from vcache.cache.transfer import JoinedTransfer
 from vcache.errors import SegmentError
+from vcache.keys import Chunk
 from vcache.paged.mover import Transfer
 from vcache.segment.slots import HEADER_BYTES, SlotHeader
 

@@ -1,0 +1,125 @@
+"""Where the chunks of a prompt are: the pool's VRAM and DRAM, then storage, then the pool again, as far as the prefix goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Protocol
+
+from ..keys import Chunk
+from ..paged.mover import Rows
+from .pool import HEAD_CHUNKS, ChunkPool, Presence, PutReport
+from .storage_tier import ChunkStorage
+from .transfer import PoolTransfer
+
+
+def longest_prefix(
+    count: int, pool: Callable[[int], Presence], storage: Callable[[int], int], *, rounds: int | None = None
+) -> Presence:
+    """Count the leading ones of `count` chunks that the pool and storage have together, or bring here: each goes on where the
+    other one ends. Both get the number of chunks so far and say how many follow. `rounds`: at most so many."""
+    found, failed = 0, False
+    while found < count and rounds != 0:
+        above = pool(found)
+        found, failed = found + above.found, above.failed
+        below = storage(found) if found < count else 0
+        if not below:
+            break
+        found, rounds = found + below, None if rounds is None else rounds - 1
+    return Presence(found, failed)
+
+
+class Chunks(Protocol):
+    """Consecutive chunks of a prompt, which may get their names only when they are asked for."""
+
+    @property
+    def length(self) -> int: ...
+
+    def runs(self, begin: int, head: int) -> Iterable[list[Chunk]]:
+        """Those from `begin` on, in order. Where the rest has no names yet, the first `head` of them come first: they are on
+        their way while the rest is named."""
+
+    def parent(self, index: int) -> bytes:
+        """Digest of the chunk before chunk `index`; empty for a prompt's first, or when it is not known."""
+
+
+class Tiers:
+    """The pool and, behind it, the storage tier. Thread-safe; raises nothing for what fails: it is a miss, and counted."""
+
+    def __init__(self, pool: ChunkPool, storage: ChunkStorage | None) -> None:
+        """Owns neither."""
+        self._pool = pool
+        self.storage = storage
+        """None when there is none, or when it was left."""
+
+    def lookup(self, digests: Sequence[bytes]) -> Presence:
+        """Count the leading chunks that are present. Blocks for a round trip for each change of tier; takes no lease."""
+        return longest_prefix(len(digests), partial(self._in_pool, digests), partial(self._in_storage, digests))
+
+    def load(self, chunks: Chunks, rows: Rows) -> Presence:
+        """Load the longest prefix of `chunks` into `rows`; how much of it is there and verified. Blocks until it is."""
+        return longest_prefix(chunks.length, partial(self._from_pool, chunks, rows), partial(self._from_storage, chunks, rows))
+
+    def save(self, chunks: Sequence[Chunk], parent: bytes, rows: Rows) -> Saving:
+        """Start storing those consecutive chunks that the pool does not have. `parent`: digest of the chunk before the first,
+        empty for none. Blocks for a round trip; on a CPU, for the copy."""
+        return Saving(self, self._pool.put(chunks, parent, rows), rows)
+
+    def contains(self, digest: bytes) -> int:
+        """Tell the best tier of a chunk: 0 for VRAM, 1 for a lower one, -1 for none. Does not count as a use."""
+        tier = self._pool.tier(digest)
+        return 1 if tier < 0 and self._in_storage([digest], 0) else tier
+
+    def leave_storage(self) -> None:
+        """Read nothing from the storage tier any more, and write nothing to it. Idempotent."""
+        self.storage = None
+
+    def _in_pool(self, digests: Sequence[bytes], begin: int) -> Presence:
+        return self._pool.lookup(digests[begin:])
+
+    def _in_storage(self, digests: Sequence[bytes], begin: int) -> int:
+        storage = self.storage
+        return 0 if storage is None else storage.prefix(digests[begin:])
+
+    def _from_pool(self, chunks: Chunks, rows: Rows, begin: int) -> Presence:
+        under_way: list[PoolTransfer[list[bool]]] = []
+        failed = False
+        try:
+            for run in chunks.runs(begin, HEAD_CHUNKS):
+                lease = self._pool.acquire([chunk.digest for chunk in run])
+                failed = lease.failed
+                if lease.locations:
+                    under_way.append(self._pool.load(lease, run, rows))
+                if len(lease.locations) < len(run):
+                    break
+        finally:  # also after an error, or slots would stay pinned
+            flags = [flag for transfer in under_way for flag in transfer.result()]
+        return Presence(next((i for i, ok in enumerate(flags) if not ok), len(flags)), failed)
+
+    def _from_storage(self, chunks: Chunks, rows: Rows, begin: int) -> int:
+        storage = self.storage
+        if storage is None:
+            return 0
+        rest = [chunk for run in chunks.runs(begin, HEAD_CHUNKS) for chunk in run]
+        return storage.load(rest, rows, chunks.parent(begin))
+
+
+class Saving:
+    """Chunks on their way into the pool. What finds no room there goes to storage."""
+
+    def __init__(self, tiers: Tiers, put: PoolTransfer[PutReport], rows: Rows) -> None:
+        self._tiers = tiers
+        self._put = put
+        self._rows = rows
+
+    def landed(self) -> bool:
+        """Tell whether the bytes are in the pool. Does not block."""
+        return self._put.done()
+
+    def finish(self) -> PutReport:
+        """Publish the chunks, and hand them on to storage. To be called once; blocks until the source may change."""
+        report, storage = self._put.result(), self._tiers.storage
+        if storage is not None:
+            storage.save_later(report.stored)
+            storage.save_now(report.unplaced, self._rows)
+        return report
