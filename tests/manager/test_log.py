@@ -37,7 +37,7 @@ def test_the_life_of_a_chunk_is_told_in_order() -> None:
     assert granted.place is not None
     assert granted.place == leased.place == present.place
     (location,) = world.directory._core.chunks.visible[key].places()
-    assert granted.place == Place("VRAM", location.segment, location.slab, location.slot, location.generation)
+    assert granted.place == Place("vram", location.segment, location.slab, location.slot, location.generation)
     assert f"generation {location.generation}" in written.detail
     assert (published.client, present.detail) == ("", "leased 1 time(s)")
     world.release(lease)
@@ -56,7 +56,7 @@ def test_where_a_chunk_went_is_told() -> None:
     assert told(world, moved)[-4:] == ["demotion planned", "written", "demoted", "present"]
     (demoted,) = [entry for entry in world.directory.story(moved, world.now) if entry.what == "demoted"]
     assert demoted.place is not None
-    assert demoted.place.tier == "DRAM"
+    assert demoted.place.tier == "dram"
     world.clear(writer, ONE)
     assert told(world, moved)[-2:] == ["cleared", "absent"]
 
@@ -73,7 +73,7 @@ def test_evictions_and_lost_lenders_are_told_with_their_reason() -> None:
     assert [entry.detail for entry in world.directory.story(left, world.now) if entry.what == "evicted"] == [
         "its segment went, or was mounted again"
     ]
-    assert {entry.place.tier for entry in world.directory.story(left, world.now) if entry.place is not None} == {""}
+    assert {entry.place.tier for entry in world.directory.story(left, world.now) if entry.place is not None} == {None}
 
 
 def test_writes_that_do_not_end_well_are_told() -> None:

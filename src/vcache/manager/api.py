@@ -13,7 +13,7 @@ import msgspec
 
 from ..config import ManagerConfig
 from ..keys import DIGEST_BYTES
-from ..segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation
+from ..segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation, Tier
 
 R = TypeVar("R")
 
@@ -27,7 +27,6 @@ _SECONDS_PER_HEADER = 2e-4
 
 Placement = Literal["local", "spread"]
 PutStatus = Literal["granted", "exists", "busy", "no_space"]
-Tier = Literal["VRAM", "DRAM", ""]
 Role = Literal["engine", "lender", "tool"]
 
 Digest = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
@@ -193,8 +192,8 @@ class SessionStats(msgspec.Struct, frozen=True, kw_only=True):
 class Place(msgspec.Struct, frozen=True):
     """Where one shard is, or was."""
 
-    tier: Tier
-    """Empty: the segment has gone since."""
+    tier: Tier | None
+    """None: the segment has gone since."""
     segment: int
     slab: int
     slot: int

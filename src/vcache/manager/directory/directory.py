@@ -46,7 +46,6 @@ from ..api import (
     Stats,
     StatsReply,
     StoryEntry,
-    Tier,
     Tiers,
     Unmount,
     Verb,
@@ -274,7 +273,7 @@ class Directory:
 
     def _place(self, location: SlotLocation) -> Place:
         segment = self._core.allocator.segments.get(location.segment)
-        tier: Tier = "" if segment is None else "DRAM" if segment.info.kind == "host" else "VRAM"
+        tier = segment.info.tier if segment is not None else None
         return Place(tier, location.segment, location.slab, location.slot, location.generation)
 
     def segments(self) -> list[SegmentInfo]:
