@@ -407,6 +407,13 @@ class Stats(Verb[StatsReply], frozen=True):
     """Counters and gauges."""
 
 
+class Story(Verb[list[StoryEntry]], frozen=True):
+    """What happened to one chunk, as far as the manager's log reaches back, the oldest first, and at last what there is of it
+    now. Empty for a key of which nothing is known."""
+
+    key: Digest
+
+
 # What a transport says by itself.
 
 

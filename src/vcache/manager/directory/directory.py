@@ -45,6 +45,7 @@ from ..api import (
     Spilled,
     Stats,
     StatsReply,
+    Story,
     StoryEntry,
     Tiers,
     Unmount,
@@ -231,6 +232,7 @@ class Directory:
             Wiped: lending.wiped,
             Segments: lambda session, verb: self.segments(),
             Stats: lambda session, verb: self.stats(session.seen),
+            Story: lambda session, verb: self.story(verb.key, session.seen),
             Heartbeat: lambda session, verb: None,
             Goodbye: lambda session, verb: self.close_session(session.client, session.seen, goodbye=True),
         }
