@@ -9,6 +9,7 @@ from directory_world import CONFIG, World
 from driven import Driven
 
 from vcache.config import ManagerConfig
+from vcache.manager import wire
 from vcache.manager.api import Place, StoryEntry
 from vcache.manager.directory import log
 from vcache.manager.directory.log import Log
@@ -126,28 +127,31 @@ def test_a_look_up_of_many_keys_is_one_entry_that_keeps_them_as_they_came() -> N
     ]
 
 
-def test_the_log_is_bounded_in_entries_and_in_keys() -> None:
+def test_the_log_is_bounded_in_entries_and_in_what_they_hold() -> None:
     directory = Driven(ManagerConfig(), epoch=2)
     directory.open_session(ME, "tool", "tool", 0.0)
-    for _ in range(log.MAX_ENTRIES + 100):
+    most = log.MAX_READ_BYTES // log.ENTRY_BYTES
+    for _ in range(most + 100):
         directory.lookup(ME, [b"k" * 16], 1.0)
-    assert len(directory._core.log.reads.entries) == log.MAX_ENTRIES
+    assert len(directory._core.log.reads.entries) <= most
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    for turn in range(40):
+    for turn in range(20):
         directory.lookup(ME, [(turn * 20_000 + number).to_bytes(16, "little") for number in range(20_000)], 1.0)
-        directory.acquire(ME, [(turn * 20_000 + number).to_bytes(16, "big") for number in range(20_000)], 0, 0, 1.0)
-        directory.lookup(ME, [b"k" * 16] * (log.MAX_READ_KEYS + 1), 1.0)
+        payload = b"".join((turn * 20_000 + number).to_bytes(16, "big") for number in range(20_000))
+        directory.handle(ME, wire.CODECS[wire.LOOKUP].decode(payload), 1.0)
+        directory.lookup(ME, [b"k" * 16] * (log.MAX_READ_BYTES // 64), 1.0)
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert grown < 128 * log.MAX_READ_KEYS
+    assert grown < 1.25 * log.MAX_READ_BYTES
     directory.check_integrity()
     assert directory.story(b"k" * 16, 1.0) == [], "what is too old is forgotten"
+    assert directory.story((20 * 20_000 - 1).to_bytes(16, "big"), 1.0)[0].what == "looked up"
 
 
 def test_seldom_things_outlive_many_look_ups() -> None:
     kept = Log()
     kept.happened(1.0, "evicted", (b"e" * 16,), "room for a store")
-    for number in range(3 * log.MAX_ENTRIES):
-        kept.reads.add((number, 2.0, "", "lookup", (b"k" * 16,), 0, 0))
+    for number in range(3 * log.MAX_READ_BYTES // log.ENTRY_BYTES):
+        kept.reads.add((number, 2.0, "", "lookup", (b"k" * 16,), 0, 0, 320))
     assert [line.what for line in kept.story(b"e" * 16)] == ["evicted"]

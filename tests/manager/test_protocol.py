@@ -114,12 +114,16 @@ REQUESTS: list[Verb[Any]] = [
 CALLS = [verb for verb in REQUESTS if wire.encode_verb(verb)[0] == wire.CALL]
 
 
+def decode(code: int, payload: bytes | bytearray) -> Verb[Any]:
+    return wire.CODECS[code].decode(payload)
+
+
 def decode_call(payload: bytes | bytearray) -> Verb[Any]:
-    return wire.decode_verb(wire.CALL, payload)
+    return decode(wire.CALL, payload)
 
 
 def round_trip(verb: Verb[Any], reply: object) -> Any:
-    return wire.decode_reply(verb, wire.encode_reply(verb, reply))
+    return wire.decode_reply(verb, wire.CODECS[wire.CALL].encode_reply(reply))
 
 
 def test_hot_frames_are_pinned() -> None:
@@ -133,7 +137,9 @@ def test_hot_frames_are_pinned() -> None:
 
 def test_hot_codecs_round_trip() -> None:
     keys = [key(i) for i in range(5)]
-    assert wire.decode_acquire(wire.encode_acquire(wire.join_keys(keys), 3, 5)) == Acquire(tuple(keys), 3, 5)
+    assert wire.decode_acquire(wire.encode_acquire(wire.join_keys(keys), 3, 5)) == Acquire(
+        tuple(keys), 3, 5, wire.encode_acquire(wire.join_keys(keys), 3, 5)
+    )
     locations = [SlotLocation(1, 2, 256, 3, 4096, 8), SlotLocation(1, 2, 17, 4, 4096, 10)]
     reply = wire.decode_acquired(wire.encode_acquired(5, 1.5, b"".join(at.pack() for at in locations)))
     assert reply == AcquireReply(5, 1.5, locations)
@@ -156,7 +162,10 @@ def test_keys_of_other_lengths_are_refused() -> None:
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
 def test_typed_requests_round_trip(request_: Verb[Any]) -> None:
-    assert wire.decode_verb(*wire.encode_verb(request_)) == request_
+    there = decode(*wire.encode_verb(request_))
+    if isinstance(there, Lookup | Acquire):
+        there = msgspec.structs.replace(there, payload=b"")
+    assert there == request_
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,8 @@ class Lookup(Verb[int], frozen=True):
     """Number of leading keys that are complete. Takes no lease; counts as use for eviction."""
 
     keys: Sequence[bytes]
+    payload: bytes | bytearray = b""
+    """What the keys came in, if they came in a frame: 16 bytes each, at its end. The log keeps this in place of keys."""
 
 
 class Acquire(Verb[AcquireReply], frozen=True):
@@ -245,6 +247,8 @@ class Acquire(Verb[AcquireReply], frozen=True):
     keys: Sequence[bytes]
     shard: int = 0
     lease: int = 0
+    payload: bytes | bytearray = b""
+    """As of `Lookup`."""
 
 
 class Release(Verb[None], frozen=True):

@@ -217,7 +217,7 @@ def decode_acquire(payload: bytes | bytearray) -> Acquire:
     if len(payload) < _ACQUIRE.size:
         raise ProtocolError(f"acquire: {len(payload)} bytes are too few")
     lease, shard = _ACQUIRE.unpack_from(payload)
-    return Acquire(split_keys(payload, _ACQUIRE.size), shard, lease)
+    return Acquire(split_keys(payload, _ACQUIRE.size), shard, lease, payload)
 
 
 def encode_lease(lease: int) -> bytes:
@@ -269,10 +269,6 @@ def decode_acquired(payload: bytes | bytearray) -> AcquireReply:
     return AcquireReply(lease, expires_in, SlotLocation.unpack_many(memoryview(payload)[_ACQUIRED.size :]))
 
 
-def _no_reply(_: object) -> Any:
-    raise ProtocolError("a reply to what has none")
-
-
 def encode_push(push: Push) -> bytes:
     """Payload of PUSH."""
     return _ENCODER.encode(push)
@@ -306,47 +302,38 @@ def decode_value(decoder: msgspec.msgpack.Decoder[T], payload: bytes | bytearray
 # -- verbs -------------------------------------------------------------------------------------------------------------
 
 
+class Codec(NamedTuple):
+    """How the verbs of one code come and are answered, at the manager."""
+
+    decode: Callable[[bytes | bytearray], Verb[Any]]
+    """Raises `ProtocolError` for what is no such verb."""
+    encode_reply: Callable[[Any], bytes]
+    """Of what `Directory.handle` gave."""
+
+
 class _Packed(NamedTuple):
-    """A verb with bytes of its own."""
+    """How a verb with bytes of its own goes, and what comes back, at a client."""
 
     code: int
     encode: Callable[[Any], bytes]
-    decode: Callable[[bytes | bytearray], Verb[Any]]
-    encode_reply: Callable[[Any], bytes]
-    """Of what the directory answers."""
     decode_reply: Callable[[bytes | bytearray], Any]
 
 
-_PACKED: dict[type[Verb[Any]], _Packed] = {
-    Lookup: _Packed(
-        LOOKUP,
-        lambda verb: join_keys(verb.keys),
-        lambda payload: Lookup(split_keys(payload)),
-        encode_count,
-        decode_count,
-    ),
-    Acquire: _Packed(
-        ACQUIRE,
-        lambda verb: encode_acquire(join_keys(verb.keys), verb.shard, verb.lease),
-        decode_acquire,
-        lambda reply: encode_acquired(*reply),
-        decode_acquired,
-    ),
-    Release: _Packed(
-        RELEASE,
-        lambda verb: encode_lease(verb.lease),
-        lambda payload: Release(decode_lease(payload)),
-        _no_reply,
-        _no_reply,
-    ),
-}
 VERBS: tuple[type[Verb[Any]], ...] = tuple(Verb.__subclasses__())
 """Every verb, in the order of `api.py`."""
-_CALL: msgspec.msgpack.Decoder[Verb[Any]] = msgspec.msgpack.Decoder(reduce(or_, set(VERBS) - set(_PACKED)))
-_DECODERS: dict[int, Callable[[bytes | bytearray], Verb[Any]]] = {
-    CALL: lambda payload: decode_value(_CALL, payload),
-    **{packed.code: packed.decode for packed in _PACKED.values()},
+_PACKED: dict[type[Verb[Any]], _Packed] = {
+    Lookup: _Packed(LOOKUP, lambda verb: join_keys(verb.keys), decode_count),
+    Acquire: _Packed(ACQUIRE, lambda verb: encode_acquire(join_keys(verb.keys), verb.shard, verb.lease), decode_acquired),
+    Release: _Packed(RELEASE, lambda verb: encode_lease(verb.lease), lambda payload: None),
 }
+_CALL: msgspec.msgpack.Decoder[Verb[Any]] = msgspec.msgpack.Decoder(reduce(or_, set(VERBS) - set(_PACKED)))
+CODECS: dict[int, Codec] = {
+    LOOKUP: Codec(lambda payload: Lookup(split_keys(payload), payload), encode_count),
+    ACQUIRE: Codec(decode_acquire, lambda reply: encode_acquired(*reply)),
+    RELEASE: Codec(lambda payload: Release(decode_lease(payload)), lambda reply: b""),
+    CALL: Codec(lambda payload: decode_value(_CALL, payload), _ENCODER.encode),
+}
+"""By code, at the manager."""
 
 
 def _reply_decoder(verb: type[Verb[Any]]) -> Callable[[bytes | bytearray], Any]:
@@ -363,20 +350,6 @@ def encode_verb(verb: Verb[Any]) -> tuple[int, bytes]:
     """Code and payload of a request. Raises `ArgumentError` for a packed verb whose fields do not fit."""
     packed = _PACKED.get(type(verb))
     return (packed.code, packed.encode(verb)) if packed is not None else (CALL, _ENCODER.encode(verb))
-
-
-def decode_verb(code: int, payload: bytes | bytearray) -> Verb[Any]:
-    """What is asked. Raises `ProtocolError` for what is no request."""
-    decode = _DECODERS.get(code)
-    if decode is None:
-        raise ProtocolError(f"unknown verb {code}")
-    return decode(payload)
-
-
-def encode_reply(verb: Verb[Any], reply: object) -> bytes:
-    """Payload of the OK reply to a verb."""
-    packed = _PACKED.get(type(verb))
-    return packed.encode_reply(reply) if packed is not None else _ENCODER.encode(reply)
 
 
 def decode_reply(verb: Verb[R], payload: bytes | bytearray) -> R:

@@ -94,6 +94,7 @@ class Directory:
         self._lending = Lending(core, self._puts, self._removal)
         self._handlers = {verb: (handler, NOTES.get(verb)) for verb, handler in self._table().items()}
         self._started = now
+        self._session, self._log = core.session, core.log
 
     @property
     def epoch(self) -> int:
@@ -194,14 +195,11 @@ class Directory:
         In place of their replies, `Acquire` gets a `PackedReply`, `Remove` and `Clear` a `RemovalReply`. Raises
         `ManagerRefusedError` without a session, `ProtocolError` for what no conforming client asks; nothing has changed then.
         """
-        core = self._core
-        session = core.session(client, now)
+        session, log = self._session(client, now), self._log
         handler, note = self._handlers[type(verb)]
         if note is None:
             return handler(session, verb)
-        log = core.log
-        log.number = number = log.number + 1
-        reply = handler(session, verb)
+        number, reply = log.number, handler(session, verb)
         note(log, number, now, session.name, verb, reply)
         return reply
 
@@ -248,7 +246,7 @@ class Directory:
 
     def story(self, key: bytes, now: float) -> list[StoryEntry]:
         """What the log knows of a chunk, the oldest first, and at last what there is of it now. Empty for a key of which
-        nothing is known. O(log): some milliseconds."""
+        nothing is known. O(log): some hundredths of a second."""
         core = self._core
         entries = [
             StoryEntry(

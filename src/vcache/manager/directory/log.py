@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ...errors import IntegrityError, VCacheError
+from ...keys import DIGEST_BYTES
 from ...segment.slots import LOCATION_BYTES, SlotLocation
 from ..api import (
     Acquire,
@@ -26,12 +27,15 @@ from ..api import (
 )
 from .jobs import Job
 
-MAX_ENTRIES = 1 << 14
-"""Entries of either kind."""
-MAX_READ_KEYS = 1 << 15
-"""Keys in the entries of look-ups: 2 MiB. Few, because look-ups are many, and must not drive out what is seldom."""
-MAX_LIFE_KEYS = 1 << 17
-"""Keys in all other entries: 16 MiB with what is kept beside them."""
+MAX_READ_BYTES = 1 << 22
+"""What the entries of look-ups hold together, about. Little: they are many, and must not drive out what is seldom."""
+MAX_LIFE_BYTES = 1 << 24
+"""What all other entries hold together, about."""
+ENTRY_BYTES = 256
+"""What an entry holds by itself. So the number of entries is bounded as well."""
+_KEY_BYTES = 64
+_TICKET_BYTES = 128
+_PLACE_BYTES = 512
 
 
 class Line(NamedTuple):
@@ -50,42 +54,48 @@ class Line(NamedTuple):
 class _Entry(NamedTuple):
     """Read as this, kept as a plain tuple of plain things: the garbage collector soon has nothing to do with it any more."""
 
-    number: int
+    number: float
     time: float
     client: str
     kind: str
-    named: Sequence[Any]
-    """Keys, tickets, moves or spills: as they came."""
+    named: Any
+    """Keys, tickets, moves or spills: as they came. Keys that came in a frame: the frame's payload."""
     outcome: Any
     shard: int
+    nbytes: int
+    """What it holds, about."""
 
 
-Kept = tuple[int, float, str, str, Sequence[Any], Any, int]
+Kept = tuple[float, float, str, str, Any, Any, int, int]
 
 
 class _Ring:
-    """The latest entries: bounded in number, and in the keys that they hold."""
+    """The latest entries: bounded in what they hold."""
 
-    def __init__(self, max_keys: int) -> None:
+    def __init__(self, max_bytes: int) -> None:
         self.entries: deque[Kept] = deque()
-        self._keys = 0
-        self._max_keys = max_keys
+        self._max_bytes = max_bytes
+        self.room = max_bytes
+        """Below 0: call `forget`."""
 
     def add(self, entry: Kept) -> None:
-        """O(1) on average. One with too many keys is not kept."""
-        count = len(entry[4])
-        if count > self._max_keys:
-            return
-        entries = self.entries
-        entries.append(entry)
-        self._keys += count
-        while self._keys > self._max_keys or len(entries) > MAX_ENTRIES:
-            self._keys -= len(entries.popleft()[4])
+        """O(1) on average. One that is too large by itself is not kept."""
+        self.entries.append(entry)
+        self.room = room = self.room - entry[7]
+        if room < 0:
+            self.forget()
+
+    def forget(self) -> None:
+        """Make some room at once, so that this is not done for every entry."""
+        if self.entries[-1][7] > self._max_bytes // 2:
+            self.room += self.entries.pop()[7]
+        while self.room < self._max_bytes // 16:
+            self.room += self.entries.popleft()[7]
 
     def check_integrity(self) -> None:
-        held = sum(len(entry[4]) for entry in self.entries)
-        if held != self._keys or held > self._max_keys or len(self.entries) > MAX_ENTRIES:
-            raise IntegrityError(f"log: {held} keys in {len(self.entries)} entries, recorded {self._keys}")
+        held = sum(entry[7] for entry in self.entries)
+        if held != self._max_bytes - self.room or held > self._max_bytes:
+            raise IntegrityError(f"log: {held} bytes in {len(self.entries)} entries, recorded {self._max_bytes - self.room}")
 
 
 class Log:
@@ -97,28 +107,34 @@ class Log:
 
     def __init__(self) -> None:
         self.number = 0
-        """Grows with all that begins; stories are in its order."""
-        self.reads = _Ring(MAX_READ_KEYS)
-        self.lives = _Ring(MAX_LIFE_KEYS)
+        """Grows with all that happens. What is told first has the lower number, and look-ups come after what has theirs."""
+        self.reads = _Ring(MAX_READ_BYTES)
+        self.lives = _Ring(MAX_LIFE_BYTES)
 
     def happened(
         self, now: float, what: str, keys: Sequence[bytes], detail: str = "", packed: bytes = b"", client: str = ""
     ) -> None:
         """Something happened to these chunks. `packed`: where, for one shard of a single chunk. `client`: who wanted it."""
         self.number += 1
-        self.lives.add((self.number, now, client, what, keys, (detail, packed), 0))
+        self.lives.add((self.number, now, client, what, keys, (detail, packed), 0, ENTRY_BYTES + _KEY_BYTES * len(keys)))
 
     def placed(self, now: float, client: str, request: PutRequest, begin: int, places: Sequence[bytes | str]) -> None:
         """Part of a request was answered. `places`: for each of its keys from `begin` on the packed location granted, or the
         status in place of it."""
         self.number += 1
         keys = tuple(request.keys[begin : begin + len(places)])
-        self.lives.add((self.number, now, client, "put_start", keys, tuple(places), request.shard))
+        nbytes = ENTRY_BYTES + 2 * _KEY_BYTES * len(keys)
+        self.lives.add((self.number, now, client, "put_start", keys, tuple(places), request.shard, nbytes))
+
+    def verb(self, entry: Kept) -> None:
+        """A verb was handled that was begun at the entry's number: it is told before what happened through it."""
+        self.number += 1
+        self.lives.add(entry)
 
     def story(self, key: bytes) -> list[Line]:
         """All that is kept about one chunk, the oldest first; nothing for one that was never heard of. O(all that is kept):
-        some milliseconds."""
-        entries = (_Entry(*entry) for entry in sorted((*self.reads.entries, *self.lives.entries), key=lambda kept: kept[0]))
+        some hundredths of a second."""
+        entries = (_Entry(*entry) for entry in sorted((*self.lives.entries, *self.reads.entries), key=lambda kept: kept[0]))
         return [line for entry in entries for line in _TELLERS.get(entry.kind, _event)(entry, key)]
 
     def check_integrity(self) -> None:
@@ -131,39 +147,53 @@ class Log:
 
 
 def _note_lookup(log: Log, number: int, now: float, client: str, verb: Lookup, found: int) -> None:
-    log.reads.add((number, now, client, "lookup", verb.keys, found, 0))
+    payload, reads = verb.payload, log.reads
+    nbytes = ENTRY_BYTES + (len(payload) or _KEY_BYTES * len(verb.keys))
+    reads.entries.append((number, now, client, "lookup", payload or verb.keys, found, 0, nbytes))
+    reads.room -= nbytes
+    if reads.room < 0:
+        reads.forget()
 
 
 def _note_acquire(log: Log, number: int, now: float, client: str, verb: Acquire, reply: Any) -> None:
-    log.reads.add((number, now, client, "located" if verb.lease else "leased", verb.keys, reply.packed, verb.shard))
+    payload, packed, reads = verb.payload, reply.packed, log.reads
+    nbytes = ENTRY_BYTES + len(packed) + (len(payload) or _KEY_BYTES * len(verb.keys))
+    kind = "located" if verb.lease else "leased"
+    reads.entries.append((number, now, client, kind, payload or verb.keys, packed, verb.shard, nbytes))
+    reads.room -= nbytes
+    if reads.room < 0:
+        reads.forget()
 
 
 def _note_tiers(log: Log, number: int, now: float, client: str, verb: Tiers, job: Job[list[int]]) -> None:
-    log.reads.add((number, now, client, "tiers", verb.keys, job, 0))
+    log.reads.add((number, now, client, "tiers", verb.keys, job, 0, ENTRY_BYTES + 2 * _KEY_BYTES * len(verb.keys)))
 
 
 def _note_put_end(log: Log, number: int, now: float, client: str, verb: PutEnd, done: list[bool]) -> None:
-    log.lives.add((number, now, client, "put_end", verb.tickets, done, 0))
+    log.verb((number + 0.5, now, client, "put_end", verb.tickets, done, 0, ENTRY_BYTES + _TICKET_BYTES * len(done)))
 
 
 def _note_put_revoke(log: Log, number: int, now: float, client: str, verb: PutRevoke, reply: None) -> None:
-    log.lives.add((number, now, client, "put_revoke", verb.tickets, None, 0))
+    nbytes = ENTRY_BYTES + _TICKET_BYTES * len(verb.tickets)
+    log.verb((number + 0.5, now, client, "put_revoke", verb.tickets, None, 0, nbytes))
 
 
 def _note_demote(log: Log, number: int, now: float, client: str, verb: Demote, plan: MovePlan) -> None:
-    log.lives.add((number, now, client, "demote", plan.moves, None, 0))
+    log.verb((number + 0.5, now, client, "demote", plan.moves, None, 0, ENTRY_BYTES + 2 * _PLACE_BYTES * len(plan.moves)))
 
 
 def _note_plan_spill(log: Log, number: int, now: float, client: str, verb: PlanSpill, plan: SpillPlan) -> None:
-    log.lives.add((number, now, client, "spill", plan.spills, None, 0))
+    log.verb((number + 0.5, now, client, "spill", plan.spills, None, 0, ENTRY_BYTES + _PLACE_BYTES * len(plan.spills)))
 
 
 def _note_spilled(log: Log, number: int, now: float, client: str, verb: Spilled, reply: None) -> None:
-    log.lives.add((number, now, client, "spilled", verb.keys, ("it is in storage", b""), 0))
+    nbytes = ENTRY_BYTES + _KEY_BYTES * len(verb.keys)
+    log.verb((number + 0.5, now, client, "spilled", verb.keys, ("it is in storage", b""), 0, nbytes))
 
 
 def _note_remove(log: Log, number: int, now: float, client: str, verb: Remove, job: object) -> None:
-    log.lives.add((number, now, client, "remove asked", verb.keys, ("", b""), 0))
+    nbytes = ENTRY_BYTES + _KEY_BYTES * len(verb.keys)
+    log.verb((number + 0.5, now, client, "remove asked", verb.keys, ("", b""), 0, nbytes))
 
 
 Note = Callable[[Log, int, float, str, Any, Any], None]
@@ -257,8 +287,18 @@ def _line(entry: _Entry, what: str, detail: str = "", place: SlotLocation | None
     return Line(entry.time, entry.client, what, detail, place, entry.shard)
 
 
-def _places(keys: Iterable[bytes], key: bytes) -> Iterator[int]:
-    return (index for index, each in enumerate(keys) if each == key)
+def _places(named: Iterable[bytes] | bytes | bytearray, key: bytes) -> Iterator[int]:
+    """Where among the keys, or in the payload that they came in, this key is."""
+    if not isinstance(named, Iterator) and key not in named:
+        return iter(())  # As a rule, and found out fast.
+    return (index for index, each in enumerate(_keys(named)) if each == key)
+
+
+def _keys(named: Iterable[bytes] | bytes | bytearray) -> Iterable[bytes]:
+    if not isinstance(named, bytes | bytearray):
+        return named
+    begin = len(named) % DIGEST_BYTES
+    return [bytes(named[at : at + DIGEST_BYTES]) for at in range(begin, len(named), DIGEST_BYTES)]
 
 
 def _result(job: Job[list[int]]) -> list[int] | None:

@@ -9,12 +9,12 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 from ...errors import ManagerRefusedError, ProtocolError, VCacheError
 from ...sockets import peer_uid
 from .. import wire
-from ..api import Push, Verb
+from ..api import Push
 from .sessions import OWED, Sessions
 
 logger = logging.getLogger("vcache.manager")
@@ -44,6 +44,7 @@ class Session(asyncio.Protocol):
     def __init__(self, sessions: Sessions) -> None:
         """`sessions`: all of them, to which it adds itself."""
         self._all = sessions
+        self._handle, self._clock = sessions.directory.handle, sessions.clock
         self._transport: asyncio.Transport | None = None
         self._buffer = wire.FrameBuffer(min(_HELLO_FRAME, sessions.max_frame))
         self._where = "?"
@@ -114,8 +115,8 @@ class Session(asyncio.Protocol):
     def push(self, push: Push) -> None:
         self.send(wire.frame(0, wire.PUSH, wire.encode_push(push)))
 
-    def answer(self, request: int, verb: Verb[Any], reply: object) -> None:
-        self.send(self._reply(request, wire.encode_reply(verb, reply)))
+    def answer(self, request: int, reply: object) -> None:
+        self.send(self._reply(request, wire.CODECS[wire.CALL].encode_reply(reply)))
 
     def refuse(self, request: int, error: Exception) -> None:
         self.send(self._refusal(request, error))
@@ -216,14 +217,17 @@ class Session(asyncio.Protocol):
             return self._hello(request, code, payload)
         if not request:
             raise ProtocolError("request id 0")
-        verb = wire.decode_verb(code, payload)
+        codec = wire.CODECS.get(code)
+        if codec is None:
+            raise ProtocolError(f"unknown verb {code}")
+        verb = codec.decode(payload)
         try:
-            reply = self._all.directory.handle(self.client, verb, self._all.clock())
+            reply = self._handle(self.client, verb, self._clock())
             if code == wire.CALL:
                 reply = self._all.finish(self, request, verb, reply)
             if reply is OWED or code == wire.RELEASE:
                 return b""
-            return self._reply(request, wire.encode_reply(verb, reply))
+            return self._reply(request, codec.encode_reply(reply))
         except Exception as error:  # noqa: BLE001 - whatever goes wrong, it is this request that failed
             return b"" if code == wire.RELEASE else self._refusal(request, error)
 

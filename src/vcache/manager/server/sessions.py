@@ -43,7 +43,7 @@ class Connection(Protocol):
 
     def push(self, push: Push) -> None: ...
 
-    def answer(self, request: int, verb: Verb[Any], reply: object) -> None:
+    def answer(self, request: int, reply: object) -> None:
         """Send the reply to an earlier request."""
 
     def refuse(self, request: int, error: Exception) -> None:
@@ -191,7 +191,7 @@ class Sessions:
             owed.connection.refuse(owed.request, error)
         else:
             if reply is not OWED:
-                owed.connection.answer(owed.request, owed.verb, reply)
+                owed.connection.answer(owed.request, reply)
 
     def _is_due(self, owed: _Owed) -> bool:
         return owed.reply.done if isinstance(owed.reply, Job) else not self.directory.outstanding(owed.tokens)
