@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import queue
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,9 +22,13 @@ import gpu_parts  # noqa: E402
 import gpu_suite  # noqa: E402
 import gpu_vllm  # noqa: E402
 import gpu_vllm_engine  # noqa: E402
+import gpu_vllm_world  # noqa: E402
 import two_gpus  # noqa: E402
 import two_gpus_vllm  # noqa: E402
 
+from vcache.worker import WorkerError  # noqa: E402
+
+FAKE_VLLM = Path(__file__).with_name("fake_vllm")
 MIB, GIB = 2**20, 2**30
 FACTS = {"cpu": "a CPU", "torch": "2.11", "nvidia-smi": "NVIDIA H200, GPU-1, 580.1, 143771 MiB, 1 MiB, 5, 16"}
 
@@ -226,40 +229,57 @@ def test_a_suite_without_a_gpu(script: str, flag: str, names: tuple[str, str], t
     assert f"{names[0]} " in answer.stdout
 
 
-def test_an_engine_serves_what_arrives_while_it_works(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`drive` over an engine that takes three steps for a request."""
-    engine = gpu_vllm_engine.Engine.__new__(gpu_vllm_engine.Engine)
-    orders = [{"id": 1, "prompt": [1, 2], "tokens": 3}, {"id": 2, "prompt": [3], "tokens": 3}, {"end": True}]
-    told: list[dict[str, Any]] = []
+# vLLM's engines, with a vLLM that computes nothing
 
-    class Line:
-        def heard(self, timeout: float) -> Any:
-            if not orders:
-                raise queue.Empty
-            return orders.pop(0)
 
-        def tell(self, note: dict[str, Any]) -> None:
-            told.append(note)
+@pytest.mark.processes
+@pytest.mark.slow
+def test_engines_are_started_asked_and_ended(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="needs torch")
+    if torch.cuda.is_available():
+        pytest.skip("a trial on the CPU")
+    command = [sys.executable, str(SCRIPTS / "gpu_vllm.py"), "--out", str(tmp_path), "--tiny", "--only", "overhead,decoding"]
+    env = os.environ | {"PYTHONPATH": str(FAKE_VLLM)}
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=env)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    saved = json.loads((tmp_path / "gpu_vllm.json").read_text())
+    parts = {name: part["state"] for name, part in saved["parts"].items()}
+    assert parts == dict.fromkeys(("pool", "start ABCD", "warm-up ABCD", "overhead", "decoding"), "ok")
+    assert saved["parts"]["start ABCD"]["found"]["A"]["name"] == "cpu"
+    assert len(saved["parts"]["overhead"]["found"]["A"]) == 2
+    assert "is no answer" in (tmp_path / "logs" / "A.log").read_text()
+    assert "lending" in (tmp_path / "logs" / "lender.log").read_text()
 
-    running: dict[str, int] = {}
 
-    def step() -> list[Any]:
-        outputs = []
-        for name in running:
-            running[name] += 1
-            tokens = SimpleNamespace(token_ids=range(running[name]))
-            finished = running[name] == 3
-            outputs.append(SimpleNamespace(request_id=name, outputs=[tokens], finished=finished, num_cached_tokens=None))
-        for output in outputs:
-            if output.finished:
-                del running[output.request_id]
-        return outputs
+@pytest.mark.processes
+def test_requests_are_served_while_they_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="needs torch")
+    monkeypatch.syspath_prepend(str(FAKE_VLLM))
+    world = gpu_vllm_world.World(tmp_path, tiny=True, lengths=[64])
+    try:
+        assert world.start_engines({"A": (None, 0), "B": (None, 0)}) == {}
+        clients = two_gpus_vllm.run_clients(world, ["A", "B"], [[[1, 2, 3]] * 3] * 4, 5)
+        assert (clients["requests"], clients["hit_ratio"], len(clients["ttfts_ms"])) == (12, 0.0, 12)
+        mixed = two_gpus_vllm.mixed_load(world, ["A"], ["B"], [[1, 2]] * 2, [[3, 4, 5]] * 2, (6, 2))
+        assert (mixed["streams"], mixed["long_cached_tokens"]) == (2, [0, 0])
+        world.engines["B"].signal(signal.SIGKILL)
+        with pytest.raises(WorkerError, match=r"B .* ended with code -9"):
+            two_gpus_vllm.run_clients(world, ["B"], [[[1]]], 5)
+    finally:
+        world.close()
+    assert not world.engines
 
-    core = SimpleNamespace(add_request=lambda name, prompt, parameters: running.update({name: 0}), step=step)
-    engine.llm, engine._line, engine._requests = SimpleNamespace(llm_engine=core), Line(), 0
-    monkeypatch.setattr(gpu_vllm_engine.Engine, "_parameters", staticmethod(lambda tokens, stream: None))
-    assert engine.drive() == 2
-    assert [(note["id"], note["asked"], note["tokens"], len(note["gaps"])) for note in told] == [(1, 2, 3, 2), (2, 1, 3, 2)]
+
+def test_an_engine_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="needs torch")
+    monkeypatch.syspath_prepend(str(FAKE_VLLM))
+    monkeypatch.setattr(gpu_vllm_world.World, "options", lambda self: {"model": "nowhere"})
+    world = gpu_vllm_world.World(tmp_path, tiny=True, lengths=[64])
+    world.logs = tmp_path / "logs"
+    failed = world.start_engines({"A": (None, 0)})
+    assert "FileNotFoundError" in failed["A"]
+    assert not world.has("A")
+    assert "nowhere/config.json" in (tmp_path / "logs" / "A.log").read_text()
 
 
 # pages

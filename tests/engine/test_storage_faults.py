@@ -291,9 +291,9 @@ def test_buffers_do_not_grow_in_number(make: Callable[..., World]) -> None:
     assert world.count("storage_written") > 20
     for call in over:
         call()
-    lower = world.engine.cache.storage
-    assert lower is not None
-    for pool in lower._buffers:
+    storage = world.engine.cache.storage
+    assert storage is not None
+    for pool in storage._buffers:
         assert len(pool.take(100, 0)) == pool.limit
 
 

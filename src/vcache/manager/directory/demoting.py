@@ -95,7 +95,7 @@ class Demoting:
         if verb.nbytes < 0:
             raise ProtocolError(f"demote: {verb.nbytes} bytes")
         core = self._core
-        memory = core.allocator.hosts.get(session.host) if session.host else None
+        memory = core.memory_of(session)
         if memory is None:
             return MovePlan()
         core.check_leases(session.client)

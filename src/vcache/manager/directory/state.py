@@ -16,7 +16,7 @@ from .eviction import make_policy
 from .jobs import SLICE, Jobs
 from .leases import LeaseTable
 from .records import Record, Space
-from .slabs import Slab, Write
+from .slabs import HostMemory, Slab, Write
 from .wiping import Wiping
 from .write_table import WriteTable
 
@@ -96,6 +96,10 @@ class State:
             session.version = self.allocator.version
             session.unreadable = self.allocator.unreadable(session.host, session.remote)
         return session.unreadable
+
+    def memory_of(self, session: Session) -> HostMemory | None:
+        """Return what is lent on the session's host; None if nothing is, or it does not say its host."""
+        return self.allocator.hosts.get(session.host) if session.host else None
 
     def push(self, target: bytes | None, push: Push) -> None:
         """Instruct to send something to a client, or (None) to all of them."""

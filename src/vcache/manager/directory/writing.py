@@ -223,7 +223,7 @@ class Writing:
                 previous = chunks.any(keys[offset])
             if parent is not None:
                 chunks.settle(parent)  # Now at the latest its child refers to it, or nothing does.
-        memory = core.allocator.hosts.get(session.host) if session.host and session.role == "engine" else None
+        memory = core.memory_of(session) if session.role == "engine" else None
         if memory is not None and memory.wants_room(core.config.high_watermark, core.now):
             core.push(client, RoomWanted())
         return grants
