@@ -2,9 +2,9 @@
 
 usage: python3 scripts/bench_pages.py one-gpu|two-gpus|vllm RESULTS.json PAGE.md
 
-one-gpu: suite.json of gpu_suite.py, with transfer.json and return.json beside it. two-gpus: two_gpus.json of two_gpus.py.
-vllm: gpu_vllm.json of gpu_vllm.py. Figures and the CSV of all rows go to the folder PAGE beside PAGE.md. What was not measured
-is left out; what failed is listed with the reason.
+one-gpu: gpu_suite.json of gpu_suite.py. two-gpus: two_gpus.json of two_gpus.py. vllm: gpu_vllm.json of gpu_vllm.py.
+Figures and the CSV of all rows go to the folder PAGE beside PAGE.md. What was not measured is left out; what failed is listed
+with the reason.
 """
 
 from __future__ import annotations
@@ -78,12 +78,13 @@ def two_gpus_page(results: dict[str, Any], folder: Path) -> Lines:
 
 
 def one_gpu_page(results: dict[str, Any], folder: Path) -> Lines:
-    """`gpu_suite.py`; reads the files beside suite.json that `results["folder"]` names."""
-    beside = Path(results["folder"])
+    """Everything of `gpu_suite.py`."""
+    parts = results["parts"]
+    found = {name: part.get("found", {}) for name, part in parts.items()}
     lines = header("One GPU", results)
-    rows: list[dict[str, Any]] = []
-    if (beside / "transfer.json").is_file():
-        rows = json.loads((beside / "transfer.json").read_text())["rows"]
+    measured = [each for each in found.values() if "notes" in each]
+    rows = [row for each in measured for row in each["rows"]]
+    if rows:
         write_csv(rows, folder / "transfer.csv")
     if any(row["path"] == "vram" for row in rows):
         lines += ["## Transfers between processes on one GPU", "", *transfer_tables(rows, [], "vram", "d2d")]
@@ -101,16 +102,13 @@ def one_gpu_page(results: dict[str, Any], folder: Path) -> Lines:
             )
         lines += ["## Engines end to end", "", *table(head, body), ""]
     lines += interference_tables([row for row in rows if row["operation"] == "interference"])
-    if (beside / "return.json").is_file():
-        lines += give_back_table(json.loads((beside / "return.json").read_text()))
+    lines += give_back_table(found.get("return", {}))
     for name in ("demo", "tests", "smoke"):
-        part = results["parts"].get(name)
-        if part and part["last"]:
-            lines += [f"## {name.capitalize()}", "", "```", *part["last"], "```", ""]
-    notes = [note for note in results.get("notes", []) if note.startswith(("met", "MISSED"))]
+        if last := found.get(name, {}).get("last"):
+            lines += [f"## {name.capitalize()}", "", "```", *last, "```", ""]
+    notes = [note for each in measured for note in each["notes"] if note.startswith(("met", "MISSED"))]
     lines += [*(f"- {note}" for note in notes), ""] if notes else []
-    body = [[name, "ok" if part["code"] == 0 else "FAILED", part["seconds"]] for name, part in results["parts"].items()]
-    return [*lines, "## Parts of this run", "", *table(["part", "result", "seconds"], body)]
+    return lines + parts_table(parts)
 
 
 # Pieces of the pages ---------------------------------------------------------------------------------------------------------
@@ -316,7 +314,6 @@ def main() -> int:
         return 1
     folder = arguments.page.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    results["folder"] = str(arguments.results.parent)
     try:
         lines = PAGES[arguments.kind](results, folder)
     except KeyError as error:

@@ -1,11 +1,13 @@
-"""What the GPU scripts share: parts that cannot stop each other, a budget of seconds, results on disk after every part.
+"""The runner of the GPU scripts: parts that cannot stop each other, a budget of seconds, results on disk after every part.
 
-A results file is one JSON object: `script`, `command`, `date`, `machine`, `budget`, and `parts`, an object by part name with
-`state` (`ok`, `failed` or `skipped`), `seconds`, `found` (what the part measured so far, also when it failed) and `why`.
+`Suite` runs each part in a process of its own with a time limit; `Parts` runs them in this one. A results file is one JSON
+object: `script`, `command`, `date`, `machine`, `budget`, and `parts`, an object by part name with `state` (`ok`, `failed` or
+`skipped`), `seconds`, `found` (what the part measured so far, also when it failed) and `why`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import selectors
@@ -13,9 +15,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src"
@@ -104,6 +106,105 @@ class Parts:
             why = f"  {part['why'].splitlines()[0][:200]}" if part.get("why") else ""
             lines.append(f"{name:24s} {part['state']:8s} {part['seconds']:7.1f} s{why}")
         return "\n".join(lines)
+
+
+class Part(NamedTuple):
+    """What a `Suite` can run."""
+
+    work: Callable[[Any, dict[str, Any], Parts], None]
+    """Gets the suite's place, what it found so far (to be filled), and the `Parts` of its process, to write that."""
+    limit: float
+    """Seconds that it may take."""
+    least: float = 15.0
+    """Seconds below which it is not begun."""
+
+
+class Suite(NamedTuple):
+    """Parts of one script, each a process of its own: one that fails, hangs or dies is recorded, and the others go on."""
+
+    name: str
+    """Of the script and of its results file."""
+    usage: str
+    parts: Mapping[str, Part]
+    place: Callable[[argparse.Namespace], Any]
+    """Where to measure, by the options. Raises `SystemExit` with one line that says what is missing."""
+    flags: Mapping[str, str] = {}
+    """Further options without a value, and their help."""
+    budget: float = 470.0
+
+    def parser(self) -> argparse.ArgumentParser:
+        made = argparse.ArgumentParser(description=self.usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+        made.add_argument("results", type=Path)
+        made.add_argument("--only", default="", help="parts, separated by commas")
+        made.add_argument("--budget", type=float, default=self.budget, help="seconds for everything")
+        for flag, text in self.flags.items():
+            made.add_argument(f"--{flag}", action="store_true", help=text)
+        made.add_argument("--part", help=argparse.SUPPRESS)
+        return made
+
+    def chosen(self, only: str) -> list[str]:
+        """All where none is named."""
+        return chosen(self.name, only, self.parts) or list(self.parts)
+
+    def main(self) -> int:
+        arguments = self.parser().parse_args()
+        arguments.results = arguments.results.resolve()
+        arguments.results.mkdir(parents=True, exist_ok=True)
+        return self._run_one(arguments) if arguments.part else self._run_all(arguments)
+
+    def _run_one(self, arguments: argparse.Namespace) -> int:
+        """In the part's own process."""
+        name = arguments.part
+        place = self.place(arguments)
+        parts = Parts(arguments.results / f"part_{name}.json", arguments.budget, machine={})
+        return 0 if parts.run(name, lambda found: self.parts[name].work(place, found, parts)) else 1
+
+    def _run_all(self, arguments: argparse.Namespace) -> int:
+        self.place(arguments)
+        names = self.chosen(arguments.only)
+        results: Path = arguments.results
+        whole = Parts(results / f"{self.name}.json", arguments.budget)
+        given = [f"--{flag}" for flag in self.flags if getattr(arguments, flag.replace("-", "_"))]
+        whole.results["options"] = given
+        for number, name in enumerate(names):
+            part = self.parts[name]
+            if whole.left < part.least:
+                whole.skip(name, f"{whole.left:.0f} s left")
+                continue
+            # What later parts need at the least stays reserved.
+            reserved = sum(self.parts[later].least for later in names[number + 1 :])
+            limit = max(part.least, min(part.limit, whole.left - reserved))
+            say(f"== {name} (limit {limit:.0f} s)")
+            script = str(Path(sys.argv[0]).resolve())
+            command = [sys.executable, script, str(results), "--part", name, "--budget", f"{limit - 5:.0f}", *given]
+            (results / f"part_{name}.json").unlink(missing_ok=True)
+            ended = run_limited(command, results / f"{name}.txt", limit, python_path())
+            whole.results["parts"][name] = merged(results / f"part_{name}.json", name, ended)
+            whole.write()
+            say(f"== {name}: {whole.results['parts'][name]['state']} in {ended['seconds']} s")
+        print(whole.summary(), flush=True)
+        return 1 if whole.failures() else 0
+
+
+def chosen(script: str, only: str, known: Iterable[str]) -> list[str]:
+    """The names in `only`, separated by commas. Raises `SystemExit` for an unknown one."""
+    names, known = [name for name in only.split(",") if name], list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"{script}: no part {', '.join(unknown)}; there are {', '.join(known)}")
+    return names
+
+
+def merged(file: Path, name: str, ended: dict[str, Any]) -> dict[str, Any]:
+    """What a part's process left behind, as one part of the whole: a process that died or was ended has failed, with what it
+    had measured."""
+    try:
+        part: dict[str, Any] = json.loads(file.read_text())["parts"][name]
+    except (OSError, ValueError, KeyError):
+        part = {"state": "failed", "found": {}, "why": "the process wrote nothing: " + " | ".join(ended["last"])[-1500:]}
+    if part["state"] == "running" or (ended["code"] and part["state"] == "ok"):
+        end = "its time was over" if ended["timed_out"] else f"the process ended with {ended['code']}"
+        part |= {"state": "failed", "why": f"{end}: {' | '.join(ended['last'])[-1500:]}"}
+    return part | {"seconds": ended["seconds"]}
 
 
 def run_limited(command: Sequence[str], log: Path, limit: float, env: Mapping[str, str]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu_parts import Parts, say
-from gpu_vllm_world import GIB, MIB, World, gpu_memory, installed, remove
+from gpu_parts import chosen as named
+from gpu_vllm_world import GIB, MIB, Engine, World, gpu_memory, installed, remove
 
 PARTS = ("pool", "start", "warm-up", "equality", "ttft", "statistics", "overhead", "throughput", "decoding", "lmcache")
 LENGTHS = [8192 + 16, 32768 + 16, 65536 + 16]
@@ -93,7 +94,7 @@ class Run:
         failed = world.start_engines(wanted, max(60.0, min(240.0, self.parts.left - 30)))
         for name in wanted:
             if world.has(name):
-                found[name] = world.children[name].call("device")
+                found[name] = world.engines[name].call(Engine.device)
         if failed:
             found["failed"] = failed
             raise RuntimeError("; ".join(f"{name}: {why}" for name, why in failed.items()))
@@ -158,15 +159,7 @@ class Run:
 
     def offloaded(self, length: int) -> None:
         """Native CPU offload: computed, dropped from the prefix cache, loaded back by the same instance."""
-        world, ids = self.world, self.world.prompt(length)
-        cold = world.one("D", ids)
-        world.one("D", world.prompt(64), 8)
-        world.children["D"].call("settle", pause=0.4)
-        if not world.children["D"].call("reset"):
-            world.one("D", world.prompt(64), 8)
-            world.children["D"].call("settle", pause=0.4)
-            world.children["D"].call("reset")
-        again = world.one("D", ids)
+        cold, again = self.world.offloaded("D", self.world.prompt(length))
         hit = again["cached"][0] >= length - _LAST
         self.note("native CPU offload" if hit else "native CPU offload, missed", length, again)
         self.first_tokens("native CPU offload", length, cold, again)
@@ -175,7 +168,7 @@ class Run:
         world, ids = self.world, self.world.prompt(length)
         cold = world.one("E", ids)
         world.one("E", world.prompt(64), 8)
-        world.children["E"].call("settle", pause=0.6)
+        world.engines["E"].call(Engine.settle, pause=0.6)
         loaded = world.one("F", ids)
         hit = loaded["cached"][0] >= length - _LAST
         self.note("LMCache, E to F" if hit else "LMCache, missed", length, loaded)
@@ -238,7 +231,7 @@ class Run:
                 break
             for name in "AC" if turn % 2 else "CA":
                 prompts = [world.prompt(length) for _ in range(requests)]
-                taken = world.children[name].call("generate", prompts=prompts, tokens=tokens, timeout=180)["ms"]
+                taken = world.engines[name].begin(Engine.generate, prompts=prompts, tokens=tokens).result(180)["ms"]
                 world.settle(name)
                 if turn:
                     found.setdefault(name, []).append(round(requests * tokens / taken * 1e3, 1))
@@ -247,7 +240,8 @@ class Run:
 
     def statistics(self, found: dict[str, Any]) -> None:
         for name in "AB":
-            found[name] = self.world.children[name].call("worker_stats") | self.world.children[name].call("counters")
+            engine = self.world.engines[name]
+            found[name] = engine.call(Engine.worker_stats) | engine.call(Engine.counters)
 
     def lmcache(self) -> None:
         """LMCache's server process, and two engines that share it."""
@@ -298,9 +292,7 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen(only: str, engines: str = "ABCD") -> list[str]:
     """The parts of `--only` with those that they stand on. Raises `SystemExit` for an unknown one."""
-    names = [name for name in only.split(",") if name]
-    if unknown := [name for name in names if name not in PARTS]:
-        raise SystemExit(f"gpu_vllm: no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    names = named("gpu_vllm", only, PARTS)
     if not names:
         return []
     bases = ["pool", f"start {engines}", "start AB", "start C", "start D"]

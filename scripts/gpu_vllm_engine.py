@@ -1,47 +1,44 @@
-"""An engine of vLLM in a process of its own, told what to do by JSON lines; the parent's side is `gpu_vllm_world.py`.
+"""An engine of vLLM, as a process of its own serves it; the parent's side is `gpu_vllm_world.py`.
 
-`drive` serves requests while they arrive, as a server does: their times are taken here, from the line that brings a request to
+`drive` serves requests while they arrive, as a server does: their times are taken here, from the note that brings a request to
 the step that brings its token.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import queue
-import sys
-import threading
 import time
-import traceback
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from gpu_vllm_model import strong_weights
 
+from vcache.worker import Line
+
 _SETTLE = 30.0
 
 
 class Engine:
-    """One method for each command. `lines` brings what `drive` serves."""
+    """`line` brings what `drive` serves."""
 
-    def __init__(self, lines: queue.SimpleQueue[str], answer: Callable[[dict[str, Any]], None]) -> None:
-        self.llm: Any = None
-        self._lines, self._answer = lines, answer
-        self._requests = 0
-
-    def start(self, options: dict[str, Any], connector: dict[str, Any] | None) -> dict[str, Any]:
+    def __init__(self, line: Line, options: dict[str, Any], connector: dict[str, Any] | None) -> None:
         began = time.perf_counter()
-        import vllm
         from vllm import LLM
         from vllm.config import KVTransferConfig
 
         strong_weights(json.loads((Path(options["model"]) / "config.json").read_text()))
         if connector is not None:
             options["kv_transfer_config"] = KVTransferConfig(**connector)
-        self.llm = LLM(**options)
-        return {"seconds": time.perf_counter() - began, "vllm": vllm.__version__}
+        self.llm: Any = LLM(**options)
+        self._line = line
+        self._requests = 0
+        self._seconds = time.perf_counter() - began
+
+    def started(self) -> float:
+        """Seconds that it took to make it."""
+        return self._seconds
 
     def generate(self, prompts: list[list[int]], tokens: int) -> dict[str, Any]:
         """All at once; returns when all are done. `ms`: of the whole call."""
@@ -54,15 +51,15 @@ class Engine:
             "cached": [output.num_cached_tokens for output in outputs],
         }
 
-    def drive(self) -> dict[str, Any]:
-        """Serve `{"id", "prompt", "tokens"}` lines until `{"end": true}` has come and all are done. Answers for each request
-        with `{"id", "ttft", "gaps", "cached", "asked", "tokens"}`: seconds, and numbers of tokens."""
+    def drive(self) -> int:
+        """Serve `{"id", "prompt", "tokens"}` notes until `{"end": true}` has come and all are done; how many. Tells for each
+        request `{"id", "ttft", "gaps", "cached", "asked", "tokens"}`: seconds, and numbers of tokens."""
         engine, running = self.llm.llm_engine, dict[str, dict[str, Any]]()
         ended, served = False, 0
         while not ended or running:
             while True:
                 try:
-                    order = json.loads(self._lines.get(timeout=0.0 if running else 0.002))
+                    order = self._line.heard(0.0 if running else 0.002)
                 except queue.Empty:
                     break
                 if order.get("end"):
@@ -85,8 +82,8 @@ class Engine:
                 if output.finished:
                     served += 1
                     running = {key: value for key, value in running.items() if value is not state}
-                    self._answer(_driven(state, output.num_cached_tokens or 0))
-        return {"served": served}
+                    self._line.tell(_driven(state, output.num_cached_tokens or 0))
+        return served
 
     def settle(self, pause: float = 0.0) -> None:
         """Step the idle engine until its transfers are over; at most 30 seconds."""
@@ -156,34 +153,3 @@ def _driven(state: dict[str, Any], cached: int) -> dict[str, Any]:
         "asked": state["asked"],
         "tokens": len(times),
     }
-
-
-def main() -> None:
-    """Obey until the input ends. The answers own standard output: anything else printed there goes to standard error."""
-    output = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def listen() -> None:
-        for line in sys.stdin:
-            lines.put(line)
-        lines.put("")
-
-    def answer(value: dict[str, Any]) -> None:
-        output.write(json.dumps(value) + "\n")
-
-    threading.Thread(target=listen, name="commands", daemon=True).start()
-    engine = Engine(lines, answer)
-    while line := lines.get():
-        command = json.loads(line)
-        try:
-            value = getattr(engine, command["do"])(**command["with"])
-        except Exception as error:  # noqa: BLE001 - sent to the parent
-            traceback.print_exc()
-            answer({"error": f"{type(error).__name__}: {error}"})
-        else:
-            answer({"value": value})
-
-
-if __name__ == "__main__":
-    main()

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
-import select
 import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpu_parts import ROOT, SOURCE, python_path, say
+from gpu_parts import SOURCE, python_path, say
 from gpu_vllm_model import SHAPE, TINY
 
 sys.path.insert(0, str(SOURCE))
+
+from gpu_vllm_engine import Engine
+
+from vcache.worker import Worker, WorkerError
 
 MIB, GIB = 2**20, 2**30
 TOKEN_BYTES = 128 * 1024
@@ -36,56 +39,28 @@ _QUIET = {
 }
 
 
-class Child:
-    """A process that answers by lines on its standard output; what it says otherwise is in `log`."""
+class Service:
+    """A process that runs beside the engines; what it says is in `log`."""
 
     def __init__(self, folder: Path, name: str, command: list[str], env: dict[str, str]) -> None:
         self.name, self.log = name, folder / f"{name}.log"
-        self._rest = b""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=python_path(**env)
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=python_path(**env)
             )
 
-    def write(self, order: dict[str, Any]) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order).encode() + b"\n")
-        self.process.stdin.flush()
-
-    def send(self, do: str, **arguments: Any) -> None:
-        self.write({"do": do, "with": arguments})
-
-    def line(self, timeout: float) -> str:
-        """The next line. Raises `RuntimeError` with the end of the log when none comes."""
-        assert self.process.stdout is not None
+    def wait(self, ready: Callable[[], bool], timeout: float) -> None:
+        """Poll until `ready()`. Raises `RuntimeError` with the end of the log when it ends before, or takes longer."""
         deadline = time.monotonic() + timeout
-        while b"\n" not in self._rest:
-            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
-            part = os.read(self.process.stdout.fileno(), 1 << 20) if ready else b""
-            if not part:
-                raise RuntimeError(f"{self.name}: {'ended' if ready else f'no answer in {timeout:.0f} s'}\n{self.tail()}")
-            self._rest += part
-        line, _, self._rest = self._rest.partition(b"\n")
-        return line.decode()
-
-    def take(self, timeout: float) -> dict[str, Any]:
-        """The next line as JSON. Raises `RuntimeError` when it says that something went wrong."""
-        answer: dict[str, Any] = json.loads(self.line(timeout))
-        if "error" in answer:
-            raise RuntimeError(f"{self.name}: {answer['error']}\n{self.tail(25)}")
-        return answer
-
-    def answer(self, timeout: float = 120.0) -> Any:
-        return self.take(timeout)["value"]
-
-    def call(self, do: str, timeout: float = 120.0, **arguments: Any) -> Any:
-        self.send(do, **arguments)
-        return self.answer(timeout)
+        while not ready():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{self.name} did not start\n{self.tail()}")
+            time.sleep(0.05)
 
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def end(self) -> None:
+    def close(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -96,13 +71,14 @@ class Child:
 
 
 class World:
-    """Everything that one run has started. `children` by name; `close` ends them all."""
+    """Everything that one run has started, by name; `close` ends it all."""
 
     def __init__(self, folder: Path, *, tiny: bool, lengths: list[int], graphs: bool = False) -> None:
         """`folder`: for logs, sockets and the model's configuration. `lengths`: prompts to make room for, rising. `graphs`:
         decode with CUDA graphs."""
         self.folder, self.tiny, self.lengths, self.graphs = folder, tiny, lengths, graphs
-        self.children: dict[str, Child] = {}
+        self.engines: dict[str, Worker] = {}
+        self.services: dict[str, Service] = {}
         self.random = random.Random(20251)
         shape = SHAPE | (TINY if tiny else {})
         self.vocabulary: int = shape["vocab_size"]  # type: ignore[assignment]
@@ -117,15 +93,13 @@ class World:
     # what runs
 
     def start_manager(self) -> None:
-        self._module("manager", "vcache.cli", "serve", "--address", self.address)
-        self._wait("manager", self.address)
+        self._vcache("manager", self.address, "serve", "--address", self.address)
 
     def start_lender(self, name: str, nbytes: int, *, kind: str = "cuda", gpu: int = 0) -> None:
         """`kind`: `cuda` or `host`. In the tiny world always `host`."""
         kind, slab = ("host", nbytes) if self.tiny else (kind, 512 * MIB)
-        command = ["vcache.cli", "lend", "--address", self.address, "--kind", kind, "--size", str(nbytes)]
-        self._module(name, *command, "--slab-size", str(slab), env=self._sees(gpu))
-        self._wait(name, "lending")
+        command = ["lend", "--address", self.address, "--kind", kind, "--size", str(nbytes), "--slab-size", str(slab)]
+        self._vcache(name, "lending", *command, env=self._sees(gpu))
 
     def start_lmcache(self, nbytes: int) -> None:
         """LMCache's server over host memory, which several engines share. Raises `RuntimeError` when it does not come up."""
@@ -135,54 +109,50 @@ class World:
         command += ["--l1-size-gb", str(nbytes // GIB), "--eviction-policy", "LRU", "--no-l1-use-lazy", "--max-workers", "4"]
         command += ["--http-host", "127.0.0.1", "--http-port", str(http)]
         code = f"import sys; from {command[0]} import main; sys.argv = ['lmcache', *{command[1:]!r}]; sys.exit(main())"
-        self.children["lmcache"] = Child(self.folder, "lmcache", [sys.executable, "-c", code], _QUIET)
-        deadline = time.monotonic() + 90
-        while not _accepts(port):
-            if self.children["lmcache"].process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"LMCache's server did not start\n{self.children.pop('lmcache').tail()}")
-            time.sleep(0.2)
+        self._serve("lmcache", [sys.executable, "-c", code], _QUIET, lambda service: _accepts(port), 90)
 
     def start_engines(self, engines: dict[str, tuple[dict[str, Any] | None, int]], timeout: float = 240.0) -> dict[str, str]:
         """Start engines at the same time: name -> (connector, GPU). Returns why some did not start."""
         failed: dict[str, str] = {}
         for name, (connector, gpu) in engines.items():
-            command = [sys.executable, str(ROOT / "scripts" / "gpu_vllm_engine.py")]
-            self.children[name] = Child(self.folder, name, command, _QUIET | self._sees(gpu))
-            self.children[name].send("start", options=self.options(), connector=connector)
+            arguments, env = {"options": self.options(), "connector": connector}, python_path(**_QUIET, **self._sees(gpu))
+            log = self.folder / f"{name}.log"
+            self.engines[name] = Worker(Engine, arguments, name=name, env=env, log=log, grace=5.0)
         deadline = time.monotonic() + timeout
         for name in engines:
             try:
-                started = self.children[name].answer(max(1.0, deadline - time.monotonic()))
-            except RuntimeError as error:
-                failed[name] = str(error)[-2500:]
+                started = self.engines[name].ready(max(1.0, deadline - time.monotonic())).call(Engine.started)
+            except WorkerError as error:
+                failed[name] = f"{error}\n{self.engines[name].tail()}"[-2500:]
                 say("engine", name, "FAILED:", str(error)[:500])
-                self.keep_log(name)
-                self.children.pop(name).end()
+                self.stop(name)
             else:
-                say(f"engine {name} ready after {started['seconds']:.0f} s")
+                say(f"engine {name} ready after {started:.0f} s")
         return failed
 
     def stop(self, *names: str) -> None:
-        """End children; unknown names are left out."""
+        """End engines and services; unknown names are left out."""
         for name in names:
-            if name in self.children:
-                self.keep_log(name)
-                self.children.pop(name).end()
+            if (running := self._running(name)) is not None:
+                self._keep_log(name, running)
+                running.close()
+            self.engines.pop(name, None)
+            self.services.pop(name, None)
 
     def close(self) -> None:
         if self._api is not None:
             self._api.close()
-        rest = [name for name in self.children if name not in ("manager", "lmcache")]
-        self.stop(*reversed(rest), "lmcache", "manager")
+        lenders = [name for name in self.services if name not in ("manager", "lmcache")]
+        self.stop(*reversed(self.engines), *reversed(lenders), "lmcache", "manager")
 
-    def keep_log(self, name: str) -> None:
+    def _keep_log(self, name: str, running: Worker | Service) -> None:
         if self.logs is not None:
             self.logs.mkdir(parents=True, exist_ok=True)
             with suppress(OSError):
-                (self.logs / f"{name}.log").write_text(self.children[name].tail(400))
+                (self.logs / f"{name}.log").write_text(running.tail(400))
 
     logs: Path | None = None
-    """Where the ends of the children's logs go when they end."""
+    """Where the ends of all logs go when what wrote them ends."""
 
     # how engines are set up
 
@@ -239,22 +209,32 @@ class World:
     # what is asked of them
 
     def has(self, *names: str) -> bool:
-        return all(name in self.children for name in names)
+        return all(self._running(name) is not None for name in names)
 
     def prompt(self, length: int) -> list[int]:
         """A prompt that no other one shares anything with."""
         return [self.random.randrange(10, self.vocabulary - 10) for _ in range(length)]
 
     def one(self, name: str, ids: list[int], tokens: int = 1) -> dict[str, Any]:
-        found: dict[str, Any] = self.children[name].call("generate", prompts=[ids], tokens=tokens)
-        return found
+        return self.engines[name].call(Engine.generate, prompts=[ids], tokens=tokens)
+
+    def offloaded(self, name: str, ids: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """An engine computes a prompt, drops it from its prefix cache, and is asked again: both answers."""
+        engine, cold = self.engines[name], self.one(name, ids)
+        self.one(name, self.prompt(64), 8)
+        engine.call(Engine.settle, pause=0.4)
+        if not engine.call(Engine.reset):
+            self.one(name, self.prompt(64), 8)
+            engine.call(Engine.settle, pause=0.4)
+            engine.call(Engine.reset)
+        return cold, self.one(name, ids)
 
     def settle(self, name: str, chunks: int = 0, timeout: float = 15.0) -> bool:
         """Let the engine finish its transfers; with `chunks`, until the pool has got so many more than before the call of
         `mark`. Whether it has."""
         deadline = time.monotonic() + timeout
         while True:
-            self.children[name].call("settle")
+            self.engines[name].call(Engine.settle)
             if not chunks or self._stored() - self._marked >= chunks:
                 return True
             if time.monotonic() > deadline:
@@ -281,14 +261,19 @@ class World:
     def _sees(self, gpu: int) -> dict[str, str]:
         return {} if self.tiny else {"CUDA_VISIBLE_DEVICES": str(gpu)}
 
-    def _module(self, name: str, module: str, *arguments: str, env: dict[str, str] | None = None) -> None:
-        self.children[name] = Child(self.folder, name, [sys.executable, "-m", module, *arguments], env or {})
+    def _running(self, name: str) -> Worker | Service | None:
+        return self.engines.get(name) or self.services.get(name)
 
-    def _wait(self, name: str, ready: str) -> None:
-        """Until its output contains `ready`."""
-        deadline = time.monotonic() + 60
-        while ready not in self.children[name].line(max(0.1, deadline - time.monotonic())):
-            continue
+    def _vcache(self, name: str, ready: str, *command: str, env: dict[str, str] | None = None) -> None:
+        """Start a `vcache` command; until its output contains `ready`."""
+        arguments = [sys.executable, "-m", "vcache.cli", *command]
+        self._serve(name, arguments, env or {}, lambda service: ready in service.tail(), 60)
+
+    def _serve(
+        self, name: str, command: list[str], env: dict[str, str], ready: Callable[[Service], bool], timeout: float
+    ) -> None:
+        service = self.services[name] = Service(self.folder, name, command, env)
+        service.wait(lambda: ready(service), timeout)
 
 
 def installed(module: str) -> bool:

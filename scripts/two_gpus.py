@@ -14,39 +14,23 @@ the CPU with small sizes, to try the script. Processes that should see one GPU g
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gpu_parts import SOURCE, Parts, python_path, run_limited, say
+from gpu_parts import SOURCE, Part, Parts, Suite, python_path, say
 
 sys.path.insert(0, str(SOURCE))
 
 if TYPE_CHECKING:
-    from vcache.bench.pool_worker import PoolWorker
+    import subprocess
+
     from vcache.spec import KVCacheSpec
+    from vcache.worker import Worker
 
 MIB = 2**20
 GIB = 2**30
-LIMITS = {
-    "engines": 70,
-    "sweep": 130,
-    "grids": 60,
-    "interference": 110,
-    "return": 80,
-    "faults": 60,
-    "mooncake": 70,
-    "vllm": 330,
-}
-"""Parts in their order, and the seconds that each may take."""
-LEAST = {"sweep": 40, "interference": 40, "vllm": 90}
-"""Seconds below which a part is not begun; 15 for the others."""
 GRIDS = (8, 16, 32, 48, 64, 96, 132, 264)
 
 
@@ -111,6 +95,7 @@ def find_place(dry_run: bool) -> Place:
 def engines(place: Place, found: dict[str, Any], parts: Parts) -> None:
     """A process that sees only GPU 0 stores in VRAM of GPU 0, one that sees only GPU 1 retrieves; the reverse; both at once."""
     from vcache.bench.paged_data import CHUNK, slab_size
+    from vcache.bench.pool_worker import PoolEngine
     from vcache.bench.processes import manager_process
 
     with ExitStack() as stack:
@@ -119,37 +104,31 @@ def engines(place: Place, found: dict[str, Any], parts: Parts) -> None:
             stack.enter_context(lender(address, place, side, slab_size(place.spec, 3 * place.long // CHUNK)))
         zero, one = (stack.enter_context(worker(address, place, side, place.long)) for side in (0, 1))
         for name, source, target, prompt in (("0 to 1", zero, one, 1), ("1 to 0", one, zero, 2)):
-            stored = source.ask("store", prompt=prompt, tokens=place.long)
-            first = target.ask("retrieve", prompt=prompt, tokens=place.long, seed=7)
-            timed = target.ask("time_retrieve", prompt=prompt, tokens=place.long, runs=42)["seconds"][2:]
-            kernel = target.ask("time_kernels", prompt=prompt, tokens=place.long, runs=12)["seconds"][2:]
+            stored = source.call(PoolEngine.store, prompt=prompt, tokens=place.long)
+            first = target.call(PoolEngine.retrieve, prompt=prompt, tokens=place.long, seed=7)
+            timed = target.call(PoolEngine.time_retrieve, prompt=prompt, tokens=place.long, runs=42)[2:]
+            kernel = target.call(PoolEngine.time_kernels, prompt=prompt, tokens=place.long, runs=12)[2:]
             found[name] = {
                 "tokens": place.long,
-                "loaded": first["loaded"],
-                "wrong": first["wrong"],
-                "store_ms": 1e3 * stored["seconds"],
+                "loaded": first.loaded,
+                "wrong": first.wrong,
+                "store_ms": 1e3 * stored,
                 "retrieve_ms": spread(timed),
                 "kernel_ms": spread(kernel),
                 "gbps": place.spec.payload_bytes(place.long) / sorted(timed)[len(timed) // 2] / 1e9,
             }
             say(f"engines {name}: {found[name]}")
             parts.write()
-        both: dict[str, list[float]] = {}
-
-        def loop(name: str, target: PoolWorker, prompt: int) -> None:
-            both[name] = target.ask("time_retrieve", prompt=prompt, tokens=place.long, runs=60)["seconds"][5:-5]
-
-        threads = [threading.Thread(target=loop, args=args) for args in (("0 to 1", one, 1), ("1 to 0", zero, 2))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        found["both at once"] = {name: spread(seconds) for name, seconds in both.items()}
+        both = {
+            name: target.begin(PoolEngine.time_retrieve, prompt=prompt, tokens=place.long, runs=60)
+            for name, target, prompt in (("0 to 1", one, 1), ("1 to 0", zero, 2))
+        }
+        found["both at once"] = {name: spread(times.result()[5:-5]) for name, times in both.items()}
         short = []
         for prompt in range(10, 19):
-            zero.ask("store", prompt=prompt, tokens=512)
-            got = one.ask("retrieve", prompt=prompt, tokens=512, seed=prompt)
-            short.append(got["seconds"] if not got["wrong"] and got["loaded"] == 512 else float("nan"))
+            zero.call(PoolEngine.store, prompt=prompt, tokens=512)
+            got = one.call(PoolEngine.retrieve, prompt=prompt, tokens=512, seed=prompt)
+            short.append(got.seconds if not got.wrong and got.loaded == 512 else float("nan"))
         found["512 tokens, 0 to 1, retrieve_ms"] = spread(short[2:])
         wrong = sum(found[name]["wrong"] for name in ("0 to 1", "1 to 0"))
         complete = all(found[name]["loaded"] == place.long for name in ("0 to 1", "1 to 0"))
@@ -214,9 +193,8 @@ def interference(place: Place, found: dict[str, Any], parts: Parts) -> None:
         return
     import torch
 
-    from vcache.bench.copies import RawCopies
     from vcache.bench.interference import Decoding, Products, Work, measure
-    from vcache.bench.moves import Move, copy_engine_moves, mover_moves, plain_moves
+    from vcache.bench.moves import Move, RawCopies, copy_engine_moves, mover_moves, plain_moves
     from vcache.bench.paged_data import CHUNK, CacheArena, Slots
     from vcache.bench.transfer import _lent
 
@@ -262,6 +240,7 @@ def give_back(place: Place, found: dict[str, Any], parts: Parts) -> None:
 def faults(place: Place, found: dict[str, Any], parts: Parts) -> None:
     """SIGKILL of the lender on GPU 0 while GPU 1 reads."""
     from vcache.bench.paged_data import CHUNK, slab_size
+    from vcache.bench.pool_worker import PoolEngine
     from vcache.bench.processes import manager_process
 
     prompts = list(range(1, 9))
@@ -271,13 +250,13 @@ def faults(place: Place, found: dict[str, Any], parts: Parts) -> None:
         lent = stack.enter_context(lender(address, place, 0, slab_size(place.spec, slots)))
         zero, one = (stack.enter_context(worker(address, place, side, place.short)) for side in (0, 1))
         for prompt in prompts:
-            zero.ask("store", prompt=prompt, tokens=place.short)
-        found["before"] = one.ask("retrieve", prompt=1, tokens=place.short, seed=3)
-        one.tell("read_for", prompts=prompts, tokens=place.short, seconds=3.0)
+            zero.call(PoolEngine.store, prompt=prompt, tokens=place.short)
+        found["before"] = one.call(PoolEngine.retrieve, prompt=1, tokens=place.short, seed=3)._asdict()
+        reading = one.begin(PoolEngine.read_for, prompts=prompts, tokens=place.short, seconds=3.0)
         time.sleep(1.5)  # the length of the load before the death, not a synchronisation
         lent.kill()
-        found["reader while the lender died"] = one.answer()
-        found["after"] = one.ask("retrieve", prompt=1, tokens=place.short, seed=4)
+        found["reader while the lender died"] = reading.result()._asdict()
+        found["after"] = one.call(PoolEngine.retrieve, prompt=1, tokens=place.short, seed=4)._asdict()
         say(str(found))
         assert not found["reader while the lender died"]["wrong"] + found["after"]["wrong"], "I1: wrong bytes"
         assert not found["after"]["loaded"], "a dead lender's chunks were still there"
@@ -298,34 +277,19 @@ def vllm(place: Place, found: dict[str, Any], parts: Parts) -> None:
     measure(place.gpus, found, parts, tiny=not place.on_gpu)
 
 
-WORK = {
-    "engines": engines,
-    "sweep": sweep,
-    "grids": grids,
-    "interference": interference,
-    "return": give_back,
-    "faults": faults,
-    "mooncake": mooncake,
-    "vllm": vllm,
-}
-
-
-@contextmanager
-def lender(address: str, place: Place, side: int, nbytes: int) -> Iterator[Any]:
+def lender(address: str, place: Place, side: int, nbytes: int) -> AbstractContextManager[subprocess.Popen[str]]:
     """`vcache lend` on one of the sides."""
-    from vcache.bench.processes import running
+    from vcache.bench.processes import lender_process
 
-    command = [sys.executable, "-m", "vcache.cli", "lend", "--address", address, "--kind", place.kind, "--size", str(nbytes)]
-    with running(command, "lending ", env=python_path(**place.visible(side))) as process:
-        yield process
+    return lender_process(address, place.kind, nbytes, env=python_path(**place.visible(side)))
 
 
-def worker(address: str, place: Place, side: int, tokens: int) -> PoolWorker:
-    from vcache.bench.pool_worker import PoolWorker, WorkerSettings
+def worker(address: str, place: Place, side: int, tokens: int) -> Worker:
+    from vcache.bench.pool_worker import WorkerSettings, pool_worker
 
     config: dict[str, dict[str, Any]] = {"manager": {"address": address}, "segment": {"lend": False}}
     settings = WorkerSettings(config=config, spec=place.spec, blocks=tokens // 16, device=place.device, name=f"gpu{side}")
-    return PoolWorker(settings, place.visible(side))
+    return pool_worker(settings, place.visible(side))
 
 
 def spread(seconds: list[float]) -> list[float]:
@@ -334,77 +298,23 @@ def spread(seconds: list[float]) -> list[float]:
     return [round(1e3 * value, 3) for value in (ordered[len(ordered) // 2], ordered[0], ordered[-1])]
 
 
-# The parent ------------------------------------------------------------------------------------------------------------------
-
-
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("results", type=Path)
-    made.add_argument("--only", default="", help="parts, separated by commas")
-    made.add_argument("--budget", type=float, default=470.0, help="seconds for everything")
-    made.add_argument("--dry-run", action="store_true", help="one GPU for both, or the CPU")
-    made.add_argument("--part", help=argparse.SUPPRESS)
-    return made
-
-
-def chosen(only: str) -> list[str]:
-    """Raises `SystemExit` for an unknown part."""
-    names = [name for name in only.split(",") if name]
-    if unknown := [name for name in names if name not in WORK]:
-        raise SystemExit(f"two_gpus: no part {', '.join(unknown)}; there are {', '.join(WORK)}")
-    return names or list(WORK)
-
-
-def run_part(name: str, arguments: argparse.Namespace) -> int:
-    """In the part's own process."""
-    place = find_place(arguments.dry_run)
-    parts = Parts(arguments.results / f"part_{name}.json", arguments.budget, machine={})
-    return 0 if parts.run(name, lambda found: WORK[name](place, found, parts)) else 1
-
-
-def run_all(arguments: argparse.Namespace) -> int:
-    find_place(arguments.dry_run)
-    names = chosen(arguments.only)
-    results: Path = arguments.results
-    whole = Parts(results / "two_gpus.json", arguments.budget)
-    whole.results["dry_run"] = arguments.dry_run
-    for number, name in enumerate(names):
-        if whole.left < LEAST.get(name, 15):
-            whole.skip(name, f"{whole.left:.0f} s left")
-            continue
-        # What later parts need at the least stays reserved.
-        reserved = sum(LEAST.get(later, 15) for later in names[number + 1 :])
-        limit = max(LEAST.get(name, 15), min(LIMITS[name], whole.left - reserved))
-        say(f"== {name} (limit {limit:.0f} s)")
-        command = [sys.executable, str(Path(__file__).resolve()), str(results), "--part", name, "--budget", f"{limit - 5:.0f}"]
-        command += ["--dry-run"] if arguments.dry_run else []
-        ended = run_limited(command, results / f"{name}.txt", limit, python_path())
-        whole.results["parts"][name] = merged(results / f"part_{name}.json", name, ended)
-        whole.write()
-        say(f"== {name}: {whole.results['parts'][name]['state']} in {ended['seconds']} s")
-    print(whole.summary(), flush=True)
-    return 1 if whole.failures() else 0
-
-
-def merged(file: Path, name: str, ended: dict[str, Any]) -> dict[str, Any]:
-    """What a part's process left behind, as one part of the whole: a process that died or was ended has failed, with what it
-    had measured."""
-    try:
-        part: dict[str, Any] = json.loads(file.read_text())["parts"][name]
-    except (OSError, ValueError, KeyError):
-        part = {"state": "failed", "found": {}, "why": "the process wrote nothing: " + " | ".join(ended["last"])[-1500:]}
-    if part["state"] == "running" or (ended["code"] and part["state"] == "ok"):
-        end = "its time was over" if ended["timed_out"] else f"the process ended with {ended['code']}"
-        part |= {"state": "failed", "why": f"{end}: {' | '.join(ended['last'])[-1500:]}"}
-    return part | {"seconds": ended["seconds"]}
-
-
-def main() -> int:
-    arguments = parser().parse_args()
-    arguments.results = arguments.results.resolve()
-    arguments.results.mkdir(parents=True, exist_ok=True)
-    return run_part(arguments.part, arguments) if arguments.part else run_all(arguments)
+SUITE = Suite(
+    "two_gpus",
+    __doc__,
+    {
+        "engines": Part(engines, 70),
+        "sweep": Part(sweep, 130, least=40),
+        "grids": Part(grids, 60),
+        "interference": Part(interference, 110, least=40),
+        "return": Part(give_back, 80),
+        "faults": Part(faults, 60),
+        "mooncake": Part(mooncake, 70),
+        "vllm": Part(vllm, 330, least=90),
+    },
+    lambda arguments: find_place(arguments.dry_run),
+    {"dry-run": "one GPU for both, or the CPU"},
+)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(SUITE.main())

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from gpu_parts import Parts, say
-from gpu_vllm_world import GIB, MIB, Child, World, gpu_memory, installed, remove
+from gpu_vllm_world import GIB, MIB, Engine, Worker, WorkerError, World, gpu_memory, installed, remove
 
 LENGTHS = [8192 + 16, 32768 + 16, 65536 + 16]
 REPEATS = (5, 5, 3)
@@ -173,15 +173,7 @@ class Run:
         self.note("GPU 1, recompute, no connector", length, self.world.one("C", ids))
 
     def offloaded(self, length: int) -> None:
-        world, ids = self.world, self.world.prompt(length)
-        world.one("D", ids)
-        world.one("D", world.prompt(64), 8)
-        world.children["D"].call("settle", pause=0.4)
-        if not world.children["D"].call("reset"):
-            world.one("D", world.prompt(64), 8)
-            world.children["D"].call("settle", pause=0.4)
-            world.children["D"].call("reset")
-        again = world.one("D", ids)
+        _, again = self.world.offloaded("D", self.world.prompt(length))
         self.note("GPU 1, native CPU offload" if hit(again, length) else "GPU 1, native CPU offload, missed", length, again)
 
     def clients(self, *pairs: str) -> None:
@@ -227,12 +219,11 @@ class Run:
 
     def together(self, prompts: dict[str, list[int]], tokens: int = 1) -> dict[str, dict[str, Any]]:
         """Ask several engines at the same time."""
-        children = self.world.children
-        for name, ids in prompts.items():
-            children[name].send("generate", prompts=[ids], tokens=tokens)
-        found = {name: children[name].answer() for name in prompts}
+        engines = self.world.engines
+        begun = {name: engines[name].begin(Engine.generate, prompts=[ids], tokens=tokens) for name, ids in prompts.items()}
+        found = {name: answer.result() for name, answer in begun.items()}
         for name in prompts:
-            children[name].call("settle")
+            engines[name].call(Engine.settle)
         return found
 
     def through(self, writer: str, reader: str, length: int) -> None:
@@ -257,11 +248,10 @@ def hit(result: dict[str, Any], length: int) -> bool:
 class Driver:
     """Serves requests on one engine while they arrive. A context manager; requests must be done before it ends."""
 
-    def __init__(self, child: Child) -> None:
-        self._child, self._waiting, self._lock, self._next = child, dict[int, Future[dict[str, Any]]](), threading.Lock(), 0
-        self._ended: dict[str, Any] = {}
-        child.send("drive")
-        self._thread = threading.Thread(target=self._listen, name=f"drive-{child.name}", daemon=True)
+    def __init__(self, engine: Worker) -> None:
+        self._engine, self._waiting, self._lock, self._next = engine, dict[int, Future[dict[str, Any]]](), threading.Lock(), 0
+        self._driving = engine.begin(Engine.drive)
+        self._thread = threading.Thread(target=self._listen, name=f"drive-{engine.name}", daemon=True)
         self._thread.start()
 
     def submit(self, prompt: list[int], tokens: int) -> Future[dict[str, Any]]:
@@ -270,32 +260,34 @@ class Driver:
         with self._lock:
             self._next += 1
             self._waiting[self._next] = future
-            self._child.write({"id": self._next, "prompt": prompt, "tokens": tokens})
+            self._engine.tell({"id": self._next, "prompt": prompt, "tokens": tokens})
         return future
 
     def _listen(self) -> None:
         try:
-            while "value" not in (answer := self._child.take(120)):
-                with self._lock:
-                    self._waiting.pop(answer["id"]).set_result(answer)
-        except (RuntimeError, ValueError, KeyError) as error:
+            self._driving.result(120, self._answered)
+        except (WorkerError, ValueError, KeyError) as error:
             with self._lock:
                 for future in self._waiting.values():
                     future.set_exception(error)
                 self._waiting.clear()
+
+    def _answered(self, answer: dict[str, Any]) -> None:
+        with self._lock:
+            self._waiting.pop(answer["id"]).set_result(answer)
 
     def __enter__(self) -> Driver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._lock:
-            self._child.write({"end": True})
+            self._engine.tell({"end": True})
         self._thread.join(130)
 
 
 def run_clients(world: World, names: list[str], plan: list[list[list[int]]], tokens: int) -> dict[str, Any]:
     """`plan`: the prompts of each client, one after the other. Request k goes to engine k modulo their number."""
-    drivers = [Driver(world.children[name]) for name in names]
+    drivers = [Driver(world.engines[name]) for name in names]
     turn = iter(range(10**9))
     lock = threading.Lock()
 
@@ -341,7 +333,7 @@ def mixed_load(
 ) -> dict[str, Any]:
     """Streams that decode `tokens[0]` tokens, while long prompts arrive one after the other, each with `tokens[1]` new tokens.
     Where `prefill` and `decode` differ, a prompt is computed on the first (one token) and then asked of the second."""
-    drivers = {name: Driver(world.children[name]) for name in dict.fromkeys([*prefill, *decode])}
+    drivers = {name: Driver(world.engines[name]) for name in dict.fromkeys([*prefill, *decode])}
     apart = prefill != decode
 
     def ask(number: int, prompt: list[int], count: int) -> dict[str, Any]:

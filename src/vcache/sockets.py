@@ -1,4 +1,4 @@
-"""What holds for every socket between processes: who is at its other end, and that a forked child lets go of its copy."""
+"""What holds for every socket between processes: where it lies, who is at its other end, what a forked child does with it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,26 @@ import socket
 import struct
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
 
 _UCRED = struct.Struct("3i")
+
+
+def socket_folder(given: str = "") -> Path:
+    """Name the folder for the sockets of this user's manager and lenders: `given`, else `$XDG_RUNTIME_DIR/vcache`, else
+    `/tmp/vcache-<uid>`. Creates nothing."""
+    if given:
+        return Path(given).absolute()
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(runtime) / "vcache" if runtime else Path(f"/tmp/vcache-{os.geteuid()}")
+
+
+def manager_address(folder: str = "") -> str:
+    """Name the socket where `vcache serve` listens unless told otherwise. `folder` as for `socket_folder`."""
+    return f"unix://{socket_folder(folder)}/manager.sock"
 
 
 def peer_uid(sock: socket.socket) -> int:

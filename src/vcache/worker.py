@@ -42,6 +42,7 @@ from .errors import VCacheError
 TIMEOUT = 120.0
 GRACE = 10.0
 _PIECE = 1 << 20
+_WORDS = 400
 _ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b.*:")
 
 P = ParamSpec("P")
@@ -165,6 +166,7 @@ class Worker:
         self._writing = threading.Lock()
         self._numbers = 0
         self._made = False
+        self._words = ""
         self._rest = b""
         self._answers: dict[int, _Answer | _Failed] = {}
         self._send(_Start(dict(arguments or {}), path, grace))
@@ -204,7 +206,9 @@ class Worker:
         self._send(_Note(note))
 
     def tail(self, lines: int = 40) -> str:
-        """The last lines of the log."""
+        """The last lines of the log; of a process that was ended, not more than 400."""
+        if self._log.closed:
+            return "\n".join(self._words.splitlines()[-lines:])
         size = os.fstat(self._log.fileno()).st_size
         words = os.pread(self._log.fileno(), _PIECE, max(0, size - _PIECE)).decode(errors="replace")
         return "\n".join(words.splitlines()[-lines:])
@@ -218,6 +222,9 @@ class Worker:
             with suppress(ProcessLookupError):  # it has ended since
                 os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        if not self._log.closed:
+            self._words = self.tail(_WORDS)
+            self._log.close()
         for stream in (self._process.stdin, self._process.stdout):
             assert stream is not None
             with suppress(BrokenPipeError):  # a request that it did not read any more

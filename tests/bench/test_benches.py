@@ -19,6 +19,7 @@ from vcache.bench.population import mount_population, random_keys
 from vcache.bench.processes import Cores, choose_cores, manager_process, resident_bytes, running
 from vcache.errors import ProtocolError, VCacheError
 from vcache.manager.connect import connect
+from vcache.storage import mooncake_master as storage_master
 
 pytestmark = pytest.mark.processes
 
@@ -32,6 +33,10 @@ def bench(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
+def verdicts(report: dict[str, Any]) -> list[str]:
+    return [note for note in report["notes"] if "target" in note or "verdict" in note]
+
+
 def test_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mooncake_master, "find_master", lambda: None)
     report = bench(tmp_path, "manager", "--chunks", "4096", "--seconds", "0.2")
@@ -42,14 +47,16 @@ def test_manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     assert all(row["keys_per_second"] > 0 and row["p99_us"] >= row["p50_us"] > 0 for row in report["rows"])
     assert {"keys_per_cpu_second"} <= report["rows"][0].keys()
-    assert any(note.startswith("target ") for note in report["notes"])
+    (verdict,) = verdicts(report)
+    assert verdict.startswith(("target met, 128 keys a request: ", "target missed, 128 keys a request: "))
     assert any("Mooncake is not installed" in note and "pip install" in note for note in report["notes"])
 
 
 def test_a_mooncake_that_does_not_start_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mooncake_master, "find_master", lambda: "/bin/false")
+    for module in (mooncake_master, storage_master):
+        monkeypatch.setattr(module, "find_master", lambda: "/bin/false")
     monkeypatch.setattr(mooncake_master, "find_spec", lambda name: name)
-    found = mooncake_master.measure_mooncake([bytes(16)], 1, 0.1, choose_cores())
+    found = mooncake_master.measure_mooncake(1, 1, 0.1, choose_cores())
     assert found.rows == []
     assert "mooncake_master did not start" in found.notes[0]
 
@@ -71,12 +78,17 @@ def test_memory(tmp_path: Path) -> None:
     assert [row["chunks"] for row in report["rows"]] == [0, 1000, 2000, 3000, 4000]
     assert report["rows"][0]["resident_mib"] > 5
     assert all(row["bytes_per_chunk"] is not None for row in report["rows"][1:])
+    (verdict,) = verdicts(report)
+    assert verdict.startswith("no verdict: this run is of 4,000 chunks, the target is for 1,000,000 chunks: ")
 
 
 def test_lookup(tmp_path: Path) -> None:
     report = bench(tmp_path, "lookup", "--tokens", "4000", "--chunk-size", "256")
     assert {row["chunks"] for row in report["rows"]} == {16}
     assert all(row["p99_ms"] >= row["median_ms"] > 0 for row in report["rows"])
+    (verdict,) = verdicts(report)
+    ran, target = "4,000 tokens in chunks of 256", "131,072 tokens in chunks of 256"
+    assert verdict.startswith(f"no verdict: this run is of {ran}, the target is for {target}: ")
 
 
 @pytest.mark.slow
@@ -90,6 +102,8 @@ def test_engine(tmp_path: Path) -> None:
         for operation in ("store", "retrieve")
     ]
     assert all(row["gbps"] > 0 and row["copy_gbps"] > 0 for row in report["rows"])
+    (verdict,) = verdicts(report)
+    assert verdict.startswith(("target met, 32MiB: ", "target missed, 32MiB: "))
 
 
 # --- what they are made of --------------------------------------------------------------------------------------------

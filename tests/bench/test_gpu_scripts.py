@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,10 +22,13 @@ import gpu_parts  # noqa: E402
 import gpu_suite  # noqa: E402
 import gpu_vllm  # noqa: E402
 import gpu_vllm_engine  # noqa: E402
-import split_file  # noqa: E402
+import gpu_vllm_world  # noqa: E402
 import two_gpus  # noqa: E402
 import two_gpus_vllm  # noqa: E402
 
+from vcache.worker import WorkerError  # noqa: E402
+
+FAKE_VLLM = Path(__file__).with_name("fake_vllm")
 MIB, GIB = 2**20, 2**30
 FACTS = {"cpu": "a CPU", "torch": "2.11", "nvidia-smi": "NVIDIA H200, GPU-1, 580.1, 143771 MiB, 1 MiB, 5, 16"}
 
@@ -134,34 +138,36 @@ def test_without_gpus_one_line_says_what_is_missing(script: str, tmp_path: Path)
 
 
 def test_unknown_parts_are_refused() -> None:
-    for choose in (two_gpus.chosen, gpu_suite.chosen, gpu_vllm.chosen):
+    for choose in (two_gpus.SUITE.chosen, gpu_suite.SUITE.chosen, gpu_vllm.chosen):
         with pytest.raises(SystemExit, match=r"no part nonsense; there are "):
             choose("nonsense")
-    assert two_gpus.chosen("") == list(two_gpus.WORK) == list(two_gpus.LIMITS)
-    assert two_gpus.chosen("faults,engines") == ["faults", "engines"]
+    assert two_gpus.SUITE.chosen("") == list(two_gpus.SUITE.parts)
+    assert two_gpus.SUITE.chosen("faults,engines") == ["faults", "engines"]
     assert gpu_vllm.chosen("") == []
     assert {"pool", "start AB", "ttft AB", "ttft ABCD"} <= set(gpu_vllm.chosen("ttft"))
 
 
 def test_budgets_fit_the_time_that_is_given() -> None:
     assert gpu_vllm.parser().parse_args([]).budget <= 470
-    assert two_gpus.parser().parse_args(["x"]).budget <= 480
-    assert all(two_gpus.LEAST.get(name, 15) <= limit for name, limit in two_gpus.LIMITS.items())
+    for suite, budget in ((two_gpus.SUITE, 480), (gpu_suite.SUITE, 560)):
+        assert suite.parser().parse_args(["x"]).budget <= budget
+        assert all(15 <= part.least <= part.limit for part in suite.parts.values())
+        assert sum(part.least for part in suite.parts.values()) <= budget, "some part could never run"
 
 
 def test_a_part_whose_process_died_has_failed(tmp_path: Path) -> None:
     ended = {"code": -9, "timed_out": True, "seconds": 9.0, "last": ["the last line"], "command": []}
-    lost = two_gpus.merged(tmp_path / "part_sweep.json", "sweep", ended)
+    lost = gpu_parts.merged(tmp_path / "part_sweep.json", "sweep", ended)
     assert (lost["state"], lost["found"], lost["seconds"]) == ("failed", {}, 9.0)
     assert "the last line" in lost["why"]
     part = {"state": "running", "seconds": 0.0, "found": {"rows": [1]}}
     (tmp_path / "part_sweep.json").write_text(json.dumps({"parts": {"sweep": part}}))
-    cut = two_gpus.merged(tmp_path / "part_sweep.json", "sweep", ended)
+    cut = gpu_parts.merged(tmp_path / "part_sweep.json", "sweep", ended)
     assert (cut["state"], cut["found"]) == ("failed", {"rows": [1]})
     assert "its time was over" in cut["why"]
     part["state"] = "ok"
     (tmp_path / "part_sweep.json").write_text(json.dumps({"parts": {"sweep": part}}))
-    good = two_gpus.merged(tmp_path / "part_sweep.json", "sweep", ended | {"code": 0})
+    good = gpu_parts.merged(tmp_path / "part_sweep.json", "sweep", ended | {"code": 0})
     assert (good["state"], good["seconds"]) == ("ok", 9.0)
 
 
@@ -199,23 +205,81 @@ def test_small_things() -> None:
     assert not gpu_vllm_engine._same("driven-10", "driven-1")
 
 
-# files in pieces
+# whole suites, over host memory
 
 
-def test_a_file_goes_in_pieces_and_comes_back(tmp_path: Path) -> None:
-    content = os.urandom(2_500_000)
-    (tmp_path / "model.bin").write_bytes(content)
-    written = split_file.split(tmp_path / "model.bin", tmp_path / "out" / "m", 1_000_000)
-    assert [path.name for path in written] == ["m.00", "m.01", "m.02", "m.json"]
-    assert [path.stat().st_size for path in written[:3]] == [1_000_000, 1_000_000, 500_000]
-    assert split_file.join(tmp_path / "out" / "m", tmp_path / "back").read_bytes() == content
-    (tmp_path / "out" / "m.01").write_bytes(b"x" * 1_000_000)
-    with pytest.raises(ValueError, match="do not make the file"):
-        split_file.join(tmp_path / "out" / "m", tmp_path / "bad")
-    (tmp_path / "out" / "m.01").unlink()
-    with pytest.raises(ValueError, match=r"missing: m\.01"):
-        split_file.join(tmp_path / "out" / "m", tmp_path / "bad")
-    assert list((tmp_path / "bad").iterdir()) == []
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flag", "names"),
+    [("two_gpus.py", "--dry-run", ("faults", "interference")), ("gpu_suite.py", "--cpu", ("return", "interference"))],
+)
+def test_a_suite_without_a_gpu(script: str, flag: str, names: tuple[str, str], tmp_path: Path) -> None:
+    """A part that starts every kind of process, and one that a GPU is needed for: both say what they found."""
+    torch = pytest.importorskip("torch", reason="needs torch")
+    if torch.cuda.is_available():
+        pytest.skip("says what happens without a GPU")
+    command = [sys.executable, str(SCRIPTS / script), str(tmp_path), "--only", ",".join(names), flag]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+    saved = json.loads((tmp_path / script.replace(".py", ".json")).read_text())
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert {name: part["state"] for name, part in saved["parts"].items()} == dict.fromkeys(names, "ok")
+    assert saved["options"] == [flag]
+    assert all(part["found"] for part in saved["parts"].values())
+    assert f"{names[0]} " in answer.stdout
+
+
+# vLLM's engines, with a vLLM that computes nothing
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_engines_are_started_asked_and_ended(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="needs torch")
+    if torch.cuda.is_available():
+        pytest.skip("a trial on the CPU")
+    command = [sys.executable, str(SCRIPTS / "gpu_vllm.py"), "--out", str(tmp_path), "--tiny", "--only", "overhead,decoding"]
+    env = os.environ | {"PYTHONPATH": str(FAKE_VLLM)}
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=110, check=False, env=env)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    saved = json.loads((tmp_path / "gpu_vllm.json").read_text())
+    parts = {name: part["state"] for name, part in saved["parts"].items()}
+    assert parts == dict.fromkeys(("pool", "start ABCD", "warm-up ABCD", "overhead", "decoding"), "ok")
+    assert saved["parts"]["start ABCD"]["found"]["A"]["name"] == "cpu"
+    assert len(saved["parts"]["overhead"]["found"]["A"]) == 2
+    assert "is no answer" in (tmp_path / "logs" / "A.log").read_text()
+    assert "lending" in (tmp_path / "logs" / "lender.log").read_text()
+
+
+@pytest.mark.processes
+def test_requests_are_served_while_they_arrive(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="needs torch")
+    monkeypatch.syspath_prepend(str(FAKE_VLLM))
+    world = gpu_vllm_world.World(tmp_path, tiny=True, lengths=[64])
+    try:
+        assert world.start_engines({"A": (None, 0), "B": (None, 0)}) == {}
+        clients = two_gpus_vllm.run_clients(world, ["A", "B"], [[[1, 2, 3]] * 3] * 4, 5)
+        assert (clients["requests"], clients["hit_ratio"], len(clients["ttfts_ms"])) == (12, 0.0, 12)
+        mixed = two_gpus_vllm.mixed_load(world, ["A"], ["B"], [[1, 2]] * 2, [[3, 4, 5]] * 2, (6, 2))
+        assert (mixed["streams"], mixed["long_cached_tokens"]) == (2, [0, 0])
+        world.engines["B"].signal(signal.SIGKILL)
+        with pytest.raises(WorkerError, match=r"B .* ended with code -9"):
+            two_gpus_vllm.run_clients(world, ["B"], [[[1]]], 5)
+    finally:
+        world.close()
+    assert not world.engines
+
+
+def test_an_engine_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("torch", reason="needs torch")
+    monkeypatch.syspath_prepend(str(FAKE_VLLM))
+    monkeypatch.setattr(gpu_vllm_world.World, "options", lambda self: {"model": "nowhere"})
+    world = gpu_vllm_world.World(tmp_path, tiny=True, lengths=[64])
+    world.logs = tmp_path / "logs"
+    failed = world.start_engines({"A": (None, 0)})
+    assert "FileNotFoundError" in failed["A"]
+    assert not world.has("A")
+    assert "nowhere/config.json" in (tmp_path / "logs" / "A.log").read_text()
 
 
 # pages
@@ -301,10 +365,13 @@ def test_page_of_two_gpus(tmp_path: Path) -> None:
 def test_page_of_one_gpu(tmp_path: Path) -> None:
     end = row("engine, other process", "retrieve", 4 * GIB, 1000.0, 32768)
     end |= {"size": "4 GiB", "call_ms": 4.3, "call_p99_ms": 9.9, "runs": 300, "gbps_low": 859.0, "gbps_high": 1047.5}
-    (tmp_path / "transfer.json").write_text(json.dumps({"rows": [end]}))
     value = results("x", {})
-    value["parts"] = {"demo": {"code": 0, "timed_out": False, "seconds": 60.0, "last": ["All answers are equal"]}}
+    demo = {"code": 0, "timed_out": False, "seconds": 60.0, "last": ["All answers are equal"]}
+    found = {"end_to_end": {"rows": [end], "notes": ["met: something", "another"]}, "demo": demo}
+    value["parts"] = {name: {"state": "ok", "seconds": 60.0, "found": each} for name, each in found.items()}
     text = page("one-gpu", value, tmp_path)
+    assert "- met: something\n" in text
+    assert (tmp_path / "page" / "transfer.csv").read_text().startswith("path,operation,nbytes")
     assert "| retrieve | 4 GiB | 4.30 [4.10-5.00] | 9.90 | 300 |" in text
     assert "All answers are equal" in text
 

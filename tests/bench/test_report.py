@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vcache.bench.report import Column, Report, machine, percentile, print_report, save_report
+from vcache.bench.report import Column, Report, machine, percentile, print_report, save_report, verdict
 from vcache.errors import VCacheError
 
 
@@ -66,3 +66,11 @@ def test_dash_is_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_machine_names_cpu_load_and_versions() -> None:
     found = machine()
     assert {"cpu", "memory", "load", "kernel", "python", "vcache", "msgspec"} <= found.keys()
+
+
+def test_a_run_of_another_size_than_the_targets_is_not_judged() -> None:
+    assert verdict("fast", True, of="128 keys") == verdict("fast", True, of="128 keys", ran="128 keys")
+    assert verdict("fast", True, of="128 keys") == "target met, 128 keys: fast"
+    assert verdict("fast", False, of="128 keys") == "target missed, 128 keys: fast"
+    other = "no verdict: this run is of 4 keys, the target is for 128 keys: fast"
+    assert verdict("fast", True, of="128 keys", ran="4 keys") == verdict("fast", False, of="128 keys", ran="4 keys") == other

@@ -313,7 +313,7 @@ def test_default_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     assert protocol.prepare_broker_dir("") == tmp_path / "vcache"
     monkeypatch.delenv("XDG_RUNTIME_DIR")
-    assert protocol.default_broker_dir() == Path(f"/tmp/vcache-{os.geteuid()}")
+    assert protocol.socket_folder() == Path(f"/tmp/vcache-{os.geteuid()}")
 
 
 def test_decoders_accept_only_their_direction() -> None:

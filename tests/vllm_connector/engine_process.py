@@ -24,7 +24,6 @@ class Engine:
     def __init__(self) -> None:
         self.llm: Any = None
         self.events_socket: Any = None
-        self.verifying: Any = None
 
     def start(self, model: str, connector: dict[str, Any] | None, **arguments: Any) -> None:
         from tiny_models import draw_strong_weights
@@ -185,12 +184,13 @@ class Engine:
     def blind(self, on: bool = True) -> None:
         """Switch verification off: the negative control. `on=False`: switch it on again."""
         from vcache.paged import cpu_mover
+        from vcache.segment import slot_protocol
 
         def believe(*_: Any) -> bool:
             return True
 
-        self.verifying = self.verifying or (cpu_mover.carries, cpu_mover.still_carries)
-        cpu_mover.carries, cpu_mover.still_carries = (believe, believe) if on else self.verifying
+        for name in ("carries", "still_carries"):
+            setattr(cpu_mover, name, believe if on else getattr(slot_protocol, name))
 
     def facts(self) -> dict[str, Any]:
         """What the connector of this process knows about itself."""

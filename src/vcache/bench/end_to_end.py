@@ -54,7 +54,7 @@ def measure(rows: list[dict[str, Any]], progress: Callable[[str], None], shape: 
         progress(f"end to end: {shape.short} tokens, stored by one process, retrieved by another")
         for operation, spread in zip(("store", "retrieve"), _short(writer, reader, shape.short), strict=True):
             rows.append(_row(shape, operation, shape.short, spread))
-            verdict = "met" if spread.median < _SHORT_GOAL else "MISSED"
+            verdict = _verdict(shape, spread.median < _SHORT_GOAL)
             yield (
                 f"{verdict}: engine.{operation} of {shape.short} tokens between processes: {spread.median * 1e3:.2f} ms "
                 f"[{spread.low * 1e3:.2f}-{spread.high * 1e3:.2f}] (goal {_SHORT_GOAL * 1e3:.0f} ms)"
@@ -75,16 +75,21 @@ def measure(rows: list[dict[str, Any]], progress: Callable[[str], None], shape: 
             rows.append(
                 _row(shape, operation, shape.long, Spread.of(seconds)) | {"call_p99_ms": percentile(seconds, 0.99) * 1e3}
             )
-            yield _verdict(operation, shape.long, seconds, kernel)
+            yield _judged(shape, operation, seconds, kernel)
 
 
-def _verdict(operation: str, tokens: int, seconds: list[float], kernel: Spread) -> str:
+def _verdict(shape: Shape, met: bool) -> str:
+    """The goals are for whole engines over VRAM, with the usual shape."""
+    return ("met" if met else "MISSED") if shape == Shape() else "no verdict for this shape"
+
+
+def _judged(shape: Shape, operation: str, seconds: list[float], kernel: Spread) -> str:
     spread = Spread.of(seconds)
     above = spread.median - kernel.median
     took = f"{spread.median * 1e3:.2f} ms [{spread.low * 1e3:.2f}-{spread.high * 1e3:.2f}]"
-    met = "met" if above <= _LONG_GOAL else "MISSED"
+    verdict = _verdict(shape, above <= _LONG_GOAL)
     return (
-        f"{met}: engine.{operation}: {tokens} tokens in {took}, {above * 1e3:.2f} ms above its kernels' "
+        f"{verdict}: engine.{operation}: {shape.long} tokens in {took}, {above * 1e3:.2f} ms above its kernels' "
         f"{kernel.median * 1e3:.2f} ms (goal 1 ms); p99 {percentile(seconds, 0.99) * 1e3:.2f} ms of {len(seconds)}"
     )
 

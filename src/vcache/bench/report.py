@@ -43,7 +43,7 @@ class Report(msgspec.Struct, kw_only=True):
     columns: Sequence[Column]
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
-    """What a reader must know to judge the numbers: targets met or missed, what was left out and why."""
+    """What a reader must know to judge the numbers: targets met, missed or not judged, what was left out and why."""
     machine: dict[str, str] = msgspec.field(default_factory=lambda: machine())
     when: str = msgspec.field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
@@ -88,6 +88,13 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The smallest of `values` (any order, not empty) that at least `share` of them do not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def verdict(target: str, met: bool, *, of: str, ran: str = "") -> str:
+    """A note on a target. `of`: the size that it is for; a run of another size (`ran`) is not judged."""
+    if ran in ("", of):
+        return f"target {'met' if met else 'missed'}, {of}: {target}"
+    return f"no verdict: this run is of {ran}, the target is for {of}: {target}"
 
 
 def print_report(report: Report, console: Console) -> None:

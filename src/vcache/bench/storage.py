@@ -6,23 +6,22 @@ import ctypes
 import json
 import mmap
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..config import ByteSize
 from ..errors import StorageError
 from ..keys import CacheKey
 from ..storage.guarded import GuardedStorage
 from ..storage.mooncake import MooncakeStorage
-from ..storage.mooncake_master import MooncakeMaster
 from ..storage.mooncake_options import MooncakeOptions, load_store
-from .processes import clean_environment, on_core, running
-from .report import Column, Report
+from .mooncake_master import BenchMaster, bench_master
+from .processes import clean_environment, running
+from .report import Column, Report, verdict
 
 TARGET = 0.85
 VALUE = 4 * 2**20
@@ -43,30 +42,15 @@ _COLUMNS = (
 )
 
 
-class BenchStore(NamedTuple):
-    """A Mooncake store of one lender, on this machine."""
-
-    options: dict[str, str]
-    master: MooncakeMaster
-
-
 @contextmanager
-def bench_store(nbytes: int, *, core: int | None = None, flags: Sequence[str] = ()) -> Iterator[BenchStore]:
+def bench_store(nbytes: int, *, core: int | None = None, flags: Sequence[str] = ()) -> Iterator[BenchMaster]:
     """A master and a lender of `nbytes`, on `core` if given. Raises `ConfigError` without Mooncake, `StorageError` when it does
     not work here. `flags`: further flags of the master."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        options = {"master": f"127.0.0.1:{probe.getsockname()[1]}"}
-    with ExitStack() as stack:
-        with ExitStack() as here:
-            if core is not None:
-                here.enter_context(on_core(core))
-            master = MooncakeMaster(MooncakeOptions.parse(options), flags=flags)
-        stack.callback(master.close)
+    with bench_master(core=core, flags=flags) as master:
         command = [sys.executable, "-m", "vcache.cli", "lend-storage", "--size", str(nbytes)]
-        env = clean_environment(VCACHE_STORAGE_OPTIONS=json.dumps(options))
-        stack.enter_context(running(command, "lending", core=core, env=env))
-        yield BenchStore(options, master)
+        env = clean_environment(VCACHE_STORAGE_OPTIONS=json.dumps(master.options))
+        with running(command, "lending", core=core, env=env):
+            yield master
 
 
 def bench_storage(sizes: Sequence[int], rounds: int, progress: Callable[[str], None]) -> Report:
@@ -100,7 +84,7 @@ def bench_storage(sizes: Sequence[int], rounds: int, progress: Callable[[str], N
     notes = [
         f"values of {ByteSize(VALUE)}, {_BATCH} in a call; raw Mooncake and the tier in turns, {rounds} rounds after one more "
         f"(smaller sizes: up to {_MORE_ROUNDS} times as many); ratio: median of the rounds' ratios, and the quarter points",
-        f"target: a ratio of {TARGET} or more: {'met' if met else 'missed'}",
+        verdict(f"a ratio of {TARGET} or more", met, of=", ".join(str(ByteSize(count * VALUE)) for count in counts)),
     ]
     return Report(
         title="Storage tier beside raw Mooncake calls",

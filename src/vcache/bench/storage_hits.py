@@ -18,7 +18,7 @@ from ..keys import CacheKey
 from ..spec import KVCacheSpec
 from ..worker import Worker
 from .processes import choose_cores, clean_environment, lender_process, manager_process, on_core
-from .report import Column, Report, percentile
+from .report import Column, Report, percentile, verdict
 from .storage import bench_store, quarters
 
 TARGET = 0.05
@@ -72,7 +72,7 @@ def bench_storage_hits(rounds: int, hits: int, progress: Callable[[str], None]) 
         with _flooding(store.options, cores.server):
             measure("saturated by another process")
         measure("busy with this engine's own writes", writing=True)
-        pid = store.master.pid
+        pid = store.process.pid
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -80,7 +80,7 @@ def bench_storage_hits(rounds: int, hits: int, progress: Callable[[str], None]) 
             measure("master stopped (SIGSTOP)")
         finally:
             os.kill(pid, signal.SIGCONT)
-        store.master.kill()
+        store.process.kill()
         _wake(engines)
         measure("master dead (SIGKILL)")
         errors = engines["with"].call(HitEngine.counters)["storage_errors"]
@@ -92,7 +92,7 @@ def bench_storage_hits(rounds: int, hits: int, progress: Callable[[str], None]) 
         f"own, in turns, {rounds} times {hits} calls after one more; medians; ratio: median of the rounds' ratios, and the "
         "quarter points around it",
         "both engines are measured in every state: the ratio is what the tier costs, not what other processes take away",
-        f"target: within {TARGET:.0%} while the tier is idle, saturated or dead: {'met' if worst <= 1 + TARGET else 'missed'}",
+        verdict(f"within {TARGET:.0%}", worst <= 1 + TARGET, of="while the tier is idle, saturated, stopped or dead"),
     ]
     if cores.shared:
         notes.append("one core only: everything shares it")

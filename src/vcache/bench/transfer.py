@@ -15,8 +15,8 @@ from ..config import TransferConfig
 from ..errors import DeviceUnavailableError, IntegrityError, VCacheError
 from ..paged.select import mover_for
 from ..spec import KVCacheSpec
-from .copies import RawCopies
 from .mover_runs import Mapping, MoverResult, MoverRuns
+from .moves import RawCopies
 from .paged_data import CHUNK, LLAMA_8B, CacheArena, Slots, block_mapping, slab_size
 from .plot import size_text
 from .remote_slab import RemoteSlabs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import socket
-import struct
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -15,8 +14,8 @@ from pathlib import Path
 from ..config import ByteSize, VCacheConfig, sections
 from ..errors import ConfigError, ManagerUnavailableError, SegmentError, StorageError, VCacheError
 from ..manager.address import parse_address
+from ..sockets import manager_address, peer_uid, socket_folder
 from .checks import Check, Checker, Status
-from .options import default_address, socket_folder
 
 _OTHER_VARIABLES = {"VCACHE_CONFIG", "VCACHE_TOKEN", "VCACHE_LOG_LEVEL"}
 _MIB = 2**20
@@ -139,8 +138,7 @@ def sockets(config: VCacheConfig) -> Iterator[Check]:
     left, right = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with left, right:
         try:
-            credentials = left.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            _, user, _ = struct.unpack("3i", credentials)
+            user = peer_uid(left)
             socket.send_fds(left, [b"x"], [left.fileno()])
             _, fds, _, _ = socket.recv_fds(right, 1, 1)
             for fd in fds:
@@ -159,7 +157,7 @@ def sockets(config: VCacheConfig) -> Iterator[Check]:
 def _folder(config: VCacheConfig) -> Check:
     from ..segment.handover import prepare_broker_dir
 
-    folder = socket_folder(config)
+    folder = socket_folder(config.segment.broker_dir)
     if not folder.exists():
         return Check("socket folder", "ok", f"{folder} (will be created)")
     try:
@@ -181,7 +179,7 @@ def manager(config: VCacheConfig) -> Iterator[Check]:
         with tool_session(config) as api:
             stats = api.stats()
     except ManagerUnavailableError as error:
-        chosen = address != default_address(config)
+        chosen = address != manager_address(config.segment.broker_dir)
         yield Check(
             name,
             "fail" if chosen else "warn",

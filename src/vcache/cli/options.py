@@ -9,6 +9,7 @@ import msgspec
 import typer
 
 from ..config import ByteSize, VCacheConfig
+from ..sockets import manager_address
 
 _LARGEST = ByteSize(2**48)
 """What the protocol takes for a size."""
@@ -52,18 +53,6 @@ def load_config(file: Path | None, **sections: dict[str, Any]) -> VCacheConfig:
     given = {name: keys for name, keys in given.items() if keys}
     config = VCacheConfig.from_env(**given) if file is None else VCacheConfig.from_file(file, **given)
     if config.manager.address == "embedded":
-        address = default_address(config)
+        address = manager_address(config.segment.broker_dir)
         config = msgspec.structs.replace(config, manager=msgspec.structs.replace(config.manager, address=address))
     return config
-
-
-def socket_folder(config: VCacheConfig) -> Path:
-    """Name the folder for the sockets of this user's manager and lenders. Does not create it."""
-    from ..segment.handover import default_broker_dir
-
-    return Path(config.segment.broker_dir).absolute() if config.segment.broker_dir else default_broker_dir()
-
-
-def default_address(config: VCacheConfig) -> str:
-    """Name the socket where `vcache serve` listens when nothing else is said."""
-    return f"unix://{socket_folder(config) / 'manager.sock'}"

@@ -15,6 +15,7 @@ from typing import Annotated
 import msgspec
 
 from ..errors import ProtocolError, SegmentError
+from ..sockets import socket_folder
 
 BROKER_VERSION = 2
 MAX_FRAME = 32 * 1024
@@ -120,17 +121,11 @@ def batches(indices: list[int]) -> list[list[int]]:
     return [indices[start : start + MAX_INDICES] for start in range(0, len(indices), MAX_INDICES)]
 
 
-def default_broker_dir() -> Path:
-    """`$XDG_RUNTIME_DIR/vcache`, or `/tmp/vcache-<uid>` where that is not set."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime) / "vcache" if runtime else Path(f"/tmp/vcache-{os.geteuid()}")
-
-
 def prepare_broker_dir(path: str) -> Path:
     """Create the folder for sockets (mode 0700) or check the one that is there. Empty `path`: the default.
 
     Raises `SegmentError` when it belongs to somebody else or others may enter it."""
-    folder = Path(path).absolute() if path else default_broker_dir()
+    folder = socket_folder(path)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()

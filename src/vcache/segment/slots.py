@@ -88,19 +88,6 @@ class SlabHeader(NamedTuple):
         return cls(generation, slot_bytes, slots) if magic == SLAB_MAGIC and slot_bytes and slots else None
 
 
-def formatted_since(found: bytes | memoryview, ours: bytes) -> bool:
-    """Whether the slab header `found` in memory is of a later format than `ours`, which a ticket came with: the ticket has
-    lapsed, and nothing may be written. Pure."""
-    there, mine = SlabHeader.unpack(found), SlabHeader.unpack(ours)
-    return there is not None and mine is not None and there.format_generation > mine.format_generation
-
-
-def outlived(slab_header: bytes | memoryview, generation: int) -> bool:
-    """Whether a slot header of this generation is older than the format in the first bytes of its slab, read **after** the
-    payload: slots of another size lie there now, and an old header may stand while its payload is overwritten. Pure."""
-    return int.from_bytes(slab_header[8:16], "little") >= generation
-
-
 class SlotHeader(NamedTuple):
     """64 bytes beside a payload.
 
@@ -151,7 +138,7 @@ class SlotLocation(NamedTuple):
     generation: int
 
     def pack(self) -> bytes:
-        units = align_up(self.slot_bytes, ALIGNMENT) // ALIGNMENT
+        units = -(-self.slot_bytes // ALIGNMENT)
         return _LOCATION.pack(self.segment, self.slab, self.tokens, self.slot, units, self.generation)
 
     @classmethod

@@ -10,7 +10,7 @@ import msgspec
 
 from ...config import ByteSize, VCacheConfig, decode, sections
 from ...errors import ConfigError
-from ...segment.handover import default_broker_dir
+from ...sockets import manager_address
 
 SOURCE = "kv_connector_extra_config"
 
@@ -88,15 +88,9 @@ def read_settings(extra: Mapping[str, Any], env: Mapping[str, str] | None = None
     autostart = False
     if config.manager.address == "embedded":
         autostart = options.autostart
-        manager = msgspec.structs.replace(config.manager, address=default_address(config))
+        manager = msgspec.structs.replace(config.manager, address=manager_address(config.segment.broker_dir))
         config = msgspec.structs.replace(config, manager=manager)
     return Settings(config, options, autostart, sized)
-
-
-def default_address(config: VCacheConfig) -> str:
-    """Name the socket where `vcache serve` listens unless told otherwise."""
-    folder = os.path.abspath(config.segment.broker_dir) if config.segment.broker_dir else str(default_broker_dir())
-    return f"unix://{folder}/manager.sock"
 
 
 def _split(extra: Mapping[str, Any]) -> tuple[Options, dict[str, dict[str, Any]]]:

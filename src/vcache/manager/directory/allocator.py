@@ -13,7 +13,7 @@ from .slabs import FREE, MAX_SLOTS, USED, HostMemory, Owner, Segment, Slab, geom
 
 
 class Allocator:
-    """All mounted segments. Pure bookkeeping; every call is O(1) in the number of chunks unless it says otherwise."""
+    """Keeps the books of all mounted segments. Every call is O(1) in the number of chunks unless it says otherwise."""
 
     def __init__(self, floor: int, first_segment: int = 1) -> None:
         """`floor`: generations of new slabs start above it (the manager's epoch). `first_segment`: number of the first one."""
@@ -35,27 +35,29 @@ class Allocator:
 
     @staticmethod
     def slab_key(number: int, index: int) -> int:
+        """Name a slab in `slabs`."""
         return number << 16 | index
 
     def slab_at(self, place: SlotLocation) -> Slab:
+        """Return the attached slab that a location lies in."""
         return self.slabs[place.segment << 16 | place.slab]
 
     # Segments and slabs
 
     def add_segment(self, info: SegmentInfo) -> Segment:
-        """A new segment without slabs."""
+        """Mount a segment, without slabs yet."""
         self._last_number += 1
         segment = Segment(self._last_number, info, self._join_host(info))
         self.segments[segment.number] = self.by_uuid[info.uuid] = segment
         return segment
 
     def remove_segment(self, segment: Segment) -> None:
-        """The caller has detached its slabs."""
+        """Unmount a segment whose slabs are detached."""
         del self.segments[segment.number], self.by_uuid[segment.info.uuid]
         self._leave_host(segment)
 
     def redefine(self, segment: Segment, info: SegmentInfo) -> None:
-        """The segment's lender describes it anew. The caller has detached its slabs."""
+        """Describe a segment anew, whose slabs are detached."""
         self._leave_host(segment)
         segment.info, segment.memory, segment.tier = info, self._join_host(info), tier_of(info)
 
@@ -72,11 +74,12 @@ class Allocator:
             del self.hosts[segment.info.host]
 
     def readdress(self, slab: Slab, address: int) -> None:
-        """Others read an attached slab there now."""
+        """Change the address at which other hosts read an attached slab."""
         slab.address = address
         self.version += 1
 
     def attach(self, segment: Segment, slab: Slab) -> None:
+        """Make a slab, with all that it holds, a part of a mounted segment."""
         self.version += 1
         slab.segment = segment
         segment.slabs[slab.index] = slab
@@ -87,7 +90,7 @@ class Allocator:
         self._occupy(slab, slab.busy)
 
     def blank(self, slab: Slab) -> None:
-        """All holders of an attached slab are gone: it has no slots until it is formatted."""
+        """Take all slots from an attached slab whose holders are gone; it gets new ones when it is formatted."""
         segment = slab.segment
         assert segment is not None
         self._occupy(slab, -slab.busy)
@@ -98,7 +101,7 @@ class Allocator:
         self.refresh(slab)
 
     def detach(self, slab: Slab) -> None:
-        """Later slabs in the same memory will start above its generations."""
+        """Take a slab out of its segment. Later slabs in the same memory will start above its generations."""
         segment = slab.segment
         assert segment is not None
         self.version += 1
@@ -131,16 +134,16 @@ class Allocator:
                 self.refresh(slab)
 
     def awaited(self, client: bytes) -> list[Slab]:
-        """Slabs that wait for this client."""
+        """List the slabs that wait for this client."""
         return [slab for slab in self.awaiting if client in slab.writers]
 
     def raise_floor(self, floor: int) -> None:
-        """Generations of slabs that are attached from now on start above `floor`, too."""
+        """Start generations of slabs that are attached from now on above `floor`, too."""
         self.floor = max(self.floor, floor + (floor & 1))
 
     @staticmethod
     def _occupy(slab: Slab, slots: int) -> None:
-        """So many more slots of an attached slab are not free."""
+        """Count so many more slots of an attached slab as not free."""
         segment, geometry = slab.segment, slab.geometry
         if geometry is not None and segment is not None:
             segment.busy += slots * geometry.stride
@@ -174,7 +177,7 @@ class Allocator:
     # Placement
 
     def candidates(self, placement: Placement, device: str, avoid: Iterable[int]) -> list[Segment]:
-        """Segments in the order in which a free slot is looked for."""
+        """List the segments in the order in which a free slot is looked for."""
         skip = frozenset(avoid)
 
         def rank(segment: Segment) -> tuple[int, float, int]:
@@ -185,7 +188,7 @@ class Allocator:
         return sorted((segment for number, segment in self.segments.items() if number not in skip), key=rank)
 
     def find_free(self, segments: Sequence[Segment], stride: int) -> Slab | None:
-        """A slab with a free slot of this size in the first segment that has room; formats an empty slab if need be."""
+        """Find a slab with a free slot of this size in the first segment that has room; format an empty slab if need be."""
         for segment in segments:
             group = segment.open.get(stride)
             if group:
@@ -211,7 +214,7 @@ class Allocator:
         self.refresh(slab)
 
     def take(self, slab: Slab) -> int:
-        """A free slot, which the caller must give an owner at once (`hold`). There must be one."""
+        """Take a free slot, which the caller must give an owner at once (`hold`). There must be one."""
         while True:
             slot = slab.free.pop()
             slab.listed[slot] = 0
@@ -233,7 +236,7 @@ class Allocator:
             self._close(segment, slab, geometry.stride)
 
     def release(self, slab: Slab, slot: int) -> None:
-        """The slot is free again, and its slab unformatted with the last one. Also for detached slabs."""
+        """Free a slot; its slab can hold another slot size after the last one. Also for detached slabs."""
         owner = slab.owners[slot]
         assert owner is not None
         slab.counts[state_of(owner)] -= 1
@@ -250,7 +253,7 @@ class Allocator:
             self.refresh(slab)
 
     def change(self, slab: Slab, slot: int, before: int) -> None:
-        """The state of the slot's owner was `before` and is now another one."""
+        """Count a slot anew whose owner, or its state, is another one now; the state `before`."""
         owner = slab.owners[slot]
         slab.counts[before] -= 1
         slab.counts[state_of(owner)] += 1
@@ -258,7 +261,7 @@ class Allocator:
     # Reach
 
     def unreadable(self, host: str, remote: bool) -> frozenset[bytes]:
-        """The slabs, by `slab_id`, that a session on `host` cannot read; none for a session that does not say its host.
+        """Name the slabs (`slab_id`) that a session on `host` cannot read; none for a session that does not say its host.
         `remote`: it has a transfer engine. O(slabs of other hosts)."""
         if not host:
             return frozenset()
@@ -273,7 +276,7 @@ class Allocator:
     # Gauges
 
     def totals(self, segment: Segment) -> tuple[list[int], int, int]:
-        """Slots by state, bytes used, slabs without a slot in use. O(slabs)."""
+        """Sum up a segment: slots by state, bytes used, slabs without a slot in use. O(slabs)."""
         counts, used = [0, 0, 0, 0], 0
         for slab in segment.slabs.values():
             if slab.busy and slab.geometry is not None:

@@ -31,6 +31,7 @@ class Pending:
         return not any(part.writer for part in self.parts.values())
 
     def complete(self) -> bool:
+        """Whether the last shard is there, so that it may be published."""
         return len(self.parts) == self.num_shards and all(part.state == USED for part in self.parts.values())
 
 
@@ -56,7 +57,7 @@ class ChunkTable:
         return space
 
     def any(self, key: bytes) -> Record | None:
-        """The key's record, whichever state it is in."""
+        """Return the key's record, whichever state it is in."""
         record = self.visible.get(key)
         if record is None:
             pending = self.pending.get(key)
@@ -66,7 +67,8 @@ class ChunkTable:
     # Life of a record
 
     def ghost(self, key: bytes, index: int, space: Space) -> Record:
-        """The key's record, a new ghost if there is none. The caller gives it a child, a pin or bytes, or calls `settle`."""
+        """Return the key's record, a new ghost if there is none. The caller gives it a child, a lease or bytes, or calls
+        `settle`."""
         record = self.any(key)
         if record is None:
             record = Record(key, space, self._indices[index] if index < _COMMON_INDICES else index)
@@ -79,7 +81,7 @@ class ChunkTable:
             del self.ghosts[record.key]
 
     def begin(self, key: bytes, index: int, space: Space, num_shards: int) -> Pending:
-        """A pending chunk for a key that is neither visible nor pending."""
+        """Expect the shards of a chunk that is neither visible nor pending."""
         record = self.ghost(key, index, space)
         record.space = space
         del self.ghosts[key]
@@ -87,13 +89,13 @@ class ChunkTable:
         return pending
 
     def abandon(self, pending: Pending) -> None:
-        """A pending chunk will not be completed; its slots are somebody else's affair."""
+        """Forget a pending chunk. The caller frees its slots."""
         record = pending.record
         del self.pending[record.key]
         self._retire(record)
 
     def publish(self, pending: Pending) -> Record:
-        """All shards are complete: make the chunk visible. The caller adds it to the eviction policy."""
+        """Make a chunk visible all of whose shards are complete. The caller adds it to the eviction policy."""
         record = pending.record
         del self.pending[record.key]
         record.packed = b"".join([pending.parts[shard].packed for shard in range(pending.num_shards)])
@@ -103,7 +105,7 @@ class ChunkTable:
         return record
 
     def recover(self, key: bytes, index: int, space: Space, packed: bytes) -> Record:
-        """A chunk with all its shards was found in an inventory; the key is neither visible nor pending. The caller adds it
+        """Make a chunk visible that was found whole in an inventory; the key is neither visible nor pending. The caller adds it
         to the eviction policy."""
         record = self.ghosts.pop(key, None)
         if record is None:
@@ -116,7 +118,7 @@ class ChunkTable:
         return record
 
     def hide(self, record: Record) -> None:
-        """A visible chunk is gone. Its slots are the caller's affair."""
+        """Make a visible chunk absent. The caller frees its slots."""
         del self.visible[record.key]
         self.policy.discard(record)
         if record.parent is None and record.index:
@@ -143,7 +145,7 @@ class ChunkTable:
             self.orphans -= 1
 
     def unlink(self, child: Record) -> None:
-        """Only for records that are not visible."""
+        """Forget the parent of a record that is not visible."""
         parent = child.parent
         if parent is None:
             return
@@ -213,5 +215,5 @@ class ChunkTable:
 
 
 def deepest_first(records: Iterable[Record]) -> list[Record]:
-    """Records in the order in which they enter an eviction queue: a prompt's tail before its head."""
+    """Sort records as they enter an eviction queue: a prompt's tail before its head."""
     return sorted(records, key=lambda record: record.index, reverse=True)

@@ -45,7 +45,7 @@ class _Draft:
         self.moves: list[Move] = []
 
     def move(self, record: Record, shards: list[tuple[int, SlotLocation]]) -> list[SlotLocation]:
-        """Begin to move these shards of a chunk, as many as there is room for; where they lie."""
+        """Begin to move these shards of a chunk, as many as there is room for; the places that they leave."""
         moved: list[SlotLocation] = []
         for shard, place in shards:
             slab = self._room(place.slot_bytes, record)
@@ -62,7 +62,7 @@ class _Draft:
         return moved
 
     def _room(self, stride: int, record: Record) -> Slab | None:
-        """A slab of the targets with a free slot, if need be after evicting what is not hotter than `record`."""
+        """Find a slab of the targets with a free slot, if need be after evicting what is not hotter than `record`."""
         core = self._core
         for _ in range(EVICTION_ATTEMPTS):
             slab = core.allocator.find_free(self._route.targets, stride)
@@ -71,12 +71,11 @@ class _Draft:
             victim = core.chunks.policy.victim(stride, self._route.allowed)
             if victim is None or victim.used > record.used or victim is record or victim in self._records:
                 return None
-            core.counters.evictions += 1
-            core.forget(victim)
+            core.evict(victim, "room for a demotion")
         return None
 
     def plan(self) -> MovePlan:
-        """Lease the chunks to who moves them."""
+        """Complete the plan with a lease on its chunks."""
         lease = self._core.leases.grant(self._client, list(self._records), self._now)
         self._core.counters.leases += 1
         for write in self._writes:
@@ -95,7 +94,7 @@ class Demoting:
         if verb.nbytes < 0:
             raise ProtocolError(f"demote: {verb.nbytes} bytes")
         core = self._core
-        memory = core.allocator.hosts.get(session.host) if session.host else None
+        memory = core.memory_of(session)
         if memory is None:
             return MovePlan()
         core.check_leases(session.client)
@@ -120,7 +119,7 @@ class Demoting:
         return _Route(sources, targets, frozenset(segment.number for segment in targets))
 
     def _excess(self, memory: HostMemory) -> float:
-        """Bytes of this host's VRAM above the low watermark when the moves under way have ended."""
+        """Count the bytes of this host's VRAM above the low watermark when the moves under way have ended."""
         core, leaving = self._core, 0
         for write in core.writes.moves:
             if write.state == PROCESSING:
@@ -158,16 +157,15 @@ class Demoting:
         slab.confirm(write.slot)
         core.replace(record, write.shard, write.packed)
         core.counters.demotions += 1
+        core.log.happened(core.now, "demoted", (write.key,), f"shard {write.shard}", write.packed)
         return True
 
 
 class ColdScan:
-    """Candidates from old to new: visible, not leased, a shard in one of the segments given, and with SIEVE not used since
-    the scan was here before. Most of a queue's cold end has moved before, so each queue keeps a marker at the place up to
-    which there was nothing left to move. At the newest record a scan that has found nothing starts at the oldest again;
-    twice if need be: the first time around, all may have been used.
-
-    The queues may change between calls."""
+    """Finds candidates from old to new: visible, not leased, a shard in one of the segments given, and with SIEVE not used
+    since the scan was here before. Most of a queue's cold end has moved before, so each queue keeps a marker at the place up to
+    which there was nothing left to move. At the newest record a scan that has found nothing starts at the oldest again; twice
+    if need be: the first time around, all may have been used.  The queues may change between calls."""
 
     def __init__(self, policy: EvictionPolicy, name: str, segments: frozenset[int], clock: int) -> None:
         """`name`: of the marker; scans that look for other segments must not share it. `clock`: now, as in `Record.used`."""
@@ -180,7 +178,7 @@ class ColdScan:
         """How often it has begun at the oldest again."""
 
     def coldest(self) -> Record | None:
-        """The least recently used of all queues' first candidates, which stays the first until `skip`."""
+        """Find the least recently used of all queues' first candidates; it stays the first until `skip`."""
         best: Record | None = None
         for queue in list(self._queues):
             record = self._first(queue)
@@ -204,7 +202,7 @@ class ColdScan:
             queue.put_marker(queue.marker(self._name), record)
 
     def _first(self, queue: Queue) -> Record | None:
-        """The next candidate of a queue, with the marker just before it."""
+        """Find the next candidate of a queue, and put the marker just before it."""
         marker = queue.marker(self._name)
         record, found = marker.newer, None
         while record is not None and found is None and self._steps:

@@ -1,6 +1,6 @@
 """Which chunk goes first: LRU and SIEVE behind one interface, one queue per slot size.
 
-Both never choose a pinned record, take the tail of a prefix before its head, and do bounded work per victim. Order in a
+Both never choose a leased record, take the tail of a prefix before its head, and do bounded work per victim. Order in a
 queue: oldest to newest, linked through the records themselves, so that a touch and a removal are O(1).
 """
 
@@ -35,15 +35,15 @@ class EvictionPolicy(ABC):
         """Slabs (`slots.slab_id`) in which room is of no use now."""
 
     def add(self, record: Record, slot_bytes: int) -> None:
-        """A record became visible. Add a prompt's chunks from tail to head, so that the head is the newest."""
+        """Queue a record that became visible. Add a prompt's chunks from tail to head, so that the head is the newest."""
         queue = self.queues.get(slot_bytes)
         if queue is None:
             queue = self.queues[slot_bytes] = Queue()
         queue.insert(record, queue.end)
 
     def add_cold(self, record: Record, slot_bytes: int) -> None:
-        """A record was found in an inventory, and its use is unknown: older than all others. `sort_cold` finds its place among
-        its like."""
+        """Queue a record that was found in an inventory; its use is unknown, so it is older than all others. `sort_cold` finds
+        its place among its like."""
         queue = self.queues.get(slot_bytes)
         if queue is None:
             queue = self.queues[slot_bytes] = Queue()
@@ -87,6 +87,7 @@ class EvictionPolicy(ABC):
                 queue.drop_marker(other)  # Of scans, which have not seen what came in behind them.
 
     def discard(self, record: Record) -> None:
+        """Take a record out of its queue. Idempotent."""
         if record.queue is not None:
             record.queue.remove(record)
         record.visited = False
@@ -98,20 +99,20 @@ class EvictionPolicy(ABC):
 
     @abstractmethod
     def next_victims(self, queue: Queue, steps: int) -> Iterator[Record]:
-        """Records in about the order in which they would be evicted, all states; looks at `steps` of them at most. The queue
-        must not change meanwhile."""
+        """Go through records in about the order in which they would be evicted, all states; look at `steps` of them at most.
+        The queue must not change meanwhile."""
 
     @abstractmethod
     def cool(self, records: Sequence[Record]) -> None:
-        """These, in this order, shall be looked at before all others when room is needed."""
+        """Have these, in this order, looked at before all others when room is needed."""
 
     @abstractmethod
     def touch(self, records: Sequence[Record], clock: int) -> None:
-        """Records, in prompt order, were used at `clock`. A tail never becomes hotter than its head."""
+        """Note that records, in prompt order, were used at `clock`. A tail never becomes hotter than its head."""
 
     @abstractmethod
     def victim(self, slot_bytes: int, allowed: frozenset[int] | None) -> Record | None:
-        """The record to evict next for a slot of this size, or None. It stays in its queue. Never pinned, no children.
+        """Choose the record to evict next for a slot of this size, or None. It stays in its queue. Never leased, no children.
         `allowed`: numbers of segments that count (None: all)."""
 
     def check_integrity(self) -> None:
@@ -138,7 +139,7 @@ def _goes_before(other: Record, record: Record) -> bool:
 
 
 def tail_of(record: Record) -> tuple[Record, int]:
-    """The end of the chain below `record` as far as links lead, and the number of steps. The result still has children
+    """Find the end of the chain below `record` as far as links lead, and the number of steps. The result still has children
     when the way down is unknown."""
     steps = 0
     while record.children and record.child is not None and steps < MAX_STEPS:
@@ -158,7 +159,7 @@ def evictable(record: Record, allowed: frozenset[int] | None, closed: AbstractSe
 
 
 class LruPolicy(EvictionPolicy):
-    """Least recently used first."""
+    """Evicts the least recently used first."""
 
     def touch(self, records: Sequence[Record], clock: int) -> None:
         for record in reversed(records):
@@ -212,7 +213,7 @@ class LruPolicy(EvictionPolicy):
 
     @staticmethod
     def _lift(record: Record, tail: Record) -> None:
-        """The tail below was used later than `record`: put the older ones on the way between them just behind it."""
+        """Put the older ones on the way from `record` to the tail below it, which was used later, just behind that tail."""
         queue, place = tail.queue, tail
         parent = tail.parent
         assert queue is not None
@@ -229,7 +230,7 @@ class LruPolicy(EvictionPolicy):
 
 
 class SievePolicy(EvictionPolicy):
-    """SIEVE (Zhang et al., NSDI 2024): a hand goes from old to new, spares what was used since it last came by."""
+    """Evicts by SIEVE (Zhang et al., NSDI 2024): a hand goes from old to new, spares what was used since it last came by."""
 
     def next_victims(self, queue: Queue, steps: int) -> Iterator[Record]:
         start = queue.hand if queue.hand is not None else queue.end
@@ -287,4 +288,5 @@ class SievePolicy(EvictionPolicy):
 
 
 def make_policy(name: Literal["lru", "sieve"]) -> EvictionPolicy:
+    """Make the policy of this name (`manager.eviction`)."""
     return LruPolicy() if name == "lru" else SievePolicy()

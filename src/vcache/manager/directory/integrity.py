@@ -18,13 +18,14 @@ def check_core(core: State, away: list[Slab]) -> None:
     core.leases.check_integrity(core.sessions)
     core.writes.check_integrity(held, core.sessions)
     core.wiping.check_integrity()
+    core.log.check_integrity()
     _check_places(core)
     for write in held:
         _check_write(core, write)
 
 
 def _check_places(core: State) -> None:
-    """Visible chunks and the slots they own point to each other. What is in storage as well is summed up right."""
+    """Check that visible chunks and the slots they own point to each other, and the sum of what is in storage as well."""
     spilled: dict[HostMemory, int] = {}
     owned = sum(1 for slab in core.allocator.slabs.values() for owner in slab.owners if isinstance(owner, Record))
     for record in core.chunks.visible.values():
@@ -46,7 +47,7 @@ def _check_places(core: State) -> None:
 
 
 def _check_write(core: State, write: Write) -> None:
-    """A write that holds a slot is a part of its pending chunk, or a move, or nothing that counts any more."""
+    """Check that a write that holds a slot is a part of its pending chunk, or a move, or nothing that counts any more."""
     pending = core.chunks.pending.get(write.key)
     part = pending.parts.get(write.shard) if pending is not None else None
     if write.source and (part is write or write.state not in (PROCESSING, QUARANTINED) or not write.writer):

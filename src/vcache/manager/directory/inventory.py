@@ -38,7 +38,7 @@ class SlabHeaders(NamedTuple):
     """All slot headers, joined."""
 
     def judge(self, slot: int) -> tuple[Verdict, SlotHeader | None]:
-        """What the header of a slot says; the header itself unless it is empty or makes no sense at all."""
+        """Judge the header of a slot; the header itself unless it is empty or makes no sense at all."""
         raw = self.raw[slot * HEADER_BYTES : (slot + 1) * HEADER_BYTES]
         if raw == _EMPTY:
             return Verdict.EMPTY, None
@@ -55,8 +55,8 @@ class SlabHeaders(NamedTuple):
 
 
 def check_inventory(info: SegmentInfo, inventory: Sequence[SlabInventory]) -> dict[int, SlabHeaders]:
-    """The headers of formatted slabs, by slab index. Raises `ProtocolError` for an inventory that does not fit the segment
-    (unknown or repeated slabs, wrong lengths). O(slabs)."""
+    """Sort out the headers of formatted slabs, by slab index. Raises `ProtocolError` for an inventory that does not fit the
+    segment (unknown or repeated slabs, wrong lengths). O(slabs)."""
     sizes = {slab.index: slab.nbytes for slab in info.slabs}
     seen: set[int] = set()
     found: dict[int, SlabHeaders] = {}
@@ -73,7 +73,8 @@ def check_inventory(info: SegmentInfo, inventory: Sequence[SlabInventory]) -> di
 
 
 def _check_slab(nbytes: int, item: SlabInventory) -> SlabHeaders | None:
-    """None: unformatted, or formatted by nobody we know. Raises `ProtocolError` when slot headers are missing."""
+    """Read a slab's header; None: unformatted, or formatted by nobody we know. Raises `ProtocolError` when slot headers are
+    missing."""
     header = SlabHeader.unpack(item.slab_header)
     if header is None or not 0 < header.slot_bytes <= nbytes or header.slot_bytes % ALIGNMENT:
         return None

@@ -15,7 +15,7 @@ SLICE = 256
 
 
 class Job(Generic[T]):
-    """One such work: a generator that pauses after each slice and returns the result. Not thread-safe."""
+    """Does one such work: a generator that pauses after each slice and returns the result. Not thread-safe."""
 
     __slots__ = ("_error", "_result", "_steps", "done")
 
@@ -52,7 +52,7 @@ class Job(Generic[T]):
         return self.result()
 
     def result(self) -> T:
-        """What it came to, once it is done."""
+        """Return what it came to, once it is done."""
         assert self.done
         if self._error is not None:
             raise self._error
@@ -60,7 +60,7 @@ class Job(Generic[T]):
 
 
 class Jobs:
-    """All jobs under way, each in its turn."""
+    """Does all jobs under way, each in its turn."""
 
     def __init__(self) -> None:
         self._waiting: deque[Job[object]] = deque()
@@ -72,7 +72,7 @@ class Jobs:
         return bool(self._waiting)
 
     def begin(self, steps: Generator[None, None, T]) -> Job[T]:
-        """A job whose first slice is done at once."""
+        """Begin a job, whose first slice is done at once."""
         job = Job(steps)
         job.step()
         if not job.done:
@@ -80,7 +80,7 @@ class Jobs:
         return job
 
     def step(self) -> None:
-        """One slice of the job whose turn it is, if there is one."""
+        """Do one slice of the job whose turn it is, if there is one."""
         if self:
             job = self._waiting.popleft()
             job.step()

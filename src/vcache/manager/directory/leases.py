@@ -15,7 +15,7 @@ MAX_PINS = 1 << 22
 
 
 class Lease:
-    """Pins `records` (one pin per mention) for `client` until `expires`."""
+    """Keeps `records` where they are for `client` until `expires`; one that is mentioned twice is leased twice."""
 
     __slots__ = ("client", "expires", "number", "records")
 
@@ -26,7 +26,7 @@ class Lease:
         self.records = records
 
     def cover(self) -> set[bytes]:
-        """Keys that it holds."""
+        """Return the keys that it holds."""
         return {record.key for record in self.records}
 
 
@@ -59,7 +59,7 @@ class LeaseTable:
         return held is None or (len(held.leases) < MAX_LEASES and held.pins < MAX_PINS)
 
     def grant(self, client: bytes, records: list[Record], now: float) -> Lease:
-        """Pins the records."""
+        """Lease these records, a list that is the lease's from now on."""
         self._last = number = self._last + 1
         lease = self.leases[number] = Lease(number, client, now + self.ttl, records)
         held = self._of.get(client)
@@ -72,12 +72,12 @@ class LeaseTable:
         return lease
 
     def get(self, number: int, client: bytes, now: float) -> Lease | None:
-        """The lease if it is this client's and has not expired."""
+        """Return the lease if it is this client's and has not expired."""
         lease = self.leases.get(number)
         return lease if lease is not None and lease.client == client and lease.expires > now else None
 
     def drop(self, number: int, client: bytes) -> Sequence[Record]:
-        """End a lease and unpin; its records, or nothing if it is unknown or somebody else's."""
+        """End a lease; its records, or nothing if it is unknown or somebody else's."""
         lease = self.leases.get(number)
         if lease is None or lease.client != client:
             return ()
@@ -98,15 +98,17 @@ class LeaseTable:
         return [record for number in numbers for record in self.drop(number, client)]
 
     def expired(self, now: float) -> Iterator[Lease]:
-        """Leases that are over, oldest first; each must be dropped before the next is taken."""
+        """Go through the leases that are over, oldest first; each must be dropped before the next is taken."""
         while (lease := next(iter(self.leases.values()), None)) is not None and lease.expires <= now:
             yield lease
 
     def next_expiry(self) -> float | None:
+        """Tell when the next is over, or None."""
         lease = next(iter(self.leases.values()), None)
         return lease.expires if lease is not None else None
 
     def count(self, client: bytes) -> int:
+        """Count the leases of a client."""
         held = self._of.get(client)
         return len(held.leases) if held is not None else 0
 
@@ -123,7 +125,7 @@ class LeaseTable:
             raise IntegrityError("I9: a lease belongs to nobody")
 
     def pins(self) -> dict[int, int]:
-        """Pins per record, by `id(record)`: what the records' own counts must equal."""
+        """Count the leases of each record, by `id(record)`: what `Record.leased` must equal."""
         found: dict[int, int] = {}
         for lease in self.leases.values():
             for record in lease.records:

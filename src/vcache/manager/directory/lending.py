@@ -127,7 +127,7 @@ class Lending:
                 self._core.allocator.writer_left(slab, writer.client)
 
     def writer_idle(self, client: bytes) -> None:
-        """The client says that it has no writes in flight (hello or goodbye)."""
+        """Wait no longer for a client that says that it has no writes in flight (hello or goodbye)."""
         for slab in self._core.allocator.awaited(client):
             self._core.allocator.writer_left(slab, client)
 
@@ -139,7 +139,8 @@ class Lending:
             self._drop_away(uuid)
 
     def lender_gone(self, client: bytes, *, goodbye: bool) -> None:
-        """A lender's session ended. Without goodbye its memory may live on, and it may come back with it."""
+        """Take down the segments of a lender whose session ended. Without goodbye its memory may live on, and it may come back
+        with it."""
         self._parts.pop(client, None)
         for segment in list(self._core.allocator.segments.values()):
             if segment.info.owner == client:
@@ -179,7 +180,7 @@ class Lending:
             total += slab.nbytes
         for slab in chosen:
             segment.dropped.add(slab.index)
-            self._empty(slab)
+            self._empty(slab, "its slab was given back")
             self._core.allocator.detach(slab)
             self._void(slab)
         if chosen:
@@ -203,13 +204,13 @@ class Lending:
         self._core.wiping.wiped(session.client, verb.token)
 
     def writer_lost(self, client: bytes) -> None:
-        """The client's session ended without goodbye: lenders tell when its writes are over."""
+        """Ask lenders to tell when the writes of a client are over whose session ended without goodbye."""
         for segment in self._puts.writer_lost(client):
             if segment.info.owner != client:
                 self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=client))
 
     def away_slabs(self) -> Iterable[Slab]:
-        """Detached slabs in which somebody may still write."""
+        """Go through the detached slabs in which somebody may still write."""
         return (slab for away in self._away.values() for slab in away.slabs.values())
 
     # Parts
@@ -252,45 +253,48 @@ class Lending:
             reading.cancel(ManagerRefusedError("mount: taken back, or repeated, before all headers were read"))
         away = _Away(segment.info.owner, {}, self._removal.done)
         for slab in list(segment.slabs.values()):
-            if not self._empty(slab):
+            if not self._empty(slab, "its segment went, or was mounted again"):
                 away.event = 0
             self._core.allocator.detach(slab)
             if slab.busy:
                 away.slabs[slab.index] = slab
         return away
 
-    def _empty(self, slab: Slab) -> bool:
+    def _empty(self, slab: Slab, why: str) -> bool:
         """Drop all that a slab holds, except unfinished writes, which lapse. False if removed chunks may be in its memory."""
         core = self._core
         clean = not slab.unread and None not in slab.stale.values() and None not in slab.buried.values()
         slab.stale, slab.buried = {}, {}
         # Where nobody writes the slots need not be freed one by one, which is most of the work.
         quiet = not slab.counts[PROCESSING] and not slab.counts[QUARANTINED]
+        hidden: list[bytes] = []
         for slot, owner in enumerate(slab.owners):
             if quiet and isinstance(owner, Record) and len(owner.packed) == LOCATION_BYTES:
                 core.counters.evictions += 1
+                hidden.append(owner.key)
                 core.hide(owner)
             elif owner is UNREAD:
                 core.allocator.release(slab, slot)
             elif isinstance(owner, Record):
                 if owner.packed:
-                    core.counters.evictions += 1
-                    core.forget(owner)
+                    core.evict(owner, why)
             elif isinstance(owner, Write):
                 if owner.state == PROCESSING:
-                    self._puts.lapse(owner)
+                    self._puts.lapse(owner, why)
                 elif owner.state == USED:
                     self._puts.release(owner)
             elif isinstance(owner, Wipe):
                 clean = False
                 core.wiping.end(owner)
         slab.unread = False
+        if hidden:
+            core.log.happened(core.now, "evicted", hidden, why)
         if quiet:
             core.allocator.blank(slab)
         return clean
 
     def _void(self, slab: Slab) -> None:
-        """A detached slab's memory is gone: its unfinished writes are over."""
+        """End the unfinished writes of a detached slab whose memory is gone."""
         for owner in list(slab.owners):
             if isinstance(owner, Write):
                 self._puts.release(owner)
@@ -303,7 +307,7 @@ class Lending:
 
 
 def _worth(slab: Slab) -> tuple[bool, bool, float, float]:
-    """Sort key: what is lost when this slab goes."""
+    """Value what is lost when this slab goes; a sort key."""
     used = [owner.used for owner in slab.owners if isinstance(owner, Record)]
     writing = slab.counts[PROCESSING] + slab.counts[QUARANTINED]
     pinned = any(isinstance(owner, Record) and owner.pins for owner in slab.owners)

@@ -1,4 +1,4 @@
-"""Reading: which chunks are there for a session, and leases on them."""
+"""Reads: which chunks are there for a session, and leases on them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Reading:
         return levels
 
     def _prefix(self, session: Session, keys: Sequence[bytes]) -> list[Record]:
-        """Records of the leading keys that are visible and that the session can read; counts hits and misses."""
+        """Find the records of the leading keys that are visible and that the session can read; count hits and misses."""
         counters, asked = self._counters, len(keys)
         found: list[Record] = list(map(self._find, keys))  # type: ignore[arg-type]
         if not all(found):
@@ -96,7 +96,7 @@ class Reading:
         return found
 
     def _places(self, found: list[Record], shard: int) -> bytes:
-        """Packed locations of one shard; cuts `found` at the first record without it, which makes the rest misses."""
+        """Join the packed locations of one shard; cut `found` at the first record without it, which makes the rest misses."""
         places = [record.packed_at(shard) for record in found]
         if b"" in places:
             cut = places.index(b"")
@@ -107,7 +107,7 @@ class Reading:
         return b"".join(places)
 
     def _locate(self, session: Session, verb: Acquire) -> PackedReply:
-        """The locations of chunks that a lease of the session's holds already."""
+        """Locate chunks that a lease of the session's holds already."""
         counters, keys, now = self._counters, verb.keys, self._state.now
         lease = self._state.leases.get(verb.lease, session.client, now)
         if lease is None:
@@ -130,7 +130,7 @@ def readable(record: Record, unreadable: frozenset[bytes]) -> bool:
 
 
 def readable_prefix(records: Iterable[Record], unreadable: frozenset[bytes]) -> int:
-    """Number of leading records that are readable."""
+    """Count the leading records that are readable."""
     count = 0
     for record in records:
         if not readable(record, unreadable):

@@ -108,7 +108,7 @@ class Queue:
         self.size -= 1
 
     def marker(self, name: str) -> Record:
-        """The marker of this name; a new one lies before the oldest record."""
+        """Return the marker of this name; a new one lies before the oldest record."""
         marker = self.markers.get(name)
         if marker is None:
             marker = self.markers[name] = Record(b"", None, 0)
@@ -122,7 +122,7 @@ class Queue:
             self._link(marker, before)
 
     def drop_marker(self, name: str) -> None:
-        """Its scan starts again at the oldest record. Idempotent."""
+        """Remove a marker: its scan starts again at the oldest record. Idempotent."""
         marker = self.markers.pop(name, None)
         if marker is not None:
             self._unlink(marker)
@@ -150,7 +150,7 @@ class Queue:
         record.older = record.newer = None
 
     def __iter__(self) -> Iterator[Record]:
-        """Oldest to newest."""
+        """Go through the records from oldest to newest."""
         record = self.end.newer
         while record is not None and record is not self.end:
             if record.key:

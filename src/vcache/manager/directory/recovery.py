@@ -64,7 +64,7 @@ class Recovery:
 
 
 def _raise_counter(slab: Slab, generation: int) -> None:
-    """Generations given out in the slab from now on lie above this one (rule I4)."""
+    """Give out only generations above this one in the slab from now on (rule I4)."""
     if generation > slab.counter:
         slab.counter = generation + (generation & 1)
 
@@ -79,9 +79,11 @@ class _Reader:
         self._since = since
         self._cold: dict[int, dict[int, list[Record]]] = {}
         """Chunks that became visible, by slot size and chunk index."""
+        self._found: list[bytes] = []
+        """Of the slots that are being read: whose shards were taken in."""
 
     def read(self, slab: Slab, headers: SlabHeaders, slots: range) -> None:
-        """Each of these slots has a holder afterwards, or is free. `headers` may have more slots than the slab, or fewer, when
+        """Give each of these slots a holder, or free it. `headers` may have more slots than the slab, or fewer, when
         they are of another format."""
         core = self._core
         wipes: list[tuple[Slab, int]] = []
@@ -113,9 +115,14 @@ class _Reader:
             if unread and slab.owners[slot] is UNREAD:
                 core.allocator.release(slab, slot)
         core.wiping.hold(wipes)
+        if self._found:
+            assert slab.segment is not None
+            where = f"in segment {slab.segment.number}, slab {slab.index}"
+            core.log.happened(core.now, "recovered", self._found, where)
+            self._found = []
 
     def sort(self) -> Iterator[None]:
-        """What became visible goes before all that was used, a prompt's tail before its head."""
+        """Have what became visible evicted before all that was used, a prompt's tail before its head."""
         for slot_bytes, by_index in self._cold.items():
             records = chain.from_iterable(by_index[index] for index in sorted(by_index, reverse=True))
             yield from self._core.chunks.policy.sort_cold(records, slot_bytes, self._core.slice_size)
@@ -145,6 +152,7 @@ class _Reader:
             record = chunks.recover(header.key, header.chunk_index, space, packed)
             self._hold(slab, slot, record)
             core.counters.recovered += 1
+            self._found.append(header.key)
             self._add_cold(record)
             return True
         if pending is None:
@@ -160,6 +168,7 @@ class _Reader:
         pending.parts[header.shard] = write
         core.writes.await_others(write, core.now + core.config.ticket_ttl)
         core.counters.recovered += 1
+        self._found.append(header.key)
         if part is not None:
             core.writes.remove(part)
             self._supersede(part.slab, part.slot, part.key, space.name)
@@ -178,8 +187,8 @@ class _Reader:
         self._core.chunks.policy.add_cold(record, slot_bytes)
 
     def _replace(self, record: Record, header: SlotHeader, packed: bytes) -> bool:
-        """Whether a second copy of a visible shard takes the place of the first: the higher generation wins, but nothing moves
-        under a lease."""
+        """Let a second copy of a visible shard take the place of the first, and say whether it did: the higher generation wins,
+        but nothing moves under a lease."""
         places = record.places()
         if record.pins or len(places) != header.num_shards:
             return False

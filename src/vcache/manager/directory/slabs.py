@@ -28,7 +28,7 @@ geometry_of = lru_cache(maxsize=1024)(slab_geometry)
 
 _DEMOTE, _SPILL = 0, 1
 ASK_AGAIN = 2.0
-"""Seconds after which an engine is asked again that has not said it is done."""
+"""Seconds after which an engine is told again that has not said it is done."""
 _NEVER = float("-inf")
 
 
@@ -112,7 +112,7 @@ Owner = Record | Write | Wipe | Unread
 
 
 def state_of(owner: Owner | None) -> int:
-    """State of the slot that `owner` holds."""
+    """Return the state of the slot that `owner` holds."""
     if owner is None:
         return FREE
     if isinstance(owner, Record):
@@ -187,17 +187,18 @@ class Slab:
         return len(self.owners) - self.counts[FREE]
 
     def next_generation(self) -> int:
+        """Give out a generation (rule I4)."""
         self.counter += 2
         return self.counter
 
     def trace(self, slot: int, key: bytes, namespace: bytes) -> None:
-        """The slot is given up, and its header may say this."""
+        """Remember what the header of a slot that is given up may say."""
         known = self.stale.get(slot, ())
         if known is not None and (key, namespace) not in known:
             self.stale[slot] = (*known, (key, namespace)) if len(known) < MAX_TRACES else None
 
     def confirm(self, slot: int) -> None:
-        """A write in this slot is complete: the slab header is the current one, and the slot's the writer's."""
+        """Forget what headers said before a write that is complete: the slab's is the current one, the slot's the writer's."""
         self.stale.pop(slot, None)
         self.buried.clear()
 
@@ -229,6 +230,7 @@ class Slab:
         self.free, self.listed = array("I"), bytearray(len(self.owners))
 
     def location(self, slot: int, tokens: int, generation: int) -> SlotLocation:
+        """Address a slot of an attached slab."""
         assert self.segment is not None
         assert self.geometry is not None
         return SlotLocation(self.segment.number, self.index, tokens, slot, self.geometry.stride, generation)
@@ -270,10 +272,10 @@ class HostMemory:
         self.spilled = 0
         """Bytes of slots whose chunk is in the storage tier as well: room that costs nothing to make."""
         self.quiet_until = [_NEVER, _NEVER]
-        """Before this time nobody is asked to demote, or to spill."""
+        """Before this time nobody is told to demote, or to spill."""
 
     def wants_room(self, high: float, now: float) -> bool:
-        """Whether to ask an engine of this host now: VRAM is used above `high` although there is host memory, or the whole
+        """Whether to tell an engine of this host now: VRAM is used above `high` although there is host memory, or the whole
         pool is, without what could go at once. At most one wish of each kind is outstanding. O(1)."""
         demote = self.nbytes[DRAM] > 0 and self.busy[VRAM] > high * self.nbytes[VRAM]
         spill = self.unspilled() > high * sum(self.nbytes)
@@ -285,20 +287,20 @@ class HostMemory:
         return wanted
 
     def unspilled(self) -> int:
-        """Bytes in use that would be lost with their slots."""
+        """Count the bytes in use that would be lost with their slots."""
         return sum(self.busy) - self.spilled
 
     def demoted(self) -> None:
-        """Nothing more to demote: the wish is fulfilled."""
+        """End the wish: there is nothing more to demote."""
         self.quiet_until[_DEMOTE] = _NEVER
 
     def spilled_all(self) -> None:
-        """Nothing more to spill: the wish is fulfilled."""
+        """End the wish: there is nothing more to spill."""
         self.quiet_until[_SPILL] = _NEVER
 
 
 def tier_of(info: SegmentInfo) -> int:
-    """`VRAM` or `DRAM`."""
+    """Tell the kind of memory: `VRAM` or `DRAM`."""
     return VRAM if info.kind == "cuda" else DRAM
 
 
@@ -325,7 +327,7 @@ class Segment:
         """Of its write gate, as of its last mount; goes with every ticket."""
 
     def describe(self) -> SegmentInfo:
-        """What every client is told."""
+        """Return what every client is told."""
         slabs = tuple(SlabInfo(slab.index, slab.nbytes, slab.address) for slab in self.slabs.values())
         old = self.info
         return SegmentInfo(
@@ -341,4 +343,5 @@ class Segment:
         )
 
     def load(self) -> float:
+        """Return the part of its bytes that is in use."""
         return self.busy / self.nbytes if self.nbytes else 1.0

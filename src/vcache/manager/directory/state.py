@@ -15,8 +15,9 @@ from .counters import Counters
 from .eviction import make_policy
 from .jobs import SLICE, Jobs
 from .leases import LeaseTable
+from .log import Log
 from .records import Record, Space
-from .slabs import Slab, Write
+from .slabs import HostMemory, Slab, Write
 from .wiping import Wiping
 from .write_table import WriteTable
 
@@ -40,7 +41,7 @@ class Session:
         self.name = name
         self.role: Role = role
         self.host = host
-        """Empty: it did not say; it is shown everything, and asked for nothing."""
+        """Empty: it did not say; it is shown everything, and has nothing to do."""
         self.remote = remote
         """Whether it reads memory of other hosts."""
         self.opened = now
@@ -51,7 +52,7 @@ class Session:
 
 
 class State:
-    """Shared state. Not thread-safe; no I/O; time is passed in."""
+    """Holds what the parts of the directory share. Not thread-safe; no I/O; time is passed in."""
 
     def __init__(self, config: ManagerConfig, epoch: int, first_segment: int = 1, slice_size: int = SLICE) -> None:
         """`slice_size`: slots or keys that a job works on between two pauses."""
@@ -66,6 +67,7 @@ class State:
         self.counters = Counters()
         self.outbox: list[Instruction] = []
         self.jobs = Jobs()
+        self.log = Log()
         self.slice_size = slice_size
         self.now = 0.0
         """The time of the latest call."""
@@ -76,14 +78,14 @@ class State:
         self._clock_until = 0.0
 
     def tick_clock(self, now: float) -> int:
-        """The same int object for everything in an eighth of a second: it costs the records nothing."""
+        """Tell the coarse time, the same int object for an eighth of a second: it costs the records nothing."""
         if now >= self._clock_until:
             self.clock = max(self.clock, int(now * 8) + 1)
             self._clock_until = self.clock / 8
         return self.clock
 
     def session(self, client: bytes, now: float) -> Session:
-        """The client's session, which this proves alive. Raises `ManagerRefusedError` without one."""
+        """Return the client's session, which this proves alive. Raises `ManagerRefusedError` without one."""
         session = self.sessions.get(client)
         if session is None:
             raise ManagerRefusedError("no session: say hello first")
@@ -91,13 +93,18 @@ class State:
         return session
 
     def unreadable(self, session: Session) -> frozenset[bytes]:
-        """Slabs that the session cannot read (`Allocator.unreadable`)."""
+        """Return the slabs that the session cannot read (`Allocator.unreadable`)."""
         if session.version != self.allocator.version:
             session.version = self.allocator.version
             session.unreadable = self.allocator.unreadable(session.host, session.remote)
         return session.unreadable
 
+    def memory_of(self, session: Session) -> HostMemory | None:
+        """Return what is lent on the session's host; None if nothing is, or it does not say its host."""
+        return self.allocator.hosts.get(session.host) if session.host else None
+
     def push(self, target: bytes | None, push: Push) -> None:
+        """Instruct to send something to a client, or (None) to all of them."""
         self.outbox.append(Instruction(target, push))
 
     # Chunks and slots
@@ -113,7 +120,7 @@ class State:
         now: float,
         source: bytes = b"",
     ) -> tuple[Write, PutGrant]:
-        """A ticket for a free slot of this slab."""
+        """Give a ticket for a free slot of this slab."""
         slot = self.allocator.take(slab)
         generation = slab.next_generation()
         while self.writes.get(client, key, shard, generation) is not None:
@@ -127,8 +134,8 @@ class State:
         return write, PutGrant("granted", location, slab.format_generation, slab.slots, slab.segment.fence)
 
     def replace(self, record: Record, shard: int, packed: bytes) -> None:
-        """Another copy takes the place of a visible chunk's shard: trace and free the old slot. The new slot is the caller's
-        affair."""
+        """Let another copy take the place of a visible chunk's shard: trace and free the old slot. The caller holds the new
+        one."""
         old = SlotLocation.unpack(record.packed_at(shard))
         spilled = record.spilled
         self.mark_spilled(record, False)
@@ -139,7 +146,7 @@ class State:
         self.free(slab, old.slot)
 
     def mark_spilled(self, record: Record, spilled: bool) -> None:
-        """A visible chunk is in the storage tier as well, or we no longer say so."""
+        """Note that a visible chunk is in the storage tier as well, or no longer say so."""
         if record.spilled is spilled:
             return
         record.spilled = spilled
@@ -149,12 +156,14 @@ class State:
             slab.segment.memory.spilled += slab.share if spilled else -slab.share
 
     def hide(self, record: Record) -> None:
-        """A visible chunk is gone. Its slots are the caller's affair."""
+        """Make a visible chunk absent. The caller frees its slots."""
         self.mark_spilled(record, False)
         self.chunks.hide(record)
 
-    def forget(self, record: Record) -> None:
-        """A visible chunk goes; all its slots are free. Their headers stay until somebody overwrites them."""
+    def evict(self, record: Record, why: str) -> None:
+        """Make a visible chunk absent and free its slots. Their headers stay until somebody overwrites them."""
+        self.counters.evictions += 1
+        self.log.happened(self.now, "evicted", (record.key,), why, record.packed)
         places = record.places()
         name = name_of(record.space)
         self.hide(record)
@@ -164,7 +173,7 @@ class State:
             self.free(slab, place.slot)
 
     def free(self, slab: Slab, slot: int) -> None:
-        """The holder of a slot lets go. Zeroes headers first where a removed chunk's may still be there."""
+        """Free a slot, after its header is zeroed where a removed chunk's may still be there."""
         if slab.segment is not None and slab.stale.get(slot, ()) is None:
             self.wiping.hold([(slab, slot)])
             return
@@ -181,12 +190,12 @@ class State:
             )
 
     def unpinned(self, records: Iterable[Record]) -> None:
-        """Leases let go of these records: ghosts among them may disappear."""
+        """Forget the ghosts among these records, of which leases let go."""
         if self.chunks.ghosts:
             for record in records:
                 self.chunks.settle(record)
 
 
 def name_of(space: Space | None) -> bytes:
-    """The namespace; empty if it is not known."""
+    """Name the namespace; empty if it is not known."""
     return space.name if space is not None else b""

@@ -11,7 +11,7 @@ from .slabs import PROCESSING, QUARANTINED, USED, Write
 
 
 class WriteTable:
-    """Every `Write` of the manager. A write without a writer (recovered shard) is only timed."""
+    """Finds every `Write`. One without a writer (recovered shard) is only timed."""
 
     def __init__(self) -> None:
         self.by_writer: dict[bytes, dict[tuple[bytes, int, int], Write]] = {}
@@ -26,20 +26,23 @@ class WriteTable:
         self._serial = 0
 
     def add(self, write: Write) -> None:
+        """Remember a write until `remove`."""
         if write.writer:
             self.by_writer.setdefault(write.writer, {})[write.ticket] = write
         if write.source:
             self.moves[write] = None
 
     def get(self, writer: bytes, key: bytes, shard: int, generation: int) -> Write | None:
+        """Find a write by its ticket."""
         writes = self.by_writer.get(writer)
         return writes.get((key, shard, generation)) if writes else None
 
     def of(self, writer: bytes) -> list[Write]:
-        """Copies, so that the caller may remove while it iterates."""
+        """List the writes of a client; the caller may remove while it goes through them."""
         return list(self.by_writer.get(writer, {}).values())
 
     def remove(self, write: Write) -> None:
+        """Forget a write. Idempotent."""
         self._timed.pop(write, None)
         self.moves.pop(write, None)
         write.deadline = 0.0
@@ -49,7 +52,7 @@ class WriteTable:
             del self.partial[write.writer]
 
     def forget_ticket(self, write: Write) -> None:
-        """The writer has nothing more to say about it."""
+        """Find it by its ticket no more: the writer has nothing more to say about it."""
         writes = self.by_writer.get(write.writer)
         if writes is not None and writes.get(write.ticket) is write:
             del writes[write.ticket]
@@ -63,33 +66,33 @@ class WriteTable:
         self._timed[write] = None
 
     def await_others(self, write: Write, deadline: float) -> None:
-        """The shard is complete, its chunk is not: the others must be by then."""
+        """Time a complete shard of a chunk that is not complete: the others must be by then."""
         self.forget_ticket(write)
         self.time(write, deadline)
         self.partial.setdefault(write.writer, OrderedDict())[write] = None
 
     def own_partial(self, writer: bytes, spared: bytes) -> Write | None:
-        """The client's shard that has waited longest for the others of its chunk, which is not `spared`."""
+        """Find the client's shard that has waited longest for the others of its chunk, which is not `spared`."""
         return next((write for write in self.partial.get(writer, ()) if write.key != spared), None)
 
     def oldest_partial(self, before: float, spared: bytes) -> Write | None:
-        """The same of all clients, if its deadline is before that time. Not what was found in an inventory: the others may
-        still be found."""
+        """Find the same of all clients, if its deadline is before that time. Not what was found in an inventory: the others
+        may still be found."""
         oldest = [self.own_partial(writer, spared) for writer in self.partial if writer]
         due = (write for write in oldest if write is not None and write.deadline < before)
         return min(due, key=lambda write: write.deadline, default=None)
 
     def held(self, writer: bytes) -> int:
-        """Slots that hold no visible chunk, because this client writes or has written there."""
+        """Count the slots that hold no visible chunk, because this client writes or has written there."""
         return len(self.by_writer.get(writer, ())) + len(self.partial.get(writer, ()))
 
     def untime(self, write: Write) -> None:
-        """No deadline any more: quarantined until somebody vouches for its writer."""
+        """Stop the clock: quarantined until somebody vouches for its writer."""
         self._timed.pop(write, None)
         write.deadline = 0.0
 
     def rest(self, write: Write, until: float) -> None:
-        """A quarantined write whose writer is known to be dead: its slot is free at `until`."""
+        """Time a quarantined write whose writer is known to be dead: its slot is free at `until`."""
         if write.deadline:
             return
         write.deadline = until
@@ -97,17 +100,19 @@ class WriteTable:
         heapq.heappush(self._resting, (until, self._serial, write))
 
     def lapsed(self, now: float) -> Iterator[Write]:
-        """Timed writes that are due; each must be removed or untimed before the next is taken."""
+        """Go through the timed writes that are due; each must be removed or untimed before the next is taken."""
         while (write := next(iter(self._timed), None)) is not None and write.deadline <= now:
             yield write
 
     def rested(self, now: float) -> Iterator[Write]:
+        """Go through the quarantined writes whose slots may be free now."""
         while self._resting and self._resting[0][0] <= now:
             until, _, write = heapq.heappop(self._resting)
             if write.state == QUARANTINED and write.deadline == until:
                 yield write
 
     def next_deadline(self) -> float | None:
+        """Tell when the next is due, or None."""
         write = next(iter(self._timed), None)
         times = [write.deadline] if write is not None else []
         if self._resting:
@@ -115,7 +120,7 @@ class WriteTable:
         return min(times, default=None)
 
     def count(self, writer: bytes) -> int:
-        """Writes of this client in PROCESSING."""
+        """Count the writes of this client in PROCESSING."""
         return sum(1 for write in self.by_writer.get(writer, {}).values() if write.state == PROCESSING)
 
     def check_integrity(self, held: list[Write], sessions: Container[bytes]) -> None:

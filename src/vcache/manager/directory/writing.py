@@ -8,7 +8,7 @@ from typing import Literal
 from ...errors import ManagerRefusedError, ProtocolError
 from ...keys import DIGEST_BYTES
 from ...segment.slots import ALIGNMENT, align_up, generation_of, stride_of
-from ..api import PutEnd, PutGrant, PutRequest, PutRevoke, PutStart, RoomWanted, Ticket
+from ..api import PutEnd, PutGrant, PutRequest, PutRevoke, PutStart, PutStatus, RoomWanted, Ticket
 from .chunks import Pending, deepest_first
 from .demoting import Demoting
 from .records import Record
@@ -47,12 +47,12 @@ def check_request(request: PutRequest) -> None:
 class _Placer:
     """Finds slots for one request."""
 
-    def __init__(self, core: State, client: bytes, request: PutRequest, release: Callable[[Write], None]) -> None:
-        """`release`: gives up a shard that waits for others."""
+    def __init__(self, core: State, client: bytes, request: PutRequest, drop: Callable[[Write], None]) -> None:
+        """`drop`: gives up a shard that waits for others."""
         self._core = core
         self._client = client
         self._request = request
-        self._release = release
+        self._drop = drop
         self._avoid = frozenset(request.avoid)
         self.stride = align_up(request.slot_bytes, ALIGNMENT)
         self._order = self._candidates()
@@ -60,9 +60,9 @@ class _Placer:
         self._budget = RECLAIM_BUDGET
 
     def again(self) -> _Placer:
-        """A placer for the rest of the request after a pause: segments may have come and gone, but the effort is bounded for
-        all of it together."""
-        placer = _Placer(self._core, self._client, self._request, self._release)
+        """Make a placer for what is left of the request after a pause: segments may have come and gone, but the effort is
+        bounded for all of it together."""
+        placer = _Placer(self._core, self._client, self._request, self._drop)
         placer._exhausted, placer._budget = self._exhausted or placer._exhausted, self._budget
         return placer
 
@@ -70,8 +70,8 @@ class _Placer:
         return self._core.allocator.candidates(self._request.placement, self._request.device, self._avoid)
 
     def place(self, key: bytes) -> Slab | None:
-        """A slab with a free slot for a shard of `key`, after making room if need be; None when there is none (then for the
-        whole request)."""
+        """Find a slab with a free slot for a shard of `key`, after making room if need be; None when there is none (then for
+        the whole request)."""
         if self._exhausted:
             return None
         if self._request.placement == "spread":
@@ -81,8 +81,8 @@ class _Placer:
         return slab
 
     def _make_room(self, key: bytes) -> Slab | None:
-        """Shards whose chunk nobody can read yet go before chunks that somebody can: those that have waited for the others
-        for long, and those of a client that holds too many of them."""
+        """Free a slot. Shards whose chunk nobody can read yet go before chunks that somebody can: those that have waited for
+        the others for long, and those of a client that holds too many of them."""
         core = self._core
         stale = core.now + core.config.ticket_ttl - STRAGGLER_SECONDS
         for _ in range(EVICTION_ATTEMPTS):
@@ -90,8 +90,7 @@ class _Placer:
             write = core.writes.own_partial(self._client, key) if greedy else core.writes.oldest_partial(stale, key)
             if write is None:
                 return None if greedy else self._evict()
-            core.counters.incomplete += 1
-            self._release(write)
+            self._drop(write)
             found = core.allocator.find_free(self._order, self.stride)
             if found is not None:
                 return found
@@ -113,11 +112,9 @@ class _Placer:
                 core.counters.slab_reclaims += 1
                 for owner in list(slab.owners):
                     if isinstance(owner, Record) and owner.packed:
-                        core.counters.evictions += 1
-                        core.forget(owner)
+                        core.evict(owner, "its slab holds slots of another size now")
             elif victim is not None:
-                core.counters.evictions += 1
-                core.forget(victim)
+                core.evict(victim, "room for a store")
             else:
                 return None
             found = core.allocator.find_free(self._order, self.stride)
@@ -126,7 +123,7 @@ class _Placer:
         return None
 
     def _other_slab(self, victim: Record | None, allowed: frozenset[int] | None) -> Slab | None:
-        """A slab of another slot size to empty rather than evict `victim`: one that holds something colder, and mostly so.
+        """Find a slab of another slot size to empty rather than evict `victim`: one that holds something colder, and mostly so.
         Without a victim: the coldest slab that can be emptied."""
         policy = self._core.chunks.policy
         if victim is None:
@@ -169,8 +166,8 @@ class _Placer:
         )
 
     def _hot_slots(self, slab: Slab, used: int) -> int | None:
-        """Slots used since `used`; None when one of them must stay. Emptying a slab of another slot size may part a prompt's
-        tail from its head; of our own it would be the prompt that we are asked to extend."""
+        """Count the slots used since `used`; None when one of them must stay. Emptying a slab of another slot size may part a
+        prompt's tail from its head; of our own it would be the prompt that the request extends."""
         hot, own = 0, slab.geometry is not None and slab.geometry.stride == self.stride
         for owner in slab.owners:
             self._budget -= 1
@@ -183,7 +180,7 @@ class _Placer:
         return hot
 
     def _heat(self, slab: Slab) -> float | None:
-        """Mean time of last use; None when one of the slots must stay."""
+        """Return the mean time of last use; None when one of the slots must stay."""
         if self._hot_slots(slab, 0) is None:
             return None
         return sum(owner.used for owner in slab.owners if isinstance(owner, Record)) / slab.counts[USED]
@@ -193,7 +190,7 @@ class Writing:
     """Grants and ends writes."""
 
     def __init__(self, core: State, moves: Demoting) -> None:
-        """`moves`: asked when a ticket of its plans ends."""
+        """`moves`: ends the tickets of its plans."""
         self._core = core
         self._moves = moves
 
@@ -205,7 +202,7 @@ class Writing:
         leaves."""
         core, client, request = self._core, session.client, verb.request
         check_request(request)
-        placer, chunks, keys = _Placer(core, client, request, self.release), core.chunks, request.keys
+        placer, chunks, keys = _Placer(core, client, request, self.drop), core.chunks, request.keys
         parent: Record | None = None
         if keys and request.parent and request.first_index:
             parent = chunks.ghost(request.parent, request.first_index - 1, chunks.space(request.namespace))
@@ -218,22 +215,33 @@ class Writing:
                     raise ManagerRefusedError("put_start: the session is over")
                 placer = placer.again()
                 previous = chunks.any(keys[begin - 1])
+            places: list[bytes | PutStatus] = []
             for offset in range(begin, min(begin + core.slice_size, len(keys))):
-                grants.append(self._grant(client, request, offset, previous, placer))
+                grants.append(self._grant(client, request, offset, previous, placer, places))
                 previous = chunks.any(keys[offset])
+            core.log.placed(core.now, session.name, request, begin, places)
             if parent is not None:
                 chunks.settle(parent)  # Now at the latest its child refers to it, or nothing does.
-        memory = core.allocator.hosts.get(session.host) if session.host and session.role == "engine" else None
+        memory = core.memory_of(session) if session.role == "engine" else None
         if memory is not None and memory.wants_room(core.config.high_watermark, core.now):
             core.push(client, RoomWanted())
         return grants
 
-    def _grant(self, client: bytes, request: PutRequest, offset: int, previous: Record | None, placer: _Placer) -> PutGrant:
-        """Answer for one chunk of the request. `previous`: the chunk before it."""
+    def _grant(
+        self,
+        client: bytes,
+        request: PutRequest,
+        offset: int,
+        previous: Record | None,
+        placer: _Placer,
+        places: list[bytes | PutStatus],
+    ) -> PutGrant:
+        """Answer for one chunk of the request. `previous`: the chunk before it. `places`: for the log."""
         core, chunks = self._core, self._core.chunks
         key = request.keys[offset]
         pending = self._missing(request, offset, previous)
         if isinstance(pending, str):
+            places.append(pending)
             return PutGrant(pending)
         if pending is None:
             pending = chunks.begin(key, request.first_index + offset, chunks.space(request.namespace), request.num_shards)
@@ -245,15 +253,17 @@ class Writing:
             if not pending.parts:
                 chunks.abandon(pending)
             core.counters.puts_no_space += 1
+            places.append("no_space")
             return PutGrant("no_space")
         tokens = request.tokens[offset]
         write, grant = core.begin_write(slab, client, key, request.shard, tokens, pending.record.space, core.now)
         pending.parts[request.shard] = write
         core.counters.puts += 1
+        places.append(write.packed)
         return grant
 
     def _missing(self, request: PutRequest, offset: int, previous: Record | None) -> Pending | Literal["exists", "busy"] | None:
-        """The chunk that the request's shard is missing from; None when there is nothing of it yet. Or why it may not be
+        """Find the chunk that the request's shard is missing from; None when there is nothing of it yet. Or why it may not be
         written."""
         chunks, counters = self._core.chunks, self._core.counters
         record = chunks.visible.get(request.keys[offset])
@@ -267,8 +277,7 @@ class Writing:
             return None
         if pending.num_shards != request.num_shards and pending.is_found():
             for found in list(pending.parts.values()):
-                counters.incomplete += 1
-                self.release(found)
+                self.drop(found)
             return None
         part = pending.parts.get(request.shard)
         if part is not None and part.state == USED:
@@ -306,7 +315,9 @@ class Writing:
             else:
                 core.counters.late_ends += not done
             results.append(done)
-        self.enqueue(published, now)
+        if published:
+            core.log.happened(now, "published", [record.key for record in published])
+            self.enqueue(published, now)
         return results
 
     def revoke(self, session: Session, verb: PutRevoke) -> None:
@@ -326,7 +337,7 @@ class Writing:
         return part is not None and part.state == USED and part.generation == ticket.generation
 
     def _finish(self, write: Write, now: float) -> Record | None:
-        """The bytes landed. The record if its chunk is now complete."""
+        """Count a shard as complete whose bytes landed. The record if its chunk is now complete."""
         core, slab = self._core, write.slab
         write.state = USED
         core.allocator.change(slab, write.slot, PROCESSING)
@@ -335,7 +346,7 @@ class Writing:
         core.writes.await_others(write, now + core.config.ticket_ttl)
         return self.complete(write.key)
 
-    # What recovery needs too
+    # Complete chunks
 
     def complete(self, key: bytes) -> Record | None:
         """Publish a pending chunk if all its shards are there. The caller enqueues it for eviction."""
@@ -350,7 +361,7 @@ class Writing:
         return record
 
     def enqueue(self, records: list[Record], now: float) -> None:
-        """Published records enter the eviction queue of their first shard's slot size, tails first."""
+        """Put published records into the eviction queue of their first shard's slot size, tails first."""
         clock = self._core.tick_clock(now)
         for record in deepest_first(records) if len(records) > 1 else records:
             record.used = clock
@@ -358,9 +369,10 @@ class Writing:
 
     # Writes that do not end well
 
-    def lapse(self, write: Write) -> None:
-        """PROCESSING -> QUARANTINED: others may write the key now, nobody the slot."""
+    def lapse(self, write: Write, why: str) -> None:
+        """Quarantine a write in PROCESSING: others may write the key now, nobody the slot."""
         core = self._core
+        core.log.happened(core.now, "quarantined", (write.key,), why, write.packed)
         self._leave(write)
         write.state = QUARANTINED
         core.allocator.change(write.slab, write.slot, PROCESSING)
@@ -368,12 +380,18 @@ class Writing:
         core.counters.quarantines += 1
 
     def release(self, write: Write) -> None:
-        """The slot is free: its writer has finished with it, or is gone and the quarantine has passed."""
+        """Free the slot of a writer that has finished with it, or is gone and the quarantine has passed."""
         if write.state != QUARANTINED:
             self._leave(write)
         self._core.writes.remove(write)
         write.slab.trace(write.slot, write.key, name_of(write.space))
         self._core.free(write.slab, write.slot)
+
+    def drop(self, write: Write) -> None:
+        """A complete shard goes: the others of its chunk did not come, or come in another number."""
+        self._core.counters.incomplete += 1
+        self._core.log.happened(self._core.now, "dropped", (write.key,), "without the other shards", write.packed)
+        self.release(write)
 
     def _leave(self, write: Write) -> None:
         """Take a write out of its pending chunk."""
@@ -384,18 +402,19 @@ class Writing:
                 self._core.chunks.abandon(pending)
 
     def writer_lost(self, client: bytes) -> list[Segment]:
-        """A session ended without goodbye: its writes wait in quarantine. Segments in which any wait."""
+        """Quarantine the writes of a session that ended without goodbye. Segments in which any wait."""
         waiting: dict[Segment, None] = {}
         for write in self._core.writes.of(client):
             if write.state == PROCESSING:
-                self.lapse(write)
+                self.lapse(write, "its writer's session ended")
             if write.slab.segment is not None:
                 waiting[write.slab.segment] = None
         return list(waiting)
 
     def writer_idle(self, client: bytes) -> None:
-        """The client says that it has no writes in flight (hello or goodbye)."""
+        """End all writes of a client that says that it has none in flight (hello or goodbye)."""
         for write in self._core.writes.of(client):
+            self._core.log.happened(self._core.now, "given up", (write.key,), "its writer has nothing in flight", write.packed)
             self.release(write)
 
     def importer_gone(self, segment: Segment, client: bytes, now: float) -> None:
@@ -403,18 +422,17 @@ class Writing:
         for write in self._core.writes.of(client):
             if write.slab.segment is segment:
                 if write.state == PROCESSING:
-                    self.lapse(write)
+                    self.lapse(write, "its writer is gone")
                 self._core.writes.rest(write, now + self._core.config.quarantine)
 
     def expire(self, now: float) -> None:
-        """Tickets that lapsed, shards whose chunk was not completed in time, quarantines that are over."""
+        """End tickets that lapsed, shards whose chunk was not completed in time, quarantines that are over."""
         core = self._core
         for write in core.writes.lapsed(now):
             if write.state == PROCESSING:
                 core.counters.ticket_expiries += 1
-                self.lapse(write)
+                self.lapse(write, "its ticket lapsed")
             else:
-                core.counters.incomplete += 1
-                self.release(write)
+                self.drop(write)
         for write in core.writes.rested(now):
             self.release(write)

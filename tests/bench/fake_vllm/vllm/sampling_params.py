@@ -1,0 +1,2 @@
+class RequestOutputKind:
+    CUMULATIVE, FINAL_ONLY = range(2)
