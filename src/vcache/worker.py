@@ -97,9 +97,11 @@ class _Failed(_Message, frozen=True):
 def _encoded(message: _Message) -> bytes:
     """As a line. Raises `TypeError` for what JSON cannot carry."""
 
-    def other(value: Any) -> str:
-        if isinstance(value, PurePath):
+    def other(value: Any) -> str | int | float:
+        if isinstance(value, PurePath | str):
             return str(value)
+        if isinstance(value, int | float):  # kinds of them, such as a configuration's sizes
+            return int(value) if isinstance(value, int) else float(value)
         raise TypeError(f"{type(value).__name__} is nothing that a worker can say")
 
     return msgspec.json.encode(message, enc_hook=other) + b"\n"

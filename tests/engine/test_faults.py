@@ -31,7 +31,7 @@ def store(engine: EngineProcess, tokens: list[int]) -> None:
 def check(engine: EngineProcess, spec: KVCacheSpec, tokens: list[int]) -> int:
     """Retrieve; whatever is True must be byte-equal. The number of True."""
     slots = list(range(len(tokens)))
-    mask, rows = engine.call("retrieve", LAYOUT, tokens, slots, 12, 8, 0)
+    mask, rows = engine.retrieve(LAYOUT, tokens, slots, 12, 8, 0)
     found = sum(mask)
     assert mask == [i < found for i in slots]
     if found:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.cluster import EngineProcess, eventually
 from support.paged import content, spec_for
-from support.room_maker_worker import room_maker_main
+from support.room_maker_worker import RoomMakerWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -39,7 +39,7 @@ def store(engine: EngineProcess, tokens: list[int]) -> None:
 def check(engine: EngineProcess, tokens: list[int], spec: KVCacheSpec = SPEC) -> int:
     """Retrieve; whatever is True must be byte-equal. The number of True."""
     slots = list(range(len(tokens)))
-    mask, rows = engine.call("retrieve", LAYOUT, tokens, slots, 12, 8, 0)
+    mask, rows = engine.retrieve(LAYOUT, tokens, slots, 12, 8, 0)
     found = sum(mask)
     assert mask == [i < found for i in slots]
     if found:
@@ -90,8 +90,8 @@ def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
 
 
 def test_cold_chunks_move_to_memory_lent_by_another_process(cluster: Cluster) -> None:
-    engine = cluster.engine(SPEC, main=room_maker_main, segment=VRAM)
-    reader = cluster.engine(SPEC, main=room_maker_main, cache={"demote": False})
+    engine = cluster.engine(SPEC, kind=RoomMakerWorker, segment=VRAM)
+    reader = cluster.engine(SPEC, kind=RoomMakerWorker, cache={"demote": False})
     for seed in range(8):
         store(engine, prompt(seed))
         eventually(lambda: reader.call("vram_slots") <= 12, what="VRAM has room")
@@ -104,7 +104,7 @@ def test_cold_chunks_move_to_memory_lent_by_another_process(cluster: Cluster) ->
 
 
 def test_a_manager_killed_amid_a_move(cluster: Cluster) -> None:
-    engine = cluster.engine(SPEC, main=room_maker_main, segment=VRAM)
+    engine = cluster.engine(SPEC, kind=RoomMakerWorker, segment=VRAM)
     other = cluster.engine(SPEC)
     prompts = fill_until_held(engine)
     epoch = other.call("connected")
@@ -129,8 +129,8 @@ def test_a_manager_killed_amid_a_move(cluster: Cluster) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_engine_killed_or_stopped_amid_a_move(cluster: Cluster, number: signal.Signals) -> None:
-    owner = cluster.engine(SPEC, main=room_maker_main, segment=VRAM, cache={"demote": False})
-    copier = cluster.engine(SPEC, main=room_maker_main)
+    owner = cluster.engine(SPEC, kind=RoomMakerWorker, segment=VRAM, cache={"demote": False})
+    copier = cluster.engine(SPEC, kind=RoomMakerWorker)
     prompts = fill_until_held(copier)
     copier.signal(number)
     eventually(lambda: states(owner)[1] == 0, what="no slot in PROCESSING")
@@ -154,8 +154,8 @@ def test_an_engine_killed_or_stopped_amid_a_move(cluster: Cluster, number: signa
 def test_tenants_do_not_mix_when_one_spills_for_all(cluster: Cluster) -> None:
     alice, bob = (spec_for(LAYOUT, cache_salt=name) for name in ("alice", "bob"))
     storage: dict[str, Any] = {"kind": "memory", "write": "eviction"}
-    hers = cluster.engine(alice, main=room_maker_main, segment=VRAM, storage=storage)
-    his = cluster.engine(bob, main=room_maker_main)
+    hers = cluster.engine(alice, kind=RoomMakerWorker, segment=VRAM, storage=storage)
+    his = cluster.engine(bob, kind=RoomMakerWorker)
     count = 12
     for seed in range(count):
         store(his if seed % 2 else hers, prompt(seed))
