@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vcache.spec import KVCacheSpec
 from vcache.worker import Pending, Worker, WorkerError
 
 START_TIMEOUT = 60.0
@@ -99,6 +100,23 @@ class EngineProcess:
 
         found = self.call("retrieve", *arguments)
         return found.mask, np.frombuffer(found.raw, dtype=np.uint8).reshape(found.shape)
+
+    def store(self, tokens: list[int], layout: str = "2BNHD") -> None:
+        """A whole prompt of up to 96 tokens, from the beginning of a cache."""
+        self.call("store", layout, tokens, list(range(len(tokens))), 12, 8, 0, 0)
+
+    def check(self, spec: KVCacheSpec, tokens: list[int], layout: str = "2BNHD") -> int:
+        """Retrieve; whatever is True must be byte-equal. The number of True."""
+        import numpy as np
+        from support.paged import content
+
+        slots = list(range(len(tokens)))
+        mask, rows = self.retrieve(layout, tokens, slots, 12, 8, 0)
+        found = sum(mask)
+        assert mask == [i < found for i in slots]
+        if found:
+            assert np.array_equal(rows[:found], content(spec, tokens[:found])), "wrong bytes under a True"
+        return found
 
     def signal(self, number: signal.Signals) -> None:
         self._worker.signal(number)
