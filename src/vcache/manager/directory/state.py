@@ -15,6 +15,7 @@ from .counters import Counters
 from .eviction import make_policy
 from .jobs import SLICE, Jobs
 from .leases import LeaseTable
+from .log import Log
 from .records import Record, Space
 from .slabs import HostMemory, Slab, Write
 from .wiping import Wiping
@@ -66,6 +67,7 @@ class State:
         self.counters = Counters()
         self.outbox: list[Instruction] = []
         self.jobs = Jobs()
+        self.log = Log()
         self.slice_size = slice_size
         self.now = 0.0
         """The time of the latest call."""
@@ -158,8 +160,10 @@ class State:
         self.mark_spilled(record, False)
         self.chunks.hide(record)
 
-    def forget(self, record: Record) -> None:
+    def evict(self, record: Record, why: str) -> None:
         """Make a visible chunk absent and free its slots. Their headers stay until somebody overwrites them."""
+        self.counters.evictions += 1
+        self.log.happened(self.now, "evicted", (record.key,), why, record.packed)
         places = record.places()
         name = name_of(record.space)
         self.hide(record)
