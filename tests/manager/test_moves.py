@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from directory_cases import ONE, TWO, gauges, hits, store
 from directory_world import SLAB_BYTES, Client, Flight, World
@@ -15,13 +13,9 @@ from vcache.manager.directory.records import Record
 ALL = 100 * SLAB_BYTES
 
 
-@pytest.fixture(params=["lru", "sieve"])
-def world(request) -> Iterator[World]:
-    """Two engines (0, 1), VRAM (2) and host memory (3), two slabs of four small slots each."""
-    world = World(request.param, engines=2, lenders=2, slabs=2)
-    yield world
-    world.directory.check_integrity()
-    world.verify_all()
+@pytest.fixture
+def world(tiered_world: World) -> World:
+    return tiered_world
 
 
 def counters(world: World) -> dict[str, int]:
@@ -58,7 +52,7 @@ def demote_all(world: World) -> int:
 
 
 def visible(world: World, variant=ONE, index: int = 0) -> Record:
-    return world.directory._core.chunks.visible[variant.keys(0, index + 1)[index]]
+    return world.directory._state.chunks.visible[variant.keys(0, index + 1)[index]]
 
 
 def leave(world: World, client: Client, flights: list[Flight]) -> None:
@@ -245,7 +239,7 @@ def test_a_move_whose_lease_has_ended_is_still_taken(world):
     lease, flights = planned(world, 2 * 256)
     leave(world, world.clients[0], flights)
     world.acquire(world.clients[1], ONE, 0, 0, 8)
-    world.release(lease)  # the one pin that is left is the reader's
+    world.release(lease)  # the one lease that is left is the reader's
     assert world.finish(world.clients[0], flights) == [False] * 2
 
 
@@ -254,7 +248,7 @@ def test_of_two_moves_of_one_shard_only_one_is_taken(world, order):
     store(world, ONE, 0, 8)
     lease, first = planned(world, 0)
     world.release(lease)
-    world.directory._core.chunks.policy.forget_scans("h")
+    world.directory._state.chunks.policy.forget_scans("h")
     lease, second = planned(world, 0, mover=1)
     assert first[0].header.key == second[0].header.key
     world.release(lease)
@@ -404,7 +398,7 @@ def test_evictions_for_one_slot_are_bounded(world, monkeypatch):
 def test_integrity_notices_a_move_that_nobody_remembers(world):
     store(world, ONE, 0, 8)
     planned(world, 0)
-    moves = world.directory._core.writes.moves
+    moves = world.directory._state.writes.moves
     write = next(iter(moves))
     del moves[write]
     with pytest.raises(IntegrityError, match="moves"):
