@@ -27,8 +27,9 @@ from ..api import (
 )
 from .jobs import Job
 
-MAX_READ_BYTES = 1 << 22
-"""What the entries of look-ups hold together, about. Little: they are many, and must not drive out what is seldom."""
+MAX_READ_BYTES = 3 << 19
+"""What the entries of look-ups hold together, about. Little: they are many, and must drive out neither what is seldom nor the
+processor's cache; enough for one of 20,000 keys."""
 MAX_LIFE_BYTES = 1 << 24
 """What all other entries hold together, about."""
 ENTRY_BYTES = 256
@@ -87,9 +88,9 @@ class _Ring:
 
     def forget(self) -> None:
         """Make some room at once, so that this is not done for every entry."""
-        if self.entries[-1][7] > self._max_bytes // 2:
+        if self.entries[-1][7] > self._max_bytes:
             self.room += self.entries.pop()[7]
-        while self.room < self._max_bytes // 16:
+        while self.room < self._max_bytes // 16 and len(self.entries) > 1:
             self.room += self.entries.popleft()[7]
 
     def check_integrity(self) -> None:
