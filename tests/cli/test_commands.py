@@ -19,6 +19,7 @@ COMMANDS = [
     ("lend",),
     ("lend-storage",),
     ("status",),
+    ("story",),
     ("resize",),
     ("clear",),
     ("doctor",),

@@ -86,3 +86,23 @@ def test_a_missing_system_library_is_named_before_anything_is_installed(demo: An
     demo.setup_vllm.require_numa("libc.so.6")
     with pytest.raises(sys.modules["venvs"].SetupError, match=r"needs libno\.so\.1\. .* sudo apt-get install libnuma1"):
         demo.setup_vllm.require_numa("libno.so.1")
+
+
+def test_linting_gets_a_small_environment_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    for name in ("setup", "venvs"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    setup: Any = __import__("setup")
+    venvs: Any = sys.modules["venvs"]
+    commands: list[str] = []
+    (tmp_path / "pyproject.toml").write_bytes((SCRIPTS.parent / "pyproject.toml").read_bytes())
+    monkeypatch.setattr(venvs, "ROOT", tmp_path)
+    monkeypatch.setattr(venvs.Venv, "step", lambda self, what, command, optional=False: commands.append(" ".join(command)))
+    monkeypatch.setattr(venvs.Venv, "done", lambda self: None)
+    assert setup.set_up("lint") == tmp_path / ".venv-lint" / "bin" / "python"
+    made, filled = commands
+    assert "-m venv" in made
+    assert filled.endswith("--editable .[lint]")
+    assert not [wish for wish in requires("vcache") or [] if "lint" in wish and wish.startswith(("torch", "numpy"))]
+    for name in ("setup", "venvs"):
+        sys.modules.pop(name, None)

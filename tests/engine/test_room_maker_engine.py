@@ -84,9 +84,9 @@ class Host:
 
     def rest(self) -> None:
         """Until nothing moves."""
-        relief = self.engine.cache.room_maker
-        assert relief is not None
-        assert relief.wait_idle(10)
+        maker = self.engine.cache.room_maker
+        assert maker is not None
+        assert maker.wait_idle(10)
 
     def settle(self) -> None:
         """Until nothing moves and VRAM has room."""
@@ -221,9 +221,9 @@ def test_never_a_wrong_byte_while_everything_moves(make_host: Callable[..., Host
 
 
 def in_storage(host: Host, tokens: list[int]) -> int:
-    lower = host.engine.cache.storage
-    assert lower is not None
-    return lower.prefix([key.digest for key in host.engine.chunk_keys(tokens)])
+    storage = host.engine.cache.storage
+    assert storage is not None
+    return storage.prefix([key.digest for key in host.engine.chunk_keys(tokens)])
 
 
 def test_nothing_is_written_until_the_pool_runs_full_and_nothing_is_lost_then(make_host: Callable[..., Host]) -> None:

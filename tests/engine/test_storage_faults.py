@@ -268,6 +268,17 @@ def test_a_buffer_that_cannot_be_pinned_is_not_left_registered() -> None:
     assert not tier.registered
 
 
+def test_a_buffer_that_comes_back_after_the_end_is_unregistered() -> None:
+    tier = Tier()
+    pool = BufferPool(PAYLOAD, 4, registry=tier)
+    late = pool.take(1, 0)
+    pool.give(pool.take(1, 0))
+    pool.close()
+    assert len(tier.registered) == 1, "what is out may still be used"
+    pool.give(late)
+    assert not tier.registered
+
+
 def test_buffers_do_not_grow_in_number(make: Callable[..., World]) -> None:
     """A writer that got fewer buffers than it had chunks asked for a negative number of them in its second round: more and
     more of them were out at a time. Writes that are left behind make buffers short here."""
@@ -291,9 +302,9 @@ def test_buffers_do_not_grow_in_number(make: Callable[..., World]) -> None:
     assert world.count("storage_written") > 20
     for call in over:
         call()
-    lower = world.engine.cache.storage
-    assert lower is not None
-    for pool in lower._buffers:
+    storage = world.engine.cache.storage
+    assert storage is not None
+    for pool in storage._buffers:
         assert len(pool.take(100, 0)) == pool.limit
 
 

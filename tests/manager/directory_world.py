@@ -21,7 +21,7 @@ from directory_model import (
     payload_of,
     spans_of,
 )
-from directory_relief import Relief
+from directory_room import MakingRoom
 from driven import Driven
 
 from vcache.config import ManagerConfig
@@ -63,7 +63,7 @@ class Removing:
     """Number of the last removal before."""
 
 
-class World(Relief):
+class World(MakingRoom):
     def __init__(
         self, eviction: str = "sieve", engines: int = 2, lenders: int = 2, slabs: int = 2, slice_size: int = SLICE
     ) -> None:

@@ -14,7 +14,6 @@ from vcache.manager.api import (
     DropSlabs,
     GateReport,
     GateWriter,
-    Heartbeat,
     ImporterGone,
     Lookup,
     Mount,
@@ -54,9 +53,6 @@ class Driven(Directory):
         answer = self.handle(client, verb, now)
         assert isinstance(answer, Job)
         return answer
-
-    def heartbeat(self, client: bytes, now: float) -> None:
-        self.done(client, Heartbeat(), now)
 
     def lookup(self, client: bytes, keys: Sequence[bytes], now: float) -> int:
         return self.done(client, Lookup(keys), now)

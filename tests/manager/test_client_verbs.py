@@ -201,6 +201,17 @@ def test_stats_and_identity(manager: Manager) -> None:
     assert stats.segments[0].slots_used == 3
 
 
+def test_story_of_a_chunk(manager: Manager) -> None:
+    assert manager.story(key(1)) == []
+    manager.mount(segment_of(manager))
+    store(manager, keys(1, 1))
+    manager.release(manager.acquire(keys(1, 1)).lease)
+    story = manager.story(key(1))
+    assert [entry.what for entry in story] == ["granted", "written", "published", "leased", "present"]
+    assert [entry.client for entry in story] == ["writer", "writer", "", "writer", ""]
+    assert story[0].place == story[-1].place
+
+
 def test_refusals_are_raised_and_harm_nothing(manager: Manager) -> None:
     with pytest.raises(ProtocolError, match="token counts"):
         manager.put_start(put_request(keys(1, 2), tokens=[1]))

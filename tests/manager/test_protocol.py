@@ -51,6 +51,7 @@ from vcache.manager.api import (
     Spilled,
     SpillPlan,
     Stats,
+    Story,
     Ticket,
     Tiers,
     Unmount,
@@ -104,6 +105,7 @@ REQUESTS: list[Verb[Any]] = [
     Wiped(7),
     Segments(),
     Stats(),
+    Story(key(1)),
     Heartbeat(),
     Goodbye(),
 ]

@@ -48,6 +48,6 @@ class RoomMakerWorker(EngineWorker):
 
     def in_storage(self, keys: list[str]) -> list[bool]:
         """Which printed keys, of any namespace, the storage tier of this engine holds."""
-        lower = self.engine.cache.storage
-        assert lower is not None
-        return [bool(lower._storage.prefix([CacheKey.parse(key)], 0)) for key in keys]
+        storage = self.engine.cache.storage
+        assert storage is not None
+        return [bool(storage._storage.prefix([CacheKey.parse(key)], 0)) for key in keys]

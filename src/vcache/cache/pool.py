@@ -26,17 +26,8 @@ from ..paged.layout import device_name
 from ..paged.mover import Rows, SlotTransfer, Transfer
 from ..segment.gate import Passage
 from ..segment.mapping import MappedSlab, PinnedSlot, SegmentMap
-from ..segment.slots import (
-    ALIGNMENT,
-    HEADER_BYTES,
-    SlabHeader,
-    SlotHeader,
-    SlotLocation,
-    Tier,
-    align_up,
-    formatted_since,
-    outlived,
-)
+from ..segment.slot_protocol import PinnedMemory, carries, mend_format, still_carries
+from ..segment.slots import ALIGNMENT, HEADER_BYTES, SlabHeader, SlotHeader, SlotLocation, Tier, align_up
 from ..spec import KVCacheSpec
 from .remote_reads import RemoteRead, RemoteReader, RemoteTransfer
 from .transfer import JoinedTransfer, PoolTransfer
@@ -170,21 +161,17 @@ class ChunkPool:
         if slot is None:
             return 0
         try:
-            header = self.header(chunk, location.generation)
-            packed = header.pack()
-            size = len(packed)
-            total = size + header.payload_bytes
-            if self.segments.read(slot.slab, slot.header_offset, size) != packed:
+            memory, header = PinnedMemory(self.segments, slot.slab), self.header(chunk, location.generation)
+            packed, total = header.pack(), HEADER_BYTES + header.payload_bytes
+            if not carries(memory, slot.header_offset, packed):
                 return 0
-            out[:size] = packed
-            self.segments.read_into(slot.slab, slot.payload_offset, out[size:total])
+            out[:HEADER_BYTES] = packed
+            self.segments.read_into(slot.slab, slot.payload_offset, out[HEADER_BYTES:total])
             at = self._trailer(slot, location) if self._verifies == 1 else 0
-            trailer = self.segments.read(slot.slab, at, TRAILER_BYTES) if at else b""
-            if self.segments.read(slot.slab, slot.header_offset, size) != packed:
+            trailer = memory.read(at, TRAILER_BYTES) if at else b""
+            if not still_carries(memory, slot.header_offset, packed):
                 return 0
-            if outlived(self.segments.read(slot.slab, 0, HEADER_BYTES), location.generation):
-                return 0
-            if at and contradicts(trailer, out[size:total], location.generation):
+            if at and contradicts(trailer, out[HEADER_BYTES:total], location.generation):
                 self._distrust([location.segment])
                 return 0
             return total
@@ -564,8 +551,7 @@ class _Put:
         segments, metrics = self._pool.segments, self._pool.metrics
         try:
             for slab, header in {transfer.slot.slab: transfer.slab_header for transfer in refused}.items():
-                if formatted_since(segments.read(slab, 0, HEADER_BYTES), header):
-                    segments.write(slab, 0, header)
+                if mend_format(PinnedMemory(segments, slab), header):
                     metrics.count("slab_headers_mended")
                     logger.warning("slab %d on %s: its header was damaged, and is mended", slab.index, slab.device)
         except TRANSFER_ERRORS as error:

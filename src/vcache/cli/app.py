@@ -184,6 +184,24 @@ def status(
 
 @app.command()
 @guarded
+def story(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="A printed key, vc1-<namespace>-<digest>, or its digest alone.")],
+    config: ConfigFile = None,
+    address: Address = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Tell what happened to a chunk.
+
+    Who stored, moved or read it, and where it is now, as far back as the manager's log reaches. Exit code 1 when the manager
+    knows nothing of it.
+    """
+    from .story import show_story
+
+    show_story(load_config(config, manager={"address": address}), key, as_json=as_json)
+
+
+@app.command()
+@guarded
 def resize(
     segment: Annotated[str, typer.Argument(metavar="SEGMENT", help="UUID of the segment, or the first digits of it.")],
     size: Annotated[

@@ -1,4 +1,7 @@
-"""HTTP over a unix socket, as far as a vLLM server needs it: no port to reserve, and nobody else's business."""
+"""HTTP over a unix socket, as far as a vLLM server needs it: no port to reserve, and nobody else's business.
+
+By hand, because no client library is in every environment with a vLLM: releases bring httpx, or httpx2, or both.
+"""
 
 from __future__ import annotations
 

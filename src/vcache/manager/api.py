@@ -13,7 +13,7 @@ import msgspec
 
 from ..config import ManagerConfig
 from ..keys import DIGEST_BYTES
-from ..segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation
+from ..segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlabInventory, SlotLocation, Tier
 
 R = TypeVar("R")
 
@@ -187,6 +187,30 @@ class SessionStats(msgspec.Struct, frozen=True, kw_only=True):
     leases: int
     writes: int
     age: float
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where one shard is, or was."""
+
+    tier: Tier | None
+    """None: the segment has gone since."""
+    segment: int
+    slab: int
+    slot: int
+    generation: int
+
+
+class StoryEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """Something that happened to a chunk, or (the last entries) what there is of it now."""
+
+    ago: float = 0.0
+    """Seconds."""
+    client: str = ""
+    """Name of who asked for it; empty for what the manager did or found by itself."""
+    what: str
+    detail: str = ""
+    shard: int = 0
+    place: Place | None = None
 
 
 # -- verbs -------------------------------------------------------------------------------------------------------------
@@ -381,6 +405,13 @@ class Segments(Verb[list[SegmentInfo]], frozen=True):
 
 class Stats(Verb[StatsReply], frozen=True):
     """Counters and gauges."""
+
+
+class Story(Verb[list[StoryEntry]], frozen=True):
+    """What happened to one chunk, as far as the manager's log reaches back, the oldest first, and at last what there is of it
+    now. Empty for a key of which nothing is known."""
+
+    key: Digest
 
 
 # What a transport says by itself.

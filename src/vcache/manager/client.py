@@ -35,6 +35,8 @@ from .api import (
     SpillPlan,
     Stats,
     StatsReply,
+    Story,
+    StoryEntry,
     Ticket,
     Tiers,
     Unmount,
@@ -162,6 +164,9 @@ class Manager:
 
     def stats(self) -> StatsReply:
         return self.transport.call(Stats())
+
+    def story(self, key: bytes) -> list[StoryEntry]:
+        return self.transport.call(Story(key))
 
     # Replies that come too late: what they grant would be held for nothing.
 

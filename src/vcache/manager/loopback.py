@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import ManagerConfig
 from ..errors import ManagerUnavailableError, VCacheError
-from .api import WIPE_TIMEOUT, Heartbeat, Listener, R, Role, Verb
+from .api import WIPE_TIMEOUT, Listener, R, Role, Verb
 from .directory.directory import Directory, random_first_segment
 from .directory.jobs import Job
 from .directory.reading import PackedReply
@@ -102,7 +102,7 @@ class Loopback:
     def _turn(self, verb: Verb[Any]) -> object:
         """One step of the directory: what is due first, then the verb, then the pushes that came of both."""
         now = self._clock()
-        self._directory.handle(self.client_id, Heartbeat(), now)  # First: while this process lives, its session does.
+        self._directory.heartbeat(self.client_id, now)  # First: while this process lives, its session does.
         self._directory.tick(now)
         try:
             answer = self._directory.handle(self.client_id, verb, now)

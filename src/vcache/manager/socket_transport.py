@@ -8,10 +8,8 @@ import random
 import secrets
 import select
 import socket
-import struct
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
@@ -19,6 +17,7 @@ from typing import NoReturn
 from ..config import ManagerConfig
 from ..errors import DeadlineExceededError, ManagerRefusedError, ManagerUnavailableError, ProtocolError, VCacheError
 from ..guard import CircuitBreaker
+from ..sockets import close_in_forked_child, peer_uid
 from . import wire
 from .address import Address, load_token, parse_address
 from .api import Goodbye, Heartbeat, Listener, Push, R, Role, SessionInfo, Verb
@@ -32,7 +31,6 @@ _MISSES = 3
 """Consecutive deadline misses after which the connection counts as dead."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 5.0
 _READ_BYTES = 2**16
-_UCRED = struct.Struct("3i")
 
 
 class NotSentError(DeadlineExceededError):
@@ -41,11 +39,6 @@ class NotSentError(DeadlineExceededError):
 
 Late = Callable[[bytes | bytearray], None]
 """Undoes what a reply grants that came after its caller had given up."""
-
-
-def peer_uid(sock: socket.socket) -> int:
-    """User id of the process at the other end of a unix socket, as the kernel recorded it."""
-    return int(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[1])
 
 
 def open_socket(address: Address, timeout: float) -> socket.socket:
@@ -352,7 +345,7 @@ class SocketTransport:
         self._failure: VCacheError | None = None
         self._closing = threading.Event()
         self._pid = os.getpid()
-        _close_in_forked_child(self)
+        close_in_forked_child(self, SocketTransport._forget_in_child)
         self._threads = [
             threading.Thread(target=self._stay_connected, name="vcache-manager-io", daemon=True),
             threading.Thread(target=self._beat, name="vcache-manager-heartbeat", daemon=True),
@@ -561,15 +554,3 @@ class SocketTransport:
     def _forget_in_child(self) -> None:
         if self._connection is not None:
             self._connection.forget()
-
-
-def _close_in_forked_child(transport: SocketTransport) -> None:
-    """Without this, a child that outlives its parent would hold the session's socket open."""
-    reference = weakref.ref(transport)
-
-    def forget() -> None:
-        alive = reference()
-        if alive is not None:
-            alive._forget_in_child()
-
-    os.register_at_fork(after_in_child=forget)

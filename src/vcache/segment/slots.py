@@ -6,13 +6,8 @@ A slab that holds slots of `slot_bytes` is laid out as
     [64 * (1 + i), + 64)         header of slot i
     [payload_base + i * stride)  payload of slot i        payload_base, stride: multiples of 256
 
-Write: through the segment's gate (`gate.py`), then slot header odd -> payload -> slot header even. Read: header, payload,
-header again, slab header; the bytes count only when both headers equal what the manager said (rule I1) and are newer than the
-slab's format. Generations come from one counter per slab and only grow (I4).
-
-Nobody writes 64 bytes at once, and a writer may stop for ever after any word. So the odd generation is the first word of an
-announcement (`announce_parts`) and the even one the last word of a publication (`publish_parts`), with fences between: what is
-torn is odd, and is never taken for a chunk.
+Generations come from one counter per slab and only grow (rule I4). A slot's is odd while it is written: in which order that
+goes, and what proves bytes to be a chunk's, is `slot_protocol.py`.
 """
 
 from __future__ import annotations
@@ -93,19 +88,6 @@ class SlabHeader(NamedTuple):
         return cls(generation, slot_bytes, slots) if magic == SLAB_MAGIC and slot_bytes and slots else None
 
 
-def formatted_since(found: bytes | memoryview, ours: bytes) -> bool:
-    """Whether the slab header `found` in memory is of a later format than `ours`, which a ticket came with: the ticket has
-    lapsed, and nothing may be written. Pure."""
-    there, mine = SlabHeader.unpack(found), SlabHeader.unpack(ours)
-    return there is not None and mine is not None and there.format_generation > mine.format_generation
-
-
-def outlived(slab_header: bytes | memoryview, generation: int) -> bool:
-    """Whether a slot header of this generation is older than the format in the first bytes of its slab, read **after** the
-    payload: slots of another size lie there now, and an old header may stand while its payload is overwritten. Pure."""
-    return int.from_bytes(slab_header[8:16], "little") >= generation
-
-
 class SlotHeader(NamedTuple):
     """64 bytes beside a payload.
 
@@ -129,16 +111,6 @@ class SlotHeader(NamedTuple):
     def writing(self, writer: bytes) -> SlotHeader:
         """The header that announces the write of this one: odd generation, one lower, signed by `writer` (16 bytes)."""
         return self._replace(generation=self.generation - 1, namespace=writer)
-
-    def announce_parts(self) -> tuple[tuple[int, bytes], tuple[int, bytes], tuple[int, bytes]]:
-        """Offsets and bytes in which an odd header is written, each complete before the next: the generation first."""
-        raw = self.pack()
-        return (8, raw[8:16]), (0, raw[:8]), (16, raw[16:])
-
-    def publish_parts(self) -> tuple[tuple[int, bytes], tuple[int, bytes], tuple[int, bytes]]:
-        """Offsets and bytes in which the final header is written, each complete before the next: the generation last."""
-        raw = self.pack()
-        return (0, raw[:8]), (16, raw[16:]), (8, raw[8:16])
 
     @property
     def is_writing(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,9 +15,6 @@ from .metadata import LoadJob, SaveJob, SaveOutcome
 
 if TYPE_CHECKING:
     import torch
-
-
-logger = logging.getLogger("vllm.vcache")
 
 
 class Rank(NamedTuple):
@@ -90,6 +86,15 @@ class _Named(NamedTuple):
         return self.chunks[index - 1].digest if index else b""
 
 
+def _chunks(job: LoadJob | SaveJob, skip: int = 0) -> list[Chunk]:
+    """The chunks of a job; its blocks begin behind the first chunk's `skip` tokens. Pure."""
+    chunks, start = [], 0
+    for index, (digest, tokens) in enumerate(zip(job.digests, job.tokens, strict=True)):
+        chunks.append(Chunk(digest, job.first + index, tokens, start, skip))
+        start, skip = start + tokens - skip, 0
+    return chunks
+
+
 def _finish(saving: Saving) -> Saved:
     report = saving.finish()
     return Saved(SaveOutcome(1, not report.unplaced, False), report.nbytes, report.seconds)
@@ -107,20 +112,11 @@ class ShardStore:
     def load(self, job: LoadJob) -> int:
         """Bring the chunks of a job into its blocks; number of leading chunks that are there and verified. Blocks until the
         bytes have landed."""
-        chunks, start = [], 0
-        for index, (digest, tokens) in enumerate(zip(job.digests, job.tokens, strict=True)):
-            skip = job.skip if index == 0 else 0
-            chunks.append(Chunk(digest, job.first + index, tokens, start, skip))
-            start += tokens - skip
-        return self.cache.tiers.load(_Named(chunks), self._rows(job.blocks)).found
+        return self.cache.tiers.load(_Named(_chunks(job, job.skip)), self._rows(job.blocks)).found
 
     def start_save(self, job: SaveJob) -> SaveUnderWay:
         """Start to store the chunks of a job that the pool does not have. Blocks for a round trip; on a CPU, for the copy."""
-        chunks, start = [], 0
-        for index, (digest, tokens) in enumerate(zip(job.digests, job.tokens, strict=True)):
-            chunks.append(Chunk(digest, job.first + index, tokens, start))
-            start += tokens
-        saving = self.cache.tiers.save(chunks, job.parent, self._rows(job.blocks))
+        saving = self.cache.tiers.save(_chunks(job), job.parent, self._rows(job.blocks))
         return SaveUnderWay(saving.landed, partial(_finish, saving))
 
     def leave_storage(self) -> None:

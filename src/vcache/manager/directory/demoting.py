@@ -71,8 +71,7 @@ class _Draft:
             victim = core.chunks.policy.victim(stride, self._route.allowed)
             if victim is None or victim.used > record.used or victim is record or victim in self._records:
                 return None
-            core.counters.evictions += 1
-            core.forget(victim)
+            core.evict(victim, "room for a demotion")
         return None
 
     def plan(self) -> MovePlan:
@@ -95,7 +94,7 @@ class Demoting:
         if verb.nbytes < 0:
             raise ProtocolError(f"demote: {verb.nbytes} bytes")
         core = self._core
-        memory = core.allocator.hosts.get(session.host) if session.host else None
+        memory = core.memory_of(session)
         if memory is None:
             return MovePlan()
         core.check_leases(session.client)
@@ -158,6 +157,7 @@ class Demoting:
         slab.confirm(write.slot)
         core.replace(record, write.shard, write.packed)
         core.counters.demotions += 1
+        core.log.happened(core.now, "demoted", (write.key,), f"shard {write.shard}", write.packed)
         return True
 
 

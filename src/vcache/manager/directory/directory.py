@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from ...config import ManagerConfig
 from ...errors import ProtocolError
 from ...keys import DIGEST_BYTES
-from ...segment.slots import SegmentInfo
+from ...segment.slots import SegmentInfo, SlotLocation
 from ..api import (
     Acquire,
     AddSlabs,
@@ -28,6 +28,7 @@ from ..api import (
     InventoryPart,
     Lookup,
     Mount,
+    Place,
     PlanSpill,
     PutEnd,
     PutRevoke,
@@ -44,6 +45,8 @@ from ..api import (
     Spilled,
     Stats,
     StatsReply,
+    Story,
+    StoryEntry,
     Tiers,
     Unmount,
     Verb,
@@ -54,6 +57,7 @@ from .demoting import Demoting
 from .integrity import check_core
 from .jobs import SLICE, Job
 from .lending import Lending
+from .log import NOTES
 from .reading import Reading
 from .removal import Removal
 from .slabs import FREE, PROCESSING, QUARANTINED, USED
@@ -88,7 +92,7 @@ class Directory:
         self._puts = Writing(core, self._moves)
         self._removal = Removal(core)
         self._lending = Lending(core, self._puts, self._removal)
-        self._handlers = self._table()
+        self._handlers = {verb: (handler, NOTES.get(verb)) for verb, handler in self._table().items()}
         self._started = now
 
     @property
@@ -125,6 +129,7 @@ class Directory:
         core = self._core
         if core.sessions.pop(client, None) is None:
             return
+        core.now = now
         core.unpinned(core.leases.drop_client(client))
         if goodbye:
             self._puts.writer_idle(client)
@@ -132,6 +137,10 @@ class Directory:
         self._lending.lender_gone(client, goodbye=goodbye)
         if not goodbye:
             self._lending.writer_lost(client)
+
+    def heartbeat(self, client: bytes, now: float) -> None:
+        """A sign of life, as every verb is. Raises `ManagerRefusedError` without a session."""
+        self._core.session(client, now)
 
     def has_session(self, client: bytes) -> bool:
         return client in self._core.sessions
@@ -179,12 +188,22 @@ class Directory:
     # Verbs
 
     def handle(self, client: bytes, verb: Verb[Any], now: float) -> object:
-        """Do what a client asks: the reply, or the `Job` whose result it will be.
+        """Do what a client asks: the reply, or the `Job` whose result it will be. The log keeps the keys: they must not be
+        changed afterwards.
 
         In place of their replies, `Acquire` gets a `PackedReply`, `Remove` and `Clear` a `RemovalReply`. Raises
         `ManagerRefusedError` without a session, `ProtocolError` for what no conforming client asks; nothing has changed then.
         """
-        return self._handlers[type(verb)](self._core.session(client, now), verb)
+        core = self._core
+        session = core.session(client, now)
+        handler, note = self._handlers[type(verb)]
+        if note is None:
+            return handler(session, verb)
+        log = core.log
+        log.number = number = log.number + 1
+        reply = handler(session, verb)
+        note(log, number, now, session.name, verb, reply)
+        return reply
 
     def _table(self) -> dict[type[Verb[Any]], Handler]:
         """The handler of each verb."""
@@ -213,6 +232,7 @@ class Directory:
             Wiped: lending.wiped,
             Segments: lambda session, verb: self.segments(),
             Stats: lambda session, verb: self.stats(session.seen),
+            Story: lambda session, verb: self.story(verb.key, session.seen),
             Heartbeat: lambda session, verb: None,
             Goodbye: lambda session, verb: self.close_session(session.client, session.seen, goodbye=True),
         }
@@ -225,6 +245,38 @@ class Directory:
         return any(self._core.wiping.outstanding(token) for token in tokens)
 
     # Looking at it
+
+    def story(self, key: bytes, now: float) -> list[StoryEntry]:
+        """What the log knows of a chunk, the oldest first, and at last what there is of it now. Empty for a key of which
+        nothing is known. O(log): some milliseconds."""
+        core = self._core
+        entries = [
+            StoryEntry(
+                ago=now - line.time,
+                client=line.client,
+                what=line.what,
+                detail=line.detail,
+                shard=line.shard,
+                place=self._place(line.place) if line.place is not None else None,
+            )
+            for line in core.log.story(key)
+        ]
+        record = core.chunks.any(key)
+        for shard, location in enumerate(record.places() if record is not None else ()):
+            held = f"leased {record.pins} time(s)" if record is not None and record.pins else ""
+            entries.append(StoryEntry(what="present", detail=held, place=self._place(location), shard=shard))
+        if record is not None and key in core.chunks.pending:
+            parts = core.chunks.pending[key]
+            done = sum(part.state == USED for part in parts.parts.values())
+            entries.append(StoryEntry(what="being written", detail=f"{done} of {parts.num_shards} shard(s) complete"))
+        elif entries and not (record is not None and record.packed):
+            entries.append(StoryEntry(what="absent"))
+        return entries
+
+    def _place(self, location: SlotLocation) -> Place:
+        segment = self._core.allocator.segments.get(location.segment)
+        tier = segment.info.tier if segment is not None else None
+        return Place(tier, location.segment, location.slab, location.slot, location.generation)
 
     def segments(self) -> list[SegmentInfo]:
         return [segment.info for segment in self._core.allocator.segments.values()]

@@ -18,6 +18,7 @@ def check_core(core: State, away: list[Slab]) -> None:
     core.leases.check_integrity(core.sessions)
     core.writes.check_integrity(held, core.sessions)
     core.wiping.check_integrity()
+    core.log.check_integrity()
     _check_places(core)
     for write in held:
         _check_write(core, write)

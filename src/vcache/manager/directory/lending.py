@@ -180,7 +180,7 @@ class Lending:
             total += slab.nbytes
         for slab in chosen:
             segment.dropped.add(slab.index)
-            self._empty(slab)
+            self._empty(slab, "its slab was given back")
             self._core.allocator.detach(slab)
             self._void(slab)
         if chosen:
@@ -253,39 +253,42 @@ class Lending:
             reading.cancel(ManagerRefusedError("mount: taken back, or repeated, before all headers were read"))
         away = _Away(segment.info.owner, {}, self._removal.done)
         for slab in list(segment.slabs.values()):
-            if not self._empty(slab):
+            if not self._empty(slab, "its segment went, or was mounted again"):
                 away.event = 0
             self._core.allocator.detach(slab)
             if slab.busy:
                 away.slabs[slab.index] = slab
         return away
 
-    def _empty(self, slab: Slab) -> bool:
+    def _empty(self, slab: Slab, why: str) -> bool:
         """Drop all that a slab holds, except unfinished writes, which lapse. False if removed chunks may be in its memory."""
         core = self._core
         clean = not slab.unread and None not in slab.stale.values() and None not in slab.buried.values()
         slab.stale, slab.buried = {}, {}
         # Where nobody writes the slots need not be freed one by one, which is most of the work.
         quiet = not slab.counts[PROCESSING] and not slab.counts[QUARANTINED]
+        hidden: list[bytes] = []
         for slot, owner in enumerate(slab.owners):
             if quiet and isinstance(owner, Record) and len(owner.packed) == LOCATION_BYTES:
                 core.counters.evictions += 1
+                hidden.append(owner.key)
                 core.hide(owner)
             elif owner is UNREAD:
                 core.allocator.release(slab, slot)
             elif isinstance(owner, Record):
                 if owner.packed:
-                    core.counters.evictions += 1
-                    core.forget(owner)
+                    core.evict(owner, why)
             elif isinstance(owner, Write):
                 if owner.state == PROCESSING:
-                    self._puts.lapse(owner)
+                    self._puts.lapse(owner, why)
                 elif owner.state == USED:
                     self._puts.release(owner)
             elif isinstance(owner, Wipe):
                 clean = False
                 core.wiping.end(owner)
         slab.unread = False
+        if hidden:
+            core.log.happened(core.now, "evicted", hidden, why)
         if quiet:
             core.allocator.blank(slab)
         return clean

@@ -79,6 +79,8 @@ class _Reader:
         self._since = since
         self._cold: dict[int, dict[int, list[Record]]] = {}
         """Chunks that became visible, by slot size and chunk index."""
+        self._found: list[bytes] = []
+        """Of the slots that are being read: whose shards were taken in."""
 
     def read(self, slab: Slab, headers: SlabHeaders, slots: range) -> None:
         """Give each of these slots a holder, or free it. `headers` may have more slots than the slab, or fewer, when
@@ -113,6 +115,11 @@ class _Reader:
             if unread and slab.owners[slot] is UNREAD:
                 core.allocator.release(slab, slot)
         core.wiping.hold(wipes)
+        if self._found:
+            assert slab.segment is not None
+            where = f"in segment {slab.segment.number}, slab {slab.index}"
+            core.log.happened(core.now, "recovered", self._found, where)
+            self._found = []
 
     def sort(self) -> Iterator[None]:
         """Have what became visible evicted before all that was used, a prompt's tail before its head."""
@@ -145,6 +152,7 @@ class _Reader:
             record = chunks.recover(header.key, header.chunk_index, space, packed)
             self._hold(slab, slot, record)
             core.counters.recovered += 1
+            self._found.append(header.key)
             self._add_cold(record)
             return True
         if pending is None:
@@ -160,6 +168,7 @@ class _Reader:
         pending.parts[header.shard] = write
         core.writes.await_others(write, core.now + core.config.ticket_ttl)
         core.counters.recovered += 1
+        self._found.append(header.key)
         if part is not None:
             core.writes.remove(part)
             self._supersede(part.slab, part.slot, part.key, space.name)

@@ -65,7 +65,7 @@ class Removal:
                         if record is not None:
                             victims.append(record)
                 removed += len(victims)
-                tokens += self._hide(victims)
+                tokens += self._hide(victims, "removed", session)
                 yield
             tokens += yield from self._erase(names, b"")
             return RemovalReply(removed, tokens)
@@ -87,7 +87,7 @@ class Removal:
                 ]
                 del every[-step:]  # So that their memory is not given back all at once either.
                 removed += len(victims)
-                tokens += self._hide(victims)
+                tokens += self._hide(victims, "cleared", session)
                 yield
             tokens += yield from self._erase(None, namespace)
             return RemovalReply(removed, tokens)
@@ -113,13 +113,15 @@ class Removal:
         finally:
             del self._under_way[serial]
 
-    def _hide(self, victims: list[Record]) -> list[int]:
+    def _hide(self, victims: list[Record], what: str, session: Session) -> list[int]:
         core = self._core
         slots: list[tuple[Slab, int]] = []
         for record in victims:
             slots += [(core.allocator.slab_at(place), place.slot) for place in record.places()]
             core.hide(record)
         core.counters.removed += len(victims)
+        if victims:
+            core.log.happened(core.now, what, [record.key for record in victims], client=session.name)
         return core.wiping.hold(slots)
 
     def _erase(self, keys: set[bytes] | None, namespace: bytes) -> Generator[None, None, list[int]]:

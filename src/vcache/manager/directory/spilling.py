@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ...errors import ProtocolError
 from ..api import PlanSpill, Spill, Spilled, SpillPlan
@@ -20,13 +21,23 @@ RETRY_SECONDS = 2.0
 """How long a chunk is left alone that was planned and not written."""
 
 
+class _Plan(NamedTuple):
+    """A plan under way."""
+
+    memory: HostMemory
+    nbytes: int
+    """Of memory that it makes cheap to free."""
+    clock: int
+    """When it was made, as in `Record.used`."""
+
+
 class Spilling:
     """Plans what is written and remembers what was."""
 
     def __init__(self, core: State) -> None:
         self._core = core
-        self._plans: dict[int, tuple[HostMemory, int, int]] = {}
-        """Lease of a plan under way -> host, bytes, and the clock when it was made."""
+        self._plans: dict[int, _Plan] = {}
+        """By the number of its lease."""
         self._failed: OrderedDict[bytes, float] = OrderedDict()
         """Key -> until when it is left alone; in that order."""
 
@@ -35,12 +46,12 @@ class Spilling:
         if verb.nbytes < 0:
             raise ProtocolError(f"spill: {verb.nbytes} bytes")
         core, nbytes, now = self._core, verb.nbytes, self._core.now
-        memory = core.allocator.hosts.get(session.host) if session.host else None
+        memory = core.memory_of(session)
         if memory is None:
             return SpillPlan()
         core.check_leases(session.client)
         self._forget(now)
-        under_way = sum(size for host, size, _ in self._plans.values() if host is memory)
+        under_way = sum(plan.nbytes for plan in self._plans.values() if plan.memory is memory)
         excess = memory.unspilled() - under_way - core.config.low_watermark * sum(memory.nbytes)
         spills: list[Spill] = []
         records: list[Record] = []
@@ -59,7 +70,7 @@ class Spilling:
             return SpillPlan()
         lease = core.leases.grant(session.client, records, now)
         core.counters.leases += 1
-        self._plans[lease.number] = memory, total, core.tick_clock(now)
+        self._plans[lease.number] = _Plan(memory, total, core.tick_clock(now))
         return SpillPlan(lease=lease.number, spills=spills)
 
     def done(self, session: Session, verb: Spilled) -> None:
@@ -73,14 +84,14 @@ class Spilling:
                 core.counters.spills += 1
         if core.leases.get(number, client, now) is None or number not in self._plans:
             return
-        _, _, planned = self._plans.pop(number)
+        plan = self._plans.pop(number)
         records = core.leases.drop(number, client)
         for record in records:
             if record.key not in written:
                 self._failed.pop(record.key, None)
                 self._failed[record.key] = now + RETRY_SECONDS
         core.unpinned(records)
-        core.chunks.policy.cool([record for record in records if record.spilled and record.used < planned])
+        core.chunks.policy.cool([record for record in records if record.spilled and record.used < plan.clock])
 
     def _candidates(self, host: str, memory: HostMemory, avoid: frozenset[int]) -> Iterator[Record]:
         """Go through the chunks that lie in the lowest tier of this host altogether, in about the order of their eviction."""

@@ -15,8 +15,9 @@ from .counters import Counters
 from .eviction import make_policy
 from .jobs import SLICE, Jobs
 from .leases import LeaseTable
+from .log import Log
 from .records import Record, Space
-from .slabs import Slab, Write
+from .slabs import HostMemory, Slab, Write
 from .wiping import Wiping
 from .write_table import WriteTable
 
@@ -66,6 +67,7 @@ class State:
         self.counters = Counters()
         self.outbox: list[Instruction] = []
         self.jobs = Jobs()
+        self.log = Log()
         self.slice_size = slice_size
         self.now = 0.0
         """The time of the latest call."""
@@ -96,6 +98,10 @@ class State:
             session.version = self.allocator.version
             session.unreadable = self.allocator.unreadable(session.host, session.remote)
         return session.unreadable
+
+    def memory_of(self, session: Session) -> HostMemory | None:
+        """Return what is lent on the session's host; None if nothing is, or it does not say its host."""
+        return self.allocator.hosts.get(session.host) if session.host else None
 
     def push(self, target: bytes | None, push: Push) -> None:
         """Instruct to send something to a client, or (None) to all of them."""
@@ -154,8 +160,10 @@ class State:
         self.mark_spilled(record, False)
         self.chunks.hide(record)
 
-    def forget(self, record: Record) -> None:
+    def evict(self, record: Record, why: str) -> None:
         """Make a visible chunk absent and free its slots. Their headers stay until somebody overwrites them."""
+        self.counters.evictions += 1
+        self.log.happened(self.now, "evicted", (record.key,), why, record.packed)
         places = record.places()
         name = name_of(record.space)
         self.hide(record)

@@ -8,7 +8,7 @@ from typing import Literal
 from ...errors import ManagerRefusedError, ProtocolError
 from ...keys import DIGEST_BYTES
 from ...segment.slots import ALIGNMENT, align_up, generation_of, stride_of
-from ..api import PutEnd, PutGrant, PutRequest, PutRevoke, PutStart, RoomWanted, Ticket
+from ..api import PutEnd, PutGrant, PutRequest, PutRevoke, PutStart, PutStatus, RoomWanted, Ticket
 from .chunks import Pending, deepest_first
 from .demoting import Demoting
 from .records import Record
@@ -47,12 +47,12 @@ def check_request(request: PutRequest) -> None:
 class _Placer:
     """Finds slots for one request."""
 
-    def __init__(self, core: State, client: bytes, request: PutRequest, release: Callable[[Write], None]) -> None:
-        """`release`: gives up a shard that waits for others."""
+    def __init__(self, core: State, client: bytes, request: PutRequest, drop: Callable[[Write], None]) -> None:
+        """`drop`: gives up a shard that waits for others."""
         self._core = core
         self._client = client
         self._request = request
-        self._release = release
+        self._drop = drop
         self._avoid = frozenset(request.avoid)
         self.stride = align_up(request.slot_bytes, ALIGNMENT)
         self._order = self._candidates()
@@ -62,7 +62,7 @@ class _Placer:
     def again(self) -> _Placer:
         """Make a placer for what is left of the request after a pause: segments may have come and gone, but the effort is
         bounded for all of it together."""
-        placer = _Placer(self._core, self._client, self._request, self._release)
+        placer = _Placer(self._core, self._client, self._request, self._drop)
         placer._exhausted, placer._budget = self._exhausted or placer._exhausted, self._budget
         return placer
 
@@ -90,8 +90,7 @@ class _Placer:
             write = core.writes.own_partial(self._client, key) if greedy else core.writes.oldest_partial(stale, key)
             if write is None:
                 return None if greedy else self._evict()
-            core.counters.incomplete += 1
-            self._release(write)
+            self._drop(write)
             found = core.allocator.find_free(self._order, self.stride)
             if found is not None:
                 return found
@@ -113,11 +112,9 @@ class _Placer:
                 core.counters.slab_reclaims += 1
                 for owner in list(slab.owners):
                     if isinstance(owner, Record) and owner.packed:
-                        core.counters.evictions += 1
-                        core.forget(owner)
+                        core.evict(owner, "its slab holds slots of another size now")
             elif victim is not None:
-                core.counters.evictions += 1
-                core.forget(victim)
+                core.evict(victim, "room for a store")
             else:
                 return None
             found = core.allocator.find_free(self._order, self.stride)
@@ -205,7 +202,7 @@ class Writing:
         leaves."""
         core, client, request = self._core, session.client, verb.request
         check_request(request)
-        placer, chunks, keys = _Placer(core, client, request, self.release), core.chunks, request.keys
+        placer, chunks, keys = _Placer(core, client, request, self.drop), core.chunks, request.keys
         parent: Record | None = None
         if keys and request.parent and request.first_index:
             parent = chunks.ghost(request.parent, request.first_index - 1, chunks.space(request.namespace))
@@ -218,22 +215,33 @@ class Writing:
                     raise ManagerRefusedError("put_start: the session is over")
                 placer = placer.again()
                 previous = chunks.any(keys[begin - 1])
+            places: list[bytes | PutStatus] = []
             for offset in range(begin, min(begin + core.slice_size, len(keys))):
-                grants.append(self._grant(client, request, offset, previous, placer))
+                grants.append(self._grant(client, request, offset, previous, placer, places))
                 previous = chunks.any(keys[offset])
+            core.log.placed(core.now, session.name, request, begin, places)
             if parent is not None:
                 chunks.settle(parent)  # Now at the latest its child refers to it, or nothing does.
-        memory = core.allocator.hosts.get(session.host) if session.host and session.role == "engine" else None
+        memory = core.memory_of(session) if session.role == "engine" else None
         if memory is not None and memory.wants_room(core.config.high_watermark, core.now):
             core.push(client, RoomWanted())
         return grants
 
-    def _grant(self, client: bytes, request: PutRequest, offset: int, previous: Record | None, placer: _Placer) -> PutGrant:
-        """Answer for one chunk of the request. `previous`: the chunk before it."""
+    def _grant(
+        self,
+        client: bytes,
+        request: PutRequest,
+        offset: int,
+        previous: Record | None,
+        placer: _Placer,
+        places: list[bytes | PutStatus],
+    ) -> PutGrant:
+        """Answer for one chunk of the request. `previous`: the chunk before it. `places`: for the log."""
         core, chunks = self._core, self._core.chunks
         key = request.keys[offset]
         pending = self._missing(request, offset, previous)
         if isinstance(pending, str):
+            places.append(pending)
             return PutGrant(pending)
         if pending is None:
             pending = chunks.begin(key, request.first_index + offset, chunks.space(request.namespace), request.num_shards)
@@ -245,11 +253,13 @@ class Writing:
             if not pending.parts:
                 chunks.abandon(pending)
             core.counters.puts_no_space += 1
+            places.append("no_space")
             return PutGrant("no_space")
         tokens = request.tokens[offset]
         write, grant = core.begin_write(slab, client, key, request.shard, tokens, pending.record.space, core.now)
         pending.parts[request.shard] = write
         core.counters.puts += 1
+        places.append(write.packed)
         return grant
 
     def _missing(self, request: PutRequest, offset: int, previous: Record | None) -> Pending | Literal["exists", "busy"] | None:
@@ -267,8 +277,7 @@ class Writing:
             return None
         if pending.num_shards != request.num_shards and pending.is_found():
             for found in list(pending.parts.values()):
-                counters.incomplete += 1
-                self.release(found)
+                self.drop(found)
             return None
         part = pending.parts.get(request.shard)
         if part is not None and part.state == USED:
@@ -306,7 +315,9 @@ class Writing:
             else:
                 core.counters.late_ends += not done
             results.append(done)
-        self.enqueue(published, now)
+        if published:
+            core.log.happened(now, "published", [record.key for record in published])
+            self.enqueue(published, now)
         return results
 
     def revoke(self, session: Session, verb: PutRevoke) -> None:
@@ -358,9 +369,10 @@ class Writing:
 
     # Writes that do not end well
 
-    def lapse(self, write: Write) -> None:
+    def lapse(self, write: Write, why: str) -> None:
         """Quarantine a write in PROCESSING: others may write the key now, nobody the slot."""
         core = self._core
+        core.log.happened(core.now, "quarantined", (write.key,), why, write.packed)
         self._leave(write)
         write.state = QUARANTINED
         core.allocator.change(write.slab, write.slot, PROCESSING)
@@ -375,6 +387,12 @@ class Writing:
         write.slab.trace(write.slot, write.key, name_of(write.space))
         self._core.free(write.slab, write.slot)
 
+    def drop(self, write: Write) -> None:
+        """A complete shard goes: the others of its chunk did not come, or come in another number."""
+        self._core.counters.incomplete += 1
+        self._core.log.happened(self._core.now, "dropped", (write.key,), "without the other shards", write.packed)
+        self.release(write)
+
     def _leave(self, write: Write) -> None:
         """Take a write out of its pending chunk."""
         pending = self._core.chunks.pending.get(write.key)
@@ -388,7 +406,7 @@ class Writing:
         waiting: dict[Segment, None] = {}
         for write in self._core.writes.of(client):
             if write.state == PROCESSING:
-                self.lapse(write)
+                self.lapse(write, "its writer's session ended")
             if write.slab.segment is not None:
                 waiting[write.slab.segment] = None
         return list(waiting)
@@ -396,6 +414,7 @@ class Writing:
     def writer_idle(self, client: bytes) -> None:
         """End all writes of a client that says that it has none in flight (hello or goodbye)."""
         for write in self._core.writes.of(client):
+            self._core.log.happened(self._core.now, "given up", (write.key,), "its writer has nothing in flight", write.packed)
             self.release(write)
 
     def importer_gone(self, segment: Segment, client: bytes, now: float) -> None:
@@ -403,7 +422,7 @@ class Writing:
         for write in self._core.writes.of(client):
             if write.slab.segment is segment:
                 if write.state == PROCESSING:
-                    self.lapse(write)
+                    self.lapse(write, "its writer is gone")
                 self._core.writes.rest(write, now + self._core.config.quarantine)
 
     def expire(self, now: float) -> None:
@@ -412,9 +431,8 @@ class Writing:
         for write in core.writes.lapsed(now):
             if write.state == PROCESSING:
                 core.counters.ticket_expiries += 1
-                self.lapse(write)
+                self.lapse(write, "its ticket lapsed")
             else:
-                core.counters.incomplete += 1
-                self.release(write)
+                self.drop(write)
         for write in core.writes.rested(now):
             self.release(write)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from ...errors import ManagerRefusedError, ProtocolError, VCacheError
+from ...sockets import peer_uid
 from .. import wire
 from ..api import Push, Verb
-from ..socket_transport import peer_uid
 from .sessions import OWED, Sessions
 
 logger = logging.getLogger("vcache.manager")

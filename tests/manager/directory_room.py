@@ -8,7 +8,7 @@ from vcache.manager.api import MovePlan, SpillPlan
 from vcache.segment.slots import HEADER_BYTES, SlotHeader, slab_geometry
 
 
-class Relief:
+class MakingRoom:
     """Part of `World`. Checks every plan against what the world knows."""
 
     def leased_by_plan(self, client: Client, lease: int, keys: list[bytes]) -> None:
