@@ -15,7 +15,7 @@ class MakingRoom:
         """A plan's lease covers these, and nobody else's does yet."""
         for _, _, chunks in self.leases.values():
             assert not set(keys) & set(chunks), "I3: planned although leased"
-        visible = self.directory._core.chunks.visible
+        visible = self.directory._state.chunks.visible
         places = {key: self.places_of(visible[key]) for key in keys}
         self.leases[lease] = client.id, self.now + CONFIG["lease_ttl"], places
 
@@ -24,7 +24,7 @@ class MakingRoom:
         plan = self.directory.demote(client.id, nbytes, avoid, self.now)
         assert (plan.lease != 0) == bool(plan.moves)
         infos = {info.number: info for info in self.directory.segments()}
-        visible = self.directory._core.chunks.visible
+        visible = self.directory._state.chunks.visible
         if plan.lease:
             self.leased_by_plan(client, plan.lease, list(dict.fromkeys(move.key for move in plan.moves)))
         for move in plan.moves:
@@ -57,7 +57,7 @@ class MakingRoom:
         plan = self.directory.spill(client.id, nbytes, avoid, self.now)
         assert (plan.lease != 0) == bool(plan.spills)
         infos = {info.number: info for info in self.directory.segments()}
-        visible = self.directory._core.chunks.visible
+        visible = self.directory._state.chunks.visible
         lowest = (
             "host"
             if any(info.kind == "host" and info.host == client.host and info.slabs for info in infos.values())

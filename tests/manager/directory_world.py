@@ -375,7 +375,7 @@ class World(MakingRoom):
         assert location is not None
         info = next(info for info in self.directory.segments() if info.number == location.segment)
         assert info.host == client.host
-        allocator = self.directory._core.allocator
+        allocator = self.directory._state.allocator
         assert not allocator.slab_at(location).unread, "granted among slots whose headers nobody has read"
         slab_header = SlabHeader(grant.format_generation, location.slot_bytes, grant.slots)
         flight = Flight(client.id, info.uuid, header, slab_header, location.slab, location.slot, self.epoch, fence=grant.fence)
@@ -485,7 +485,7 @@ class World(MakingRoom):
         self, client: Client, variant: Variant, prompt: int, start: int, count: int, shard: int = 0, lease: int = 0
     ) -> int:
         keys = variant.keys(prompt, start + count)[start:]
-        visible = self.directory._core.chunks.visible
+        visible = self.directory._state.chunks.visible
         present = next(
             (i for i, key in enumerate(keys) if key not in visible or not self.reads(client, visible[key])), len(keys)
         )
@@ -535,10 +535,10 @@ class World(MakingRoom):
         assert memory[payload : payload + header.payload_bytes] == payload_of(header), "I1: payload"
 
     def verify_all(self) -> None:
-        for record in self.directory._core.chunks.visible.values():
-            assert record.space is not None
+        for record in self.directory._state.chunks.visible.values():
+            assert record.namespace is not None
             for shard, place in enumerate(record.places()):
-                self.verify(record.space.name, record.key, shard, place)
+                self.verify(record.namespace.name, record.key, shard, place)
             assert record.key not in self.banned, "a removed chunk came back"
 
     # Removing and resizing
@@ -550,7 +550,7 @@ class World(MakingRoom):
 
     def all_read(self) -> bool:
         """Whether the manager knows what is in all memory there is."""
-        slabs = self.directory._core.allocator.slabs.values()
+        slabs = self.directory._state.allocator.slabs.values()
         return not any(slab.closed for slab in slabs) and all(client.connected for client in self.living if client.uuid)
 
     def begin_removal(self, job: Job, keys: list[bytes], clears: bool, since: int) -> None:
@@ -566,7 +566,7 @@ class World(MakingRoom):
     def removed(self, removing: Removing) -> None:
         """Removed keys must not come back, unless a write of them was under way. Sure over a restart only if all were there."""
         removing.job.result()
-        visible = self.directory._core.chunks.visible
+        visible = self.directory._state.chunks.visible
         keys = removing.keys - self.written()
         if removing.clears:
             for _, _, chunks in self.leases.values():
@@ -581,8 +581,8 @@ class World(MakingRoom):
 
     def remove(self, client: Client, variant: Variant, prompt: int, start: int) -> None:
         keys = variant.keys(prompt, MAX_CHUNKS)[start:]
-        visible = self.directory._core.chunks.visible
-        leased = {key for key in keys if key in visible and visible[key].pins}
+        visible = self.directory._state.chunks.visible
+        leased = {key for key in keys if key in visible and visible[key].leased}
         since = self.removals()
         job = self.directory.begin_remove(client.id, keys, self.now)
         self.begin_removal(job, keys, False, since)
@@ -598,7 +598,7 @@ class World(MakingRoom):
         job = self.directory.begin_clear(client.id, variant.namespace if variant else b"", self.now)
         self.begin_removal(job, keys, True, since)
         if not self.lazy:
-            assert not any(key in self.directory._core.chunks.visible for key in keys)
+            assert not any(key in self.directory._state.chunks.visible for key in keys)
 
     def wipe(self, lender: Client) -> None:
         for push in lender.wipes:

@@ -7,14 +7,14 @@ import pytest
 from vcache.manager.directory import demoting
 from vcache.manager.directory.demoting import ColdScan
 from vcache.manager.directory.eviction import EvictionPolicy, make_policy
-from vcache.manager.directory.records import Record, Space
+from vcache.manager.directory.records import Namespace, Record
 from vcache.segment.slots import SlotLocation
 
 
 def policy_of(count: int, name: str = "lru") -> tuple[EvictionPolicy, list[Record]]:
     """`count` records in segment 2, oldest first."""
     policy = make_policy(name)
-    records = [Record(b"%d" % number, Space(b"n"), 0) for number in range(count)]
+    records = [Record(b"%d" % number, Namespace(b"n"), 0) for number in range(count)]
     for number, record in enumerate(records):
         record.packed, record.used = SlotLocation(2, 0, 1, number, 256, 2).pack(), number
         policy.add(record, 256)

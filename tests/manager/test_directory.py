@@ -165,10 +165,10 @@ def test_lookups_are_hits_plus_misses_plus_errors(world):
     world.directory.acquire(client, ONE.keys(0, 2), 1, 0, world.now)
     count = counters(world)
     assert (count["lookups"], count["hits"], count["misses"], count["errors"]) == (13, 4, 6, 3)
-    world.directory._core.counters.hits += 1
+    world.directory._state.counters.hits += 1
     with pytest.raises(IntegrityError, match="I10"):
         world.directory.check_integrity()
-    world.directory._core.counters.hits -= 1
+    world.directory._state.counters.hits -= 1
 
 
 # Puts
@@ -290,7 +290,7 @@ def test_a_child_counts_even_if_its_parent_comes_back_later(world):
     store(world, ONE, 0, 2, start=1)
     world.advance(1)
     store(world, ONE, 0, 1)
-    record = world.directory._core.chunks.visible[ONE.keys(0, 1)[0]]
+    record = world.directory._state.chunks.visible[ONE.keys(0, 1)[0]]
     assert record.children == 1
     world.advance(1)
     store(world, ONE, 2, 7)
@@ -311,14 +311,14 @@ def test_impossible_parents_are_ignored(world):
         world.directory.check_integrity()
     world.advance(1)
     assert store(world, ONE, 2, 8) == ["granted"] * 8
-    assert not world.directory._core.chunks.ghosts
+    assert not world.directory._state.chunks.ghosts
 
 
 def test_published_and_used_chunks_queue_tail_first(world):
     store(world, ONE, 0, 3)
     store(world, ONE, 2, 1)
     hits(world, ONE, 0, 3)
-    (queue,) = world.directory._core.chunks.policy.queues.values()
+    (queue,) = world.directory._state.chunks.policy.queues.values()
     names = {key: name for name, key in zip("abcx", [*ONE.keys(0, 3), *ONE.keys(2, 1)], strict=True)}
     assert "".join(names[record.key] for record in queue) == ("xcba" if world.eviction == "lru" else "cbax")
 
@@ -431,7 +431,7 @@ def test_two_slabs_never_give_one_writer_the_same_ticket(world):
     world.put(slow, ONE, 0, 0, 1)
     old = slow.flights[0]
     world.advance(CONFIG["ticket_ttl"])
-    other = next(slab for slab in world.directory._core.allocator.slabs.values() if slab.index != old.slab)
+    other = next(slab for slab in world.directory._state.allocator.slabs.values() if slab.index != old.slab)
     other.counter = old.header.generation - 4  # it is formatted (+2) and hands out the next (+2)
     world.put(slow, ONE, 0, 0, 1)
     new = slow.flights[1]

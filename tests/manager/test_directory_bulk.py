@@ -54,7 +54,7 @@ def test_leases_and_tickets_that_expire_together_do_not_stand_still(monkeypatch)
     assert (counters["lease_expiries"], counters["ticket_expiries"]) == (count, count - 1)
 
 
-@pytest.mark.parametrize(("limit", "per_lease"), [("MAX_LEASES", 1), ("MAX_PINS", 2)])
+@pytest.mark.parametrize(("limit", "per_lease"), [("MAX_LEASES", 1), ("MAX_LEASED", 2)])
 def test_a_session_holds_a_bounded_number_of_leases(monkeypatch, limit, per_lease):
     """One client could take leases without end: 940,000 in 8 s, and the manager's memory with them."""
     monkeypatch.setattr(leases, limit, 4)

@@ -133,11 +133,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         tiers = self.world.directory.tiers(client.id, keys, self.world.now)
         assert [*tiers, -1].index(-1) == found
 
-    @precondition(lambda self: self.connected() and self.world.directory._core.chunks.visible)
+    @precondition(lambda self: self.connected() and self.world.directory._state.chunks.visible)
     @rule(who=picks, which=picks, shard=picks, keep=st.booleans())
     def read_present(self, who, which, shard, keep) -> None:
         """The whole prompt of some chunk that is there, or what follows its first missing one."""
-        visible = self.world.directory._core.chunks.visible
+        visible = self.world.directory._state.chunks.visible
         places = []
         for candidate in VARIANTS:
             for number in range(3):
@@ -314,7 +314,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(order=st.randoms(use_true_random=False), everybody=st.booleans())
     def restart(self, order, everybody) -> None:
         """The manager. If everybody comes back, nothing is lost."""
-        before = list(self.world.directory._core.chunks.visible)
+        before = list(self.world.directory._state.chunks.visible)
         wiping = any(lender.wipes for lender in self.lenders())
         self.world.restart_manager()
         clients = self.world.living
@@ -323,7 +323,7 @@ class DirectoryMachine(RuleBasedStateMachine):
             self.world.connect(client)
         if everybody:
             self.world.work()
-        lost = [key for key in before if key not in self.world.directory._core.chunks.visible]
+        lost = [key for key in before if key not in self.world.directory._state.chunks.visible]
         assert wiping or not lost or not everybody
 
     @invariant()

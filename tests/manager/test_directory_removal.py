@@ -58,7 +58,7 @@ def test_leased_chunks_are_not_removed_but_cleared(world):
     assert hits(world, ONE, 0, 1) == 0
     world.directory.check_integrity()
     world.directory.release(world.clients[1].id, lease, world.now)
-    assert not world.directory._core.chunks.ghosts
+    assert not world.directory._state.chunks.ghosts
 
 
 def test_clear_of_one_namespace(world):
@@ -76,7 +76,7 @@ def test_evicted_copies_are_wiped_too(world):
     world.advance(1)
     client = world.clients[0]
     world.put(client, ONE, 2, 0, 2)
-    victims = [key for key in ONE.keys(0, 8) if key not in world.directory._core.chunks.visible]
+    victims = [key for key in ONE.keys(0, 8) if key not in world.directory._state.chunks.visible]
     assert len(victims) == 2
     for flight in list(client.flights):
         world.revoke(client, flight)
@@ -97,7 +97,7 @@ def test_removal_waits_for_a_writer_in_the_same_slot(world):
     world.advance(1)
     client = world.clients[0]
     world.put(client, ONE, 2, 0, 1)
-    victim = next(key for key in ONE.keys(0, 8) if key not in world.directory._core.chunks.visible)
+    victim = next(key for key in ONE.keys(0, 8) if key not in world.directory._state.chunks.visible)
     reply = world.directory.remove(client.id, [victim], world.now)
     assert world.directory.outstanding(reply.tokens)
     world.settle()
@@ -113,7 +113,7 @@ def begin_new_format(world: World) -> list[bytes]:
     store(world, ONE, 0, 8)
     world.advance(1)
     world.put(world.clients[0], BIG, 0, 0, 1)
-    gone = [key for key in ONE.keys(0, 8) if key not in world.directory._core.chunks.visible]
+    gone = [key for key in ONE.keys(0, 8) if key not in world.directory._state.chunks.visible]
     assert len(gone) == 4
     return gone
 
@@ -122,7 +122,7 @@ def restarted_hits(world: World) -> list[bytes]:
     world.restart_manager()
     for client in world.clients:
         world.connect(client)
-    return [key for key in ONE.keys(0, 8) if key in world.directory._core.chunks.visible]
+    return [key for key in ONE.keys(0, 8) if key in world.directory._state.chunks.visible]
 
 
 def test_what_an_old_format_left_is_wiped_once_the_slab_is_empty(world):

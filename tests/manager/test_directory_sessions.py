@@ -229,7 +229,7 @@ def test_look_ups_teach_a_restarted_manager_the_chains_again(world):
     world.restart_manager()
     for client in world.clients:
         world.connect(client)
-    chunks = world.directory._core.chunks
+    chunks = world.directory._state.chunks
     assert chunks.orphans == 3
     world.directory.lookup(world.clients[1].id, ONE.keys(2, 4), world.now)
     assert chunks.orphans == 0
@@ -315,15 +315,15 @@ def test_the_other_lenders_are_told_of_a_lost_writer(world):
 def test_check_integrity_sees_what_a_session_left_behind(world):
     fill(world, count=1)
     world.acquire(world.clients[0], ONE, 2, 0, 1)
-    session = world.directory._core.sessions.pop(world.clients[0].id)
+    session = world.directory._state.sessions.pop(world.clients[0].id)
     with pytest.raises(IntegrityError, match="I9"):
         world.directory.check_integrity()
-    world.directory._core.sessions[world.clients[0].id] = session
-    record = next(iter(world.directory._core.chunks.visible.values()))
-    record.pins += 1
+    world.directory._state.sessions[world.clients[0].id] = session
+    record = next(iter(world.directory._state.chunks.visible.values()))
+    record.leased += 1
     with pytest.raises(IntegrityError, match="I3"):
         world.directory.check_integrity()
-    record.pins -= 1
+    record.leased -= 1
     record.children = 1
     with pytest.raises(IntegrityError, match="children"):
         world.directory.check_integrity()

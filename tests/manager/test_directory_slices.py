@@ -239,7 +239,7 @@ def test_tickets_for_very_many_chunks_are_given_slice_by_slice():
     assert levels.result() == [1] * 10 + [-1]
     # Tails go first: the chunks know what they follow, over the pauses too.
     assert put(directory, b"y" * 16) == "granted"
-    parents = [directory._core.chunks.visible[key].parent for key in names]
+    parents = [directory._state.chunks.visible[key].parent for key in names]
     assert [parent.key if parent else b"" for parent in parents] == [name(99), *names[:-1]]
 
 

@@ -1,4 +1,4 @@
-"""Eviction order: LRU and SIEVE, tails before heads, pinned records never, bounded work."""
+"""Eviction order: LRU and SIEVE, tails before heads, leased records never, bounded work."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from vcache.errors import IntegrityError
 from vcache.manager.directory import eviction
 from vcache.manager.directory.chunks import ChunkTable, deepest_first
 from vcache.manager.directory.eviction import EvictionPolicy, LruPolicy, SievePolicy, make_policy
-from vcache.manager.directory.records import Record, Space
+from vcache.manager.directory.records import Namespace, Record
 from vcache.segment.slots import SlotLocation
 
-SPACE = Space(b"n" * 16)
+NAMESPACE = Namespace(b"n" * 16)
 both = pytest.mark.parametrize("name", ["lru", "sieve"])
 
 
 def add_chain(policy: EvictionPolicy, name: str, length: int, clock: int = 1, batch: int = 0) -> list[Record]:
     """A prompt's chunks, published in batches of `batch` (0: all at once), linked head to tail."""
     table = ChunkTable(policy)
-    records = [Record(f"{name}{index}".encode(), SPACE, index) for index in range(length)]
+    records = [Record(f"{name}{index}".encode(), NAMESPACE, index) for index in range(length)]
     for start in range(0, length, batch or length or 1):
         group = records[start : start + (batch or length)]
         for record in group:
@@ -40,7 +40,7 @@ def add_chain(policy: EvictionPolicy, name: str, length: int, clock: int = 1, ba
 def evict(policy: EvictionPolicy) -> Record | None:
     record = policy.victim(256, None)
     if record is not None:
-        assert not record.pins
+        assert not record.leased
         assert not record.children
         policy.discard(record)
         if record.parent is not None:
@@ -125,9 +125,9 @@ def test_pinned_records_stay_and_protect_their_heads(name):
     policy = make_policy(name)
     a = add_chain(policy, "a", 3)
     add_chain(policy, "b", 2)
-    a[1].pins = 1
+    a[1].leased = 1
     assert order(policy) == ["a2", "b1", "b0"]
-    a[1].pins = 0
+    a[1].leased = 0
     assert order(policy) == ["a1", "a0"]
 
 
@@ -135,7 +135,7 @@ def test_pinned_records_stay_and_protect_their_heads(name):
 def test_everything_pinned_ends_in_bounded_work(name, monkeypatch):
     policy = make_policy(name)
     records = add_chain(policy, "a", 300)
-    records[-1].pins = 1
+    records[-1].leased = 1
     policy.touch(records, 2)
     assert policy.victim(256, None) is None
     monkeypatch.setattr(eviction, "MAX_STEPS", 50)
@@ -147,7 +147,7 @@ def test_everything_pinned_ends_in_bounded_work(name, monkeypatch):
 def test_a_search_cut_short_goes_on_where_it_ended(name, monkeypatch):
     policy = make_policy(name)
     for record in [record for i in range(100) for record in add_chain(policy, f"p{i}-", 1)]:
-        record.pins = 1
+        record.leased = 1
     add_chain(policy, "free", 1, clock=5)
     monkeypatch.setattr(eviction, "MAX_STEPS", 30)
     found = [policy.victim(256, None) for _ in range(8)]
@@ -167,7 +167,7 @@ def test_only_allowed_segments_count(name):
 @both
 def test_slot_sizes_have_queues_of_their_own(name):
     policy = make_policy(name)
-    record = Record(b"x", SPACE, 0)
+    record = Record(b"x", NAMESPACE, 0)
     record.packed = SlotLocation(1, 0, 1, 0, 512, 2).pack()
     policy.add(record, 512)
     assert policy.victim(256, None) is None
@@ -180,7 +180,7 @@ def test_recovered_records_are_the_coldest_and_deep_ones_go_first(name):
     add_chain(policy, "new", 1, clock=4)
 
     def recovered(*indices: int) -> list[Record]:
-        records = [Record(f"r{index}".encode(), SPACE, index) for index in indices]
+        records = [Record(f"r{index}".encode(), NAMESPACE, index) for index in indices]
         for record in records:
             record.packed = SlotLocation(1, 0, 1, 0, 256, 2).pack()
         return records
@@ -215,13 +215,13 @@ def test_check_integrity_sees_broken_lists(name):
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["lru", "sieve"]), st.data())
 def test_random_forests_are_emptied_leaf_by_leaf(name, data):
-    """Whatever the shape, the use and the pins: victims are leaves, and all that is not held goes."""
+    """Whatever the shape, the use and the leases: victims are leaves, and all that is not held goes."""
     policy, table = make_policy(name), None
     table = ChunkTable(policy)
     records: list[Record] = []
     for number in range(data.draw(st.integers(1, 25))):
         parent = data.draw(st.sampled_from([None, *records]))
-        record = Record(bytes([number]), SPACE, parent.index + 1 if parent else 0)
+        record = Record(bytes([number]), NAMESPACE, parent.index + 1 if parent else 0)
         record.packed = SlotLocation(1, 0, 1, 0, 256, 2).pack()
         record.used = number
         if parent is not None:
@@ -233,7 +233,7 @@ def test_random_forests_are_emptied_leaf_by_leaf(name, data):
         policy.touch(data.draw(st.lists(st.sampled_from(records), max_size=4, unique=True)), 100 + clock)
     held = set()
     for record in data.draw(st.lists(st.sampled_from(records), max_size=3, unique=True)):
-        record.pins = 1
+        record.leased = 1
         while record is not None:
             held.add(record.key)
             record = record.parent

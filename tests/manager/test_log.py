@@ -36,7 +36,7 @@ def test_the_life_of_a_chunk_is_told_in_order() -> None:
     assert (missed.detail, missed.ago, missed.client) == ("not found", 3.0, "c")
     assert granted.place is not None
     assert granted.place == leased.place == present.place
-    (location,) = world.directory._core.chunks.visible[key].places()
+    (location,) = world.directory._state.chunks.visible[key].places()
     assert granted.place == Place("vram", location.segment, location.slab, location.slot, location.generation)
     assert f"generation {location.generation}" in written.detail
     assert (published.client, present.detail) == ("", "leased 1 time(s)")
@@ -65,10 +65,10 @@ def test_evictions_and_lost_lenders_are_told_with_their_reason() -> None:
     world = World(engines=2, lenders=1, slabs=1)
     store(world, ONE, 0, 4)
     store(world, ONE, 2, 4)
-    gone = next(key for key in ONE.keys(0, 4) if key not in world.directory._core.chunks.visible)
+    gone = next(key for key in ONE.keys(0, 4) if key not in world.directory._state.chunks.visible)
     (evicted,) = [entry for entry in world.directory.story(gone, world.now) if entry.what == "evicted"]
     assert evicted.detail == "room for a store"
-    left = next(iter(world.directory._core.chunks.visible))
+    left = next(iter(world.directory._state.chunks.visible))
     world.disconnect(world.clients[2])
     assert [entry.detail for entry in world.directory.story(left, world.now) if entry.what == "evicted"] == [
         "its segment went, or was mounted again"
@@ -118,8 +118,8 @@ def test_a_look_up_of_many_keys_is_one_entry_that_keeps_them_as_they_came() -> N
     directory.open_session(ME, "tool", "tool", 0.0)
     keys = [number.to_bytes(16, "little") for number in range(20_000)]
     directory.lookup(ME, keys, 1.0)
-    assert [entry[4] for entry in directory._core.log.reads.entries] == [keys]
-    assert directory._core.log.reads.entries[0][4] is keys
+    assert [entry[4] for entry in directory._state.log.reads.entries] == [keys]
+    assert directory._state.log.reads.entries[0][4] is keys
     assert directory.story(keys[7], 3.0) == [
         StoryEntry(ago=2.0, client="tool", what="looked up", detail="not found"),
         StoryEntry(what="absent"),
@@ -131,7 +131,7 @@ def test_the_log_is_bounded_in_entries_and_in_keys() -> None:
     directory.open_session(ME, "tool", "tool", 0.0)
     for _ in range(log.MAX_ENTRIES + 100):
         directory.lookup(ME, [b"k" * 16], 1.0)
-    assert len(directory._core.log.reads.entries) == log.MAX_ENTRIES
+    assert len(directory._state.log.reads.entries) == log.MAX_ENTRIES
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     for turn in range(40):

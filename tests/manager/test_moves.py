@@ -52,7 +52,7 @@ def demote_all(world: World) -> int:
 
 
 def visible(world: World, variant=ONE, index: int = 0) -> Record:
-    return world.directory._core.chunks.visible[variant.keys(0, index + 1)[index]]
+    return world.directory._state.chunks.visible[variant.keys(0, index + 1)[index]]
 
 
 def leave(world: World, client: Client, flights: list[Flight]) -> None:
@@ -239,7 +239,7 @@ def test_a_move_whose_lease_has_ended_is_still_taken(world):
     lease, flights = planned(world, 2 * 256)
     leave(world, world.clients[0], flights)
     world.acquire(world.clients[1], ONE, 0, 0, 8)
-    world.release(lease)  # the one pin that is left is the reader's
+    world.release(lease)  # the one lease that is left is the reader's
     assert world.finish(world.clients[0], flights) == [False] * 2
 
 
@@ -248,7 +248,7 @@ def test_of_two_moves_of_one_shard_only_one_is_taken(world, order):
     store(world, ONE, 0, 8)
     lease, first = planned(world, 0)
     world.release(lease)
-    world.directory._core.chunks.policy.forget_scans("h")
+    world.directory._state.chunks.policy.forget_scans("h")
     lease, second = planned(world, 0, mover=1)
     assert first[0].header.key == second[0].header.key
     world.release(lease)
@@ -398,7 +398,7 @@ def test_evictions_for_one_slot_are_bounded(world, monkeypatch):
 def test_integrity_notices_a_move_that_nobody_remembers(world):
     store(world, ONE, 0, 8)
     planned(world, 0)
-    moves = world.directory._core.writes.moves
+    moves = world.directory._state.writes.moves
     write = next(iter(moves))
     del moves[write]
     with pytest.raises(IntegrityError, match="moves"):

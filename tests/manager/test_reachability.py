@@ -78,7 +78,7 @@ def test_only_registered_slabs_are_readable():
     store(world, ONE, 0, 8)
     addresses = {slab.index: slab.address for slab in world.directory.segments()[0].slabs}
     assert addresses == {0: 4096, 1: 0}
-    places = [world.directory._core.chunks.visible[key].places()[0].slab for key in ONE.keys(0, 8)]
+    places = [world.directory._state.chunks.visible[key].places()[0].slab for key in ONE.keys(0, 8)]
     assert seen(world, far, 8)[0] == places.index(1)
     assert seen(world, far, 8)[2] == places.count(0)
     # The lender registers the other one too.
@@ -169,6 +169,6 @@ def test_connect_says_where_it_is_and_how_it_reads(tmp_path, monkeypatch, where,
         transport = api.transport
         assert isinstance(transport, SocketTransport if where == "server" else Loopback)
         directory = transport._directory if isinstance(transport, Loopback) else server.server._directory
-        session = directory._core.sessions[api.client_id]
+        session = directory._state.sessions[api.client_id]
         assert (session.host, session.remote, session.role) == (host, remote != "off", role)
         api.close()

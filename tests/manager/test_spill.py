@@ -143,7 +143,7 @@ def test_the_mark_dies_with_the_chunk(world):
     world.remove(world.clients[0], ONE, 0, 0)
     for lender in world.clients[2:]:
         world.wipe(lender)
-    assert world.directory._core.allocator.hosts["h"].spilled == 0
+    assert world.directory._state.allocator.hosts["h"].spilled == 0
     store(world, ONE, 0, 8, avoid=[1])
     world.advance(1)
     assert spill(world) == keys[::-1]
@@ -175,7 +175,7 @@ def test_a_mark_moves_with_its_chunk(world):
     assert all(world.finish(world.clients[0], list(world.clients[0].flights)))
     world.release(plan.lease)
     world.directory.check_integrity()
-    assert world.directory._core.allocator.hosts["h"].spilled == 2 * SLAB_BYTES
+    assert world.directory._state.allocator.hosts["h"].spilled == 2 * SLAB_BYTES
     world.shrink(world.clients[3], ALL)
     world.directory.check_integrity()
 
@@ -187,10 +187,10 @@ def test_what_is_in_storage_is_evicted_first_although_a_search_passed_while_it_w
     assert counters(world)["evictions"] == 2
     world.spilled(world.clients[0], plan.lease, keys_of(plan))
     world.directory.check_integrity()
-    before = set(world.directory._core.chunks.visible)
+    before = set(world.directory._state.chunks.visible)
     world.advance(1)
     store(world, ONE, 1, 4)  # shares two chunks with prompt 0
-    assert before - set(world.directory._core.chunks.visible) < set(keys_of(plan))
+    assert before - set(world.directory._state.chunks.visible) < set(keys_of(plan))
 
 
 def test_what_was_used_while_it_was_written_is_not_cooled(world):
@@ -219,7 +219,7 @@ def test_the_search_is_bounded(name):
 def test_integrity_notices_a_wrong_sum(world):
     fill(world)
     spill(world)
-    record = next(record for record in world.directory._core.chunks.visible.values() if record.spilled)
+    record = next(record for record in world.directory._state.chunks.visible.values() if record.spilled)
     record.spilled = False
     with pytest.raises(IntegrityError, match="storage"):
         world.directory.check_integrity()
@@ -268,11 +268,11 @@ def test_the_whole_pool_counts_without_what_is_in_storage(world):
 def test_without_host_memory_nobody_is_asked_to_demote():
     config = ManagerConfig(**{**CONFIG, "high_watermark": 0.9})
     world = World(engines=1, lenders=2, slabs=1)
-    world.directory._core.config = config
+    world.directory._state.config = config
     store(world, ONE, 0, 4)
     assert world.clients[0].room == 1
     world = World(engines=1, lenders=1, slabs=1)
-    world.directory._core.config = msgspec.structs.replace(config, high_watermark=1.0)
+    world.directory._state.config = msgspec.structs.replace(config, high_watermark=1.0)
     store(world, ONE, 0, 4)
     assert world.clients[0].room == 0
 
@@ -280,8 +280,8 @@ def test_without_host_memory_nobody_is_asked_to_demote():
 def test_only_engines_that_say_their_host_are_asked(world):
     directory: Directory = world.directory
     for role, host, asked in (("tool", "h", 0), ("lender", "h", 0), ("engine", "", 0), ("engine", "g", 0), ("engine", "h", 1)):
-        directory._core.allocator.hosts["h"].spilled_all()
-        directory._core.allocator.hosts["h"].demoted()
+        directory._state.allocator.hosts["h"].spilled_all()
+        directory._state.allocator.hosts["h"].demoted()
         client = world.new_client(host)
         directory.open_session(client.id, "c", role, world.now, host=host)
         directory.take_instructions()

@@ -433,7 +433,7 @@ class World:
     def check(self) -> None:
         """No chunk that the manager knows has other bytes than its own, where its header is what a reader demands."""
         which = self.numbers()
-        for record in self.directory._core.chunks.visible.values():
+        for record in self.directory._state.chunks.visible.values():
             for place in record.places():
                 raw = self.lenders[which[place.segment]].raw
                 geometry = slab_geometry(len(raw), place.slot_bytes)
@@ -443,8 +443,8 @@ class World:
                     continue
                 start = geometry.payload_offset(place.slot)
                 payload = bytes(raw[start : start + header.payload_bytes])
-                assert record.space is not None
-                if header.namespace == record.space.name and payload != bytes([self.values[record.key]]) * len(payload):
+                assert record.namespace is not None
+                if header.namespace == record.namespace.name and payload != bytes([self.values[record.key]]) * len(payload):
                     raise AssertionError(f"{record.key!r} has the bytes of {sorted(set(payload))}\n" + self.story())
 
     def story(self) -> str:
@@ -468,6 +468,6 @@ class World:
         fresh = self.writer("fresh", 8 * self.slots * len(self.lenders))
         self.settle()
         assert fresh.stored >= 2 * self.slots, self.story()
-        held = {place.segment for record in self.directory._core.chunks.visible.values() for place in record.places()}
+        held = {place.segment for record in self.directory._state.chunks.visible.values() for place in record.places()}
         assert len(held) == len(self.lenders), "a segment takes no chunks any more"
         self.directory.check_integrity()

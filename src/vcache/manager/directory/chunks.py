@@ -9,7 +9,7 @@ from weakref import WeakValueDictionary
 from ...errors import IntegrityError
 from ...segment.slots import LOCATION_BYTES
 from .eviction import EvictionPolicy
-from .records import Record, Space
+from .records import Namespace, Record
 from .slabs import USED, Write
 
 _COMMON_INDICES = 4096
@@ -47,14 +47,14 @@ class ChunkTable:
         self.policy = policy
         self.orphans = 0
         """Visible records whose parent is not known although they are not the first of a prompt."""
-        self._spaces: WeakValueDictionary[bytes, Space] = WeakValueDictionary()
+        self._namespaces: WeakValueDictionary[bytes, Namespace] = WeakValueDictionary()
         self._indices = list(range(_COMMON_INDICES))  # shared int objects: 32 bytes less for most records
 
-    def space(self, name: bytes) -> Space:
-        space = self._spaces.get(name)
-        if space is None:
-            space = self._spaces[name] = Space(name)
-        return space
+    def namespace(self, name: bytes) -> Namespace:
+        namespace = self._namespaces.get(name)
+        if namespace is None:
+            namespace = self._namespaces[name] = Namespace(name)
+        return namespace
 
     def any(self, key: bytes) -> Record | None:
         """Return the key's record, whichever state it is in."""
@@ -66,24 +66,24 @@ class ChunkTable:
 
     # Life of a record
 
-    def ghost(self, key: bytes, index: int, space: Space) -> Record:
+    def ghost(self, key: bytes, index: int, namespace: Namespace) -> Record:
         """Return the key's record, a new ghost if there is none. The caller gives it a child, a lease or bytes, or calls
         `settle`."""
         record = self.any(key)
         if record is None:
-            record = Record(key, space, self._indices[index] if index < _COMMON_INDICES else index)
+            record = Record(key, namespace, self._indices[index] if index < _COMMON_INDICES else index)
             self.ghosts[key] = record
         return record
 
     def settle(self, record: Record) -> None:
         """Forget a ghost that nothing refers to any more."""
-        if not record.children and not record.pins and self.ghosts.get(record.key) is record:
+        if not record.children and not record.leased and self.ghosts.get(record.key) is record:
             del self.ghosts[record.key]
 
-    def begin(self, key: bytes, index: int, space: Space, num_shards: int) -> Pending:
+    def begin(self, key: bytes, index: int, namespace: Namespace, num_shards: int) -> Pending:
         """Expect the shards of a chunk that is neither visible nor pending."""
-        record = self.ghost(key, index, space)
-        record.space = space
+        record = self.ghost(key, index, namespace)
+        record.namespace = namespace
         del self.ghosts[key]
         pending = self.pending[key] = Pending(record, num_shards)
         return pending
@@ -104,13 +104,13 @@ class ChunkTable:
             self.orphans += 1
         return record
 
-    def recover(self, key: bytes, index: int, space: Space, packed: bytes) -> Record:
+    def recover(self, key: bytes, index: int, namespace: Namespace, packed: bytes) -> Record:
         """Make a chunk visible that was found whole in an inventory; the key is neither visible nor pending. The caller adds it
         to the eviction policy."""
         record = self.ghosts.pop(key, None)
         if record is None:
-            record = Record(key, space, self._indices[index] if index < _COMMON_INDICES else index)
-        record.space = space
+            record = Record(key, namespace, self._indices[index] if index < _COMMON_INDICES else index)
+        record.namespace = namespace
         record.packed = packed
         self.visible[key] = record
         if record.index:
@@ -129,14 +129,14 @@ class ChunkTable:
 
     def _retire(self, record: Record) -> None:
         self.unlink(record)
-        if record.children or record.pins:
+        if record.children or record.leased:
             self.ghosts[record.key] = record
 
     # Links
 
     def link(self, child: Record, parent: Record) -> None:
         """Remember that `child` follows `parent`; ignored when it has a parent or the two cannot be neighbours."""
-        if child.parent is not None or parent.index + 1 != child.index or parent.space is not child.space:
+        if child.parent is not None or parent.index + 1 != child.index or parent.namespace is not child.namespace:
             return
         child.parent = parent
         parent.child = child
@@ -163,8 +163,8 @@ class ChunkTable:
 
     # Checks
 
-    def check_integrity(self, pins: dict[int, int]) -> None:
-        """`pins`: what the leases hold, by `id(record)`. Raises `IntegrityError` naming the rule. O(records)."""
+    def check_integrity(self, leased: dict[int, int]) -> None:
+        """`leased`: what the leases hold, by `id(record)`. Raises `IntegrityError` naming the rule. O(records)."""
         self.policy.check_integrity()
         children: dict[int, int] = {}
         records: list[Record] = [*self.visible.values(), *self.ghosts.values(), *(p.record for p in self.pending.values())]
@@ -178,13 +178,13 @@ class ChunkTable:
                     raise IntegrityError(f"links: parent of {record.key.hex()} is not in the directory or not its neighbour")
         for record in records:
             name = record.key.hex()
-            if record.pins != pins.pop(id(record), 0):
-                raise IntegrityError(f"I3: pins of {name} are {record.pins}, not the sum over leases")
+            if record.leased != leased.pop(id(record), 0):
+                raise IntegrityError(f"I3: {name} is leased {record.leased} times, not the sum over leases")
             if record.children != children.get(id(record), 0):
                 raise IntegrityError(f"links: {name} counts {record.children} children, has {children.get(id(record), 0)}")
             if record.child is not None and record.child.parent is not record:
                 raise IntegrityError(f"links: {name} points to a child of somebody else")
-        if pins:
+        if leased:
             raise IntegrityError("I3: leases hold records that the directory does not know")
         self._check_tables()
 
@@ -198,7 +198,7 @@ class ChunkTable:
         if len(queued) != len(self.visible):
             raise IntegrityError("I2: the eviction queue holds records that are not visible")
         for key, record in self.ghosts.items():
-            if record.key != key or record.packed or record.parent is not None or not (record.children or record.pins):
+            if record.key != key or record.packed or record.parent is not None or not (record.children or record.leased):
                 raise IntegrityError(f"links: ghost {key.hex()} has bytes, a parent, or nothing that refers to it")
         for key, pending in self.pending.items():
             if pending.record.key != key or pending.record.packed or not pending.parts or pending.complete():

@@ -35,8 +35,8 @@ class _Route(NamedTuple):
 class _Draft:
     """A plan while it is drawn up: moves, each begun as a write."""
 
-    def __init__(self, core: State, client: bytes, route: _Route, now: float) -> None:
-        self._core = core
+    def __init__(self, state: State, client: bytes, route: _Route, now: float) -> None:
+        self._state = state
         self._client = client
         self._route = route
         self._now = now
@@ -51,8 +51,8 @@ class _Draft:
             slab = self._room(place.slot_bytes, record)
             if slab is None:
                 break
-            write, grant = self._core.begin_write(
-                slab, self._client, record.key, shard, place.tokens, record.space, self._now, record.packed_at(shard)
+            write, grant = self._state.begin_write(
+                slab, self._client, record.key, shard, place.tokens, record.namespace, self._now, record.packed_at(shard)
             )
             self._writes.append(write)
             self.moves.append(Move(record.key, shard, place, grant))
@@ -63,21 +63,21 @@ class _Draft:
 
     def _room(self, stride: int, record: Record) -> Slab | None:
         """Find a slab of the targets with a free slot, if need be after evicting what is not hotter than `record`."""
-        core = self._core
+        state = self._state
         for _ in range(EVICTION_ATTEMPTS):
-            slab = core.allocator.find_free(self._route.targets, stride)
+            slab = state.allocator.find_free(self._route.targets, stride)
             if slab is not None:
                 return slab
-            victim = core.chunks.policy.victim(stride, self._route.allowed)
+            victim = state.chunks.policy.victim(stride, self._route.allowed)
             if victim is None or victim.used > record.used or victim is record or victim in self._records:
                 return None
-            core.evict(victim, "room for a demotion")
+            state.evict(victim, "room for a demotion")
         return None
 
     def plan(self) -> MovePlan:
         """Complete the plan with a lease on its chunks."""
-        lease = self._core.leases.grant(self._client, list(self._records), self._now)
-        self._core.counters.leases += 1
+        lease = self._state.leases.grant(self._client, list(self._records), self._now)
+        self._state.counters.leases += 1
         for write in self._writes:
             write.lease = lease.number
         return MovePlan(lease=lease.number, moves=self.moves)
@@ -86,22 +86,22 @@ class _Draft:
 class Demoting:
     """Plans moves and ends them. A move that does not end well is a write that does not: see `Writing`."""
 
-    def __init__(self, core: State) -> None:
-        self._core = core
+    def __init__(self, state: State) -> None:
+        self._state = state
 
     def plan(self, session: Session, verb: Demote) -> MovePlan:
         """Raises `ProtocolError` for a negative size."""
         if verb.nbytes < 0:
             raise ProtocolError(f"demote: {verb.nbytes} bytes")
-        core = self._core
-        memory = core.memory_of(session)
+        state = self._state
+        memory = state.memory_of(session)
         if memory is None:
             return MovePlan()
-        core.check_leases(session.client)
+        state.check_leases(session.client)
         route, excess = self._route(session.host, frozenset(verb.avoid)), self._excess(memory)
-        draft = _Draft(core, session.client, route, core.now)
+        draft = _Draft(state, session.client, route, state.now)
         if route.sources and route.targets:
-            scan = ColdScan(core.chunks.policy, session.host, route.sources, core.tick_clock(core.now))
+            scan = ColdScan(state.chunks.policy, session.host, route.sources, state.tick_clock(state.now))
             self._draw_up(draft, scan, route, excess, verb.nbytes)
         if not draft.moves:
             memory.demoted()
@@ -111,7 +111,7 @@ class Demoting:
     def _route(self, host: str, avoid: frozenset[int]) -> _Route:
         usable = [
             segment
-            for number, segment in self._core.allocator.segments.items()
+            for number, segment in self._state.allocator.segments.items()
             if segment.info.host == host and number not in avoid
         ]
         targets = sorted((segment for segment in usable if segment.tier == DRAM), key=lambda each: (each.load(), each.number))
@@ -120,14 +120,14 @@ class Demoting:
 
     def _excess(self, memory: HostMemory) -> float:
         """Count the bytes of this host's VRAM above the low watermark when the moves under way have ended."""
-        core, leaving = self._core, 0
-        for write in core.writes.moves:
+        state, leaving = self._state, 0
+        for write in state.writes.moves:
             if write.state == PROCESSING:
                 place = SlotLocation.unpack(write.source)
-                slab = core.allocator.slabs.get(core.allocator.slab_key(place.segment, place.slab))
+                slab = state.allocator.slabs.get(state.allocator.slab_key(place.segment, place.slab))
                 if slab is not None and slab.segment is not None and slab.segment.memory is memory:
                     leaving += slab.share
-        return memory.busy[VRAM] - leaving - core.config.low_watermark * memory.nbytes[VRAM]
+        return memory.busy[VRAM] - leaving - state.config.low_watermark * memory.nbytes[VRAM]
 
     def _draw_up(self, draft: _Draft, scan: ColdScan, route: _Route, excess: float, nbytes: int) -> None:
         """Move what is coldest until `excess` bytes of VRAM are free, `nbytes` are moved, or the targets have no room."""
@@ -138,7 +138,7 @@ class Demoting:
             scan.skip(record)
             moved = draft.move(record, shards)
             nbytes -= sum(place.slot_bytes for place in moved)
-            excess -= sum(self._core.allocator.slab_at(place).share for place in moved)
+            excess -= sum(self._state.allocator.slab_at(place).share for place in moved)
             if len(moved) < len(shards):
                 scan.back(record)
                 break
@@ -146,18 +146,18 @@ class Demoting:
     def end(self, write: Write) -> bool:
         """Make a complete copy the chunk's place and free the old one. False when the chunk is gone, is somewhere else by now,
         or is leased by others, who may be reading the old place: then nothing has changed."""
-        core, slab = self._core, write.slab
-        record = core.chunks.visible.get(write.key)
-        ours = int(write.lease in core.leases.leases)
-        if record is None or record.packed_at(write.shard) != write.source or record.pins > ours:
+        state, slab = self._state, write.slab
+        record = state.chunks.visible.get(write.key)
+        ours = int(write.lease in state.leases.leases)
+        if record is None or record.packed_at(write.shard) != write.source or record.leased > ours:
             return False
-        core.writes.remove(write)
+        state.writes.remove(write)
         slab.owners[write.slot] = record
-        core.allocator.change(slab, write.slot, PROCESSING)
+        state.allocator.change(slab, write.slot, PROCESSING)
         slab.confirm(write.slot)
-        core.replace(record, write.shard, write.packed)
-        core.counters.demotions += 1
-        core.log.happened(core.now, "demoted", (write.key,), f"shard {write.shard}", write.packed)
+        state.replace(record, write.shard, write.packed)
+        state.counters.demotions += 1
+        state.log.happened(state.now, "demoted", (write.key,), f"shard {write.shard}", write.packed)
         return True
 
 
@@ -222,6 +222,6 @@ class ColdScan:
         return found
 
     def _fits(self, record: Record, since: int) -> bool:
-        if not record.packed or record.pins or (record.visited and record.used > since) or record in self._skipped:
+        if not record.packed or record.leased or (record.visited and record.used > since) or record in self._skipped:
             return False
         return not self._segments.isdisjoint(segment_ids(record.packed))

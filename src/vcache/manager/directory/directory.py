@@ -54,7 +54,7 @@ from ..api import (
     WritersLeft,
 )
 from .demoting import Demoting
-from .integrity import check_core
+from .integrity import check_state
 from .jobs import SLICE, Job
 from .lending import Lending
 from .log import NOTES
@@ -85,19 +85,19 @@ class Directory:
         """`epoch`: even, above every generation that an earlier manager gave out (nanoseconds since 1970). `first_segment`:
         number of the first segment (`random_first_segment`). `slice_size`: slots or keys that `work` goes through in a call."""
         config = config if config is not None else ManagerConfig()
-        self._core = core = State(config, epoch + (epoch & 1), first_segment, slice_size)
-        self._reading = Reading(core)
-        self._moves = Demoting(core)
-        self._spills = Spilling(core)
-        self._puts = Writing(core, self._moves)
-        self._removal = Removal(core)
-        self._lending = Lending(core, self._puts, self._removal)
+        self._state = state = State(config, epoch + (epoch & 1), first_segment, slice_size)
+        self._reading = Reading(state)
+        self._demoting = Demoting(state)
+        self._spilling = Spilling(state)
+        self._writing = Writing(state, self._demoting)
+        self._removal = Removal(state)
+        self._lending = Lending(state, self._writing, self._removal)
         self._handlers = {verb: (handler, NOTES.get(verb)) for verb, handler in self._table().items()}
         self._started = now
 
     @property
     def epoch(self) -> int:
-        return self._core.epoch
+        return self._state.epoch
 
     # Sessions
 
@@ -109,30 +109,30 @@ class Directory:
         they can be read there with a transfer engine and it has one (`remote`). Without a host it sees everything."""
         if len(client) != DIGEST_BYTES:
             raise ProtocolError(f"hello: a client id is {DIGEST_BYTES} bytes, got {len(client)}")
-        core = self._core
-        if client in core.sessions:
+        state = self._state
+        if client in state.sessions:
             self.close_session(client, now, goodbye=False)
-        self._puts.writer_idle(client)
+        self._writing.writer_idle(client)
         self._lending.writer_idle(client)
-        core.sessions[client] = Session(client, name, role, now, host, remote)
-        core.counters.sessions += 1
-        for segment in core.allocator.segments.values():
-            core.push(client, SegmentMounted(info=segment.info))
+        state.sessions[client] = Session(client, name, role, now, host, remote)
+        state.counters.sessions += 1
+        for segment in state.allocator.segments.values():
+            state.push(client, SegmentMounted(info=segment.info))
         return SessionInfo(
-            epoch=core.epoch,
-            heartbeat_interval=core.config.heartbeat_interval,
-            session_timeout=core.config.session_timeout,
+            epoch=state.epoch,
+            heartbeat_interval=state.config.heartbeat_interval,
+            session_timeout=state.config.session_timeout,
         )
 
     def close_session(self, client: bytes, now: float, *, goodbye: bool = False) -> None:
         """The connection is gone, or (`goodbye`) the client said that it stops and has nothing in flight. Idempotent."""
-        core = self._core
-        if core.sessions.pop(client, None) is None:
+        state = self._state
+        if state.sessions.pop(client, None) is None:
             return
-        core.now = now
-        core.unpinned(core.leases.drop_client(client))
+        state.now = now
+        state.unleased(state.leases.drop_client(client))
         if goodbye:
-            self._puts.writer_idle(client)
+            self._writing.writer_idle(client)
             self._lending.writer_idle(client)
         self._lending.lender_gone(client, goodbye=goodbye)
         if not goodbye:
@@ -140,50 +140,50 @@ class Directory:
 
     def heartbeat(self, client: bytes, now: float) -> None:
         """A sign of life, as every verb is. Raises `ManagerRefusedError` without a session."""
-        self._core.session(client, now)
+        self._state.session(client, now)
 
     def has_session(self, client: bytes) -> bool:
-        return client in self._core.sessions
+        return client in self._state.sessions
 
     def tick(self, now: float) -> None:
         """Everything that is due: sessions, leases, tickets, quarantines."""
-        core = self._core
-        core.now = now
-        core.tick_clock(now)
+        state = self._state
+        state.now = now
+        state.tick_clock(now)
         # The same sum as in `next_deadline`: rounding must not leave it due for ever.
-        timeout = core.config.session_timeout
-        for session in [session for session in core.sessions.values() if session.seen + timeout <= now]:
-            core.counters.session_timeouts += 1
+        timeout = state.config.session_timeout
+        for session in [session for session in state.sessions.values() if session.seen + timeout <= now]:
+            state.counters.session_timeouts += 1
             self.close_session(session.client, now, goodbye=False)
-            core.outbox.append(Instruction(session.client, None))
-        for lease in core.leases.expired(now):
-            core.counters.lease_expiries += 1
-            core.unpinned(core.leases.drop(lease.number, lease.client))
-        self._puts.expire(now)
-        core.wiping.count()  # forgets what nobody asks about any more
+            state.outbox.append(Instruction(session.client, None))
+        for lease in state.leases.expired(now):
+            state.counters.lease_expiries += 1
+            state.unleased(state.leases.drop(lease.number, lease.client))
+        self._writing.expire(now)
+        state.wiping.count()  # forgets what nobody asks about any more
 
     def next_deadline(self) -> float | None:
         """When `tick` has something to do at the latest; None: never, as things stand. O(sessions)."""
-        core = self._core
-        times = [core.leases.next_expiry(), core.writes.next_deadline()]
-        if core.sessions:
-            times.append(min(session.seen for session in core.sessions.values()) + core.config.session_timeout)
+        state = self._state
+        times = [state.leases.next_expiry(), state.writes.next_deadline()]
+        if state.sessions:
+            times.append(min(session.seen for session in state.sessions.values()) + state.config.session_timeout)
         return min((time for time in times if time is not None), default=None)
 
     def take_instructions(self) -> list[Instruction]:
         """What to send, in order; empties the outbox."""
-        instructions, self._core.outbox = self._core.outbox, []
+        instructions, self._state.outbox = self._state.outbox, []
         return instructions
 
     @property
     def has_work(self) -> bool:
         """Whether jobs are under way: call `work` soon, and again and again, with everybody else's calls in between."""
-        return bool(self._core.jobs)
+        return bool(self._state.jobs)
 
     def work(self, now: float) -> None:
         """Do one slice of one of the jobs under way, below a millisecond or so."""
-        self._core.now = now
-        self._core.jobs.step()
+        self._state.now = now
+        self._state.jobs.step()
 
     # Verbs
 
@@ -194,12 +194,12 @@ class Directory:
         In place of their replies, `Acquire` gets a `PackedReply`, `Remove` and `Clear` a `RemovalReply`. Raises
         `ManagerRefusedError` without a session, `ProtocolError` for what no conforming client asks; nothing has changed then.
         """
-        core = self._core
-        session = core.session(client, now)
+        state = self._state
+        session = state.session(client, now)
         handler, note = self._handlers[type(verb)]
         if note is None:
             return handler(session, verb)
-        log = core.log
+        log = state.log
         log.number = number = log.number + 1
         reply = handler(session, verb)
         note(log, number, now, session.name, verb, reply)
@@ -207,7 +207,7 @@ class Directory:
 
     def _table(self) -> dict[type[Verb[Any]], Handler]:
         """The handler of each verb."""
-        reading, writing, lending = self._reading, self._puts, self._lending
+        reading, writing, lending = self._reading, self._writing, self._lending
         return {
             Lookup: reading.lookup,
             Acquire: reading.acquire,
@@ -216,9 +216,9 @@ class Directory:
             PutStart: self._job(writing.start),
             PutEnd: writing.end,
             PutRevoke: writing.revoke,
-            Demote: self._moves.plan,
-            PlanSpill: self._spills.plan,
-            Spilled: self._spills.done,
+            Demote: self._demoting.plan,
+            PlanSpill: self._spilling.plan,
+            Spilled: self._spilling.done,
             Remove: self._job(self._removal.remove),
             Clear: self._job(self._removal.clear),
             InventoryPart: lending.part,
@@ -238,18 +238,18 @@ class Directory:
         }
 
     def _job(self, steps: Callable[[Session, V], Generator[None, None, object]]) -> Callable[[Session, V], Job[object]]:
-        return lambda session, verb: self._core.jobs.begin(steps(session, verb))
+        return lambda session, verb: self._state.jobs.begin(steps(session, verb))
 
     def outstanding(self, tokens: Iterable[int]) -> bool:
         """Whether a lender still has to zero headers for any of these tokens. False once its session is gone."""
-        return any(self._core.wiping.outstanding(token) for token in tokens)
+        return any(self._state.wiping.outstanding(token) for token in tokens)
 
     # Looking at it
 
     def story(self, key: bytes, now: float) -> list[StoryEntry]:
         """What the log knows of a chunk, the oldest first, and at last what there is of it now. Empty for a key of which
         nothing is known. O(log): some milliseconds."""
-        core = self._core
+        state = self._state
         entries = [
             StoryEntry(
                 ago=now - line.time,
@@ -259,14 +259,14 @@ class Directory:
                 shard=line.shard,
                 place=self._place(line.place) if line.place is not None else None,
             )
-            for line in core.log.story(key)
+            for line in state.log.story(key)
         ]
-        record = core.chunks.any(key)
+        record = state.chunks.any(key)
         for shard, location in enumerate(record.places() if record is not None else ()):
-            held = f"leased {record.pins} time(s)" if record is not None and record.pins else ""
+            held = f"leased {record.leased} time(s)" if record is not None and record.leased else ""
             entries.append(StoryEntry(what="present", detail=held, place=self._place(location), shard=shard))
-        if record is not None and key in core.chunks.pending:
-            parts = core.chunks.pending[key]
+        if record is not None and key in state.chunks.pending:
+            parts = state.chunks.pending[key]
             done = sum(part.state == USED for part in parts.parts.values())
             entries.append(StoryEntry(what="being written", detail=f"{done} of {parts.num_shards} shard(s) complete"))
         elif entries and not (record is not None and record.packed):
@@ -274,19 +274,19 @@ class Directory:
         return entries
 
     def _place(self, location: SlotLocation) -> Place:
-        segment = self._core.allocator.segments.get(location.segment)
+        segment = self._state.allocator.segments.get(location.segment)
         tier = segment.info.tier if segment is not None else None
         return Place(tier, location.segment, location.slab, location.slot, location.generation)
 
     def segments(self) -> list[SegmentInfo]:
-        return [segment.info for segment in self._core.allocator.segments.values()]
+        return [segment.info for segment in self._state.allocator.segments.values()]
 
     def stats(self, now: float) -> StatsReply:
         """Counters and gauges. O(slabs + leases + sessions)."""
-        core = self._core
+        state = self._state
         segments: list[SegmentStats] = []
-        for segment in core.allocator.segments.values():
-            counts, used, unformatted = core.allocator.totals(segment)
+        for segment in state.allocator.segments.values():
+            counts, used, unformatted = state.allocator.totals(segment)
             segments.append(
                 SegmentStats(
                     info=segment.info,
@@ -303,30 +303,30 @@ class Directory:
                 client=session.client,
                 name=session.name,
                 role=session.role,
-                leases=core.leases.count(session.client),
-                writes=core.writes.count(session.client),
+                leases=state.leases.count(session.client),
+                writes=state.writes.count(session.client),
                 age=now - session.opened,
             )
-            for session in core.sessions.values()
+            for session in state.sessions.values()
         ]
         return StatsReply(
-            epoch=core.epoch,
+            epoch=state.epoch,
             uptime=now - self._started,
-            counters=asdict(core.counters),
+            counters=asdict(state.counters),
             gauges=self._gauges(segments),
             segments=segments,
             sessions=sessions,
         )
 
     def _gauges(self, segments: list[SegmentStats]) -> dict[str, int]:
-        core = self._core
+        state = self._state
         return {
-            "chunks": len(core.chunks.visible),
-            "chunks_pending": len(core.chunks.pending),
-            "leases": len(core.leases.leases),
-            "sessions": len(core.sessions),
+            "chunks": len(state.chunks.visible),
+            "chunks_pending": len(state.chunks.pending),
+            "leases": len(state.leases.leases),
+            "sessions": len(state.sessions),
             "segments": len(segments),
-            "wipes_outstanding": core.wiping.count(),
+            "wipes_outstanding": state.wiping.count(),
             "slots_free": sum(segment.slots_free for segment in segments),
             "slots_used": sum(segment.slots_used for segment in segments),
             "slots_processing": sum(segment.slots_processing for segment in segments),
@@ -337,7 +337,7 @@ class Directory:
 
     def check_integrity(self) -> None:
         """Raises `IntegrityError` naming the rule (I2-I6, I9, I10) that does not hold. O(everything)."""
-        check_core(self._core, list(self._lending.away_slabs()))
+        check_state(self._state, list(self._lending.away_slabs()))
 
 
 def random_first_segment() -> int:

@@ -151,7 +151,7 @@ def tail_of(record: Record) -> tuple[Record, int]:
 def evictable(record: Record, allowed: frozenset[int] | None, closed: AbstractSet[bytes]) -> bool:
     """Whether it may go now: visible, not leased, nothing below it, in a segment that counts, and not in slabs of which no slot
     is given to anybody now (`EvictionPolicy.closed`)."""
-    if record.pins or record.children or not record.packed:
+    if record.leased or record.children or not record.packed:
         return False
     if closed and all(slab in closed for slab in slab_ids(record.packed)):
         return False
@@ -192,7 +192,7 @@ class LruPolicy(EvictionPolicy):
                     return tail
                 self._lift(record, tail)
                 following = queue.end.newer
-            elif tail.pins or tail.children or not tail.packed:
+            elif tail.leased or tail.children or not tail.packed:
                 # In use, or something below it is: as good as used now. Keeps later searches short.
                 queue.remove(record)
                 queue.insert(record, queue.end)

@@ -10,7 +10,7 @@ from .records import Record
 
 MAX_LEASES = 1 << 14
 """Leases of one session at most."""
-MAX_PINS = 1 << 22
+MAX_LEASED = 1 << 22
 """Chunks that the leases of one session hold together, beyond which it gets no more: 32 MiB of references."""
 
 
@@ -33,11 +33,11 @@ class Lease:
 class _Held:
     """What one client holds."""
 
-    __slots__ = ("leases", "pins")
+    __slots__ = ("leased", "leases")
 
     def __init__(self) -> None:
         self.leases: dict[int, Lease] = {}
-        self.pins = 0
+        self.leased = 0
 
 
 class LeaseTable:
@@ -56,7 +56,7 @@ class LeaseTable:
     def has_room(self, client: bytes) -> bool:
         """Whether the client may have one more."""
         held = self._of.get(client)
-        return held is None or (len(held.leases) < MAX_LEASES and held.pins < MAX_PINS)
+        return held is None or (len(held.leases) < MAX_LEASES and held.leased < MAX_LEASED)
 
     def grant(self, client: bytes, records: list[Record], now: float) -> Lease:
         """Lease these records, a list that is the lease's from now on."""
@@ -66,9 +66,9 @@ class LeaseTable:
         if held is None:
             held = self._of[client] = _Held()
         held.leases[number] = lease
-        held.pins += len(records)
+        held.leased += len(records)
         for record in records:
-            record.pins += 1
+            record.leased += 1
         return lease
 
     def get(self, number: int, client: bytes, now: float) -> Lease | None:
@@ -84,11 +84,11 @@ class LeaseTable:
         del self.leases[number]
         held = self._of[client]
         del held.leases[number]
-        held.pins -= len(lease.records)
+        held.leased -= len(lease.records)
         if not held.leases:
             del self._of[client]
         for record in lease.records:
-            record.pins -= 1
+            record.leased -= 1
         return lease.records
 
     def drop_client(self, client: bytes) -> list[Record]:
@@ -117,14 +117,14 @@ class LeaseTable:
         O(leases)."""
         for client, held in self._of.items():
             ours = {number: lease for number, lease in self.leases.items() if lease.client == client}
-            if not ours or held.leases != ours or held.pins != sum(len(lease.records) for lease in ours.values()):
+            if not ours or held.leases != ours or held.leased != sum(len(lease.records) for lease in ours.values()):
                 raise IntegrityError(f"I9: leases of client {client.hex()} are counted wrongly")
             if client not in sessions:
                 raise IntegrityError(f"I9: client {client.hex()} holds leases without a session")
         if sum(len(held.leases) for held in self._of.values()) != len(self.leases):
             raise IntegrityError("I9: a lease belongs to nobody")
 
-    def pins(self) -> dict[int, int]:
+    def leased(self) -> dict[int, int]:
         """Count the leases of each record, by `id(record)`: what `Record.leased` must equal."""
         found: dict[int, int] = {}
         for lease in self.leases.values():

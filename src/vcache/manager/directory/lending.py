@@ -57,11 +57,11 @@ class _Away:
 class Lending:
     """All verbs about segments. Those that name one raise `ManagerRefusedError` when the client does not lend it."""
 
-    def __init__(self, core: State, puts: Writing, removal: Removal) -> None:
-        self._core = core
-        self._puts = puts
+    def __init__(self, state: State, writing: Writing, removal: Removal) -> None:
+        self._state = state
+        self._writing = writing
         self._removal = removal
-        self._recovery = Recovery(core, puts, removal)
+        self._recovery = Recovery(state, writing, removal)
         self._away: OrderedDict[bytes, _Away] = OrderedDict()
         """By uuid, in the order of their going."""
         self._parts: dict[bytes, list[InventoryPart]] = {}
@@ -80,23 +80,23 @@ class Lending:
     def mount(self, session: Session, verb: Mount) -> Job[int]:
         """It is mounted at once. The slots are free for use slab by slab, as their headers have been read. Raises
         `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
-        core, client, info, gate = self._core, session.client, verb.info, verb.gate
+        state, client, info, gate = self._state, session.client, verb.info, verb.gate
         parts = self._parts.pop(client, ())
         inventory = [*(slab for part in parts if part.uuid == info.uuid for slab in part.slabs), *verb.inventory]
         _check_info(client, info)
         headers = check_inventory(info, inventory)
-        segment = core.allocator.by_uuid.get(info.uuid)
+        segment = state.allocator.by_uuid.get(info.uuid)
         if segment is not None:
             self._owned(client, info.uuid)
             away = self._vacate(segment)
-            core.allocator.redefine(segment, info)
+            state.allocator.redefine(segment, info)
             segment.dropped.clear()
         else:
             known = self._away.pop(info.uuid, None)
             away = known if known is not None else _Away(client, {}, 0)
-            segment = core.allocator.add_segment(info)
+            segment = state.allocator.add_segment(info)
         segment.fence = gate.fence
-        core.allocator.raise_floor(gate.floor)
+        state.allocator.raise_floor(gate.floor)
         for slab_info in info.slabs:
             held = away.slabs.get(slab_info.index)
             if held is not None and held.nbytes == slab_info.nbytes and held.busy:
@@ -108,10 +108,10 @@ class Lending:
             self._void(slab)
         for writer in gate.writers:
             # What a client with a session writes is known: it had nothing in flight when it said hello.
-            if writer.client not in core.sessions and writer.slab in segment.slabs:
-                core.allocator.await_writer(segment.slabs[writer.slab], writer.client)
+            if writer.client not in state.sessions and writer.slab in segment.slabs:
+                state.allocator.await_writer(segment.slabs[writer.slab], writer.client)
         self._announce(segment)
-        job = self._reading[info.uuid] = core.jobs.begin(self._read(segment, headers, away.event))
+        job = self._reading[info.uuid] = state.jobs.begin(self._read(segment, headers, away.event))
         return job
 
     def _read(self, segment: Segment, headers: dict[int, SlabHeaders], since: int) -> Generator[None, None, int]:
@@ -124,16 +124,16 @@ class Lending:
         for writer in verb.writers:
             slab = segment.slabs.get(writer.slab)
             if slab is not None:
-                self._core.allocator.writer_left(slab, writer.client)
+                self._state.allocator.writer_left(slab, writer.client)
 
     def writer_idle(self, client: bytes) -> None:
         """Wait no longer for a client that says that it has no writes in flight (hello or goodbye)."""
-        for slab in self._core.allocator.awaited(client):
-            self._core.allocator.writer_left(slab, client)
+        for slab in self._state.allocator.awaited(client):
+            self._state.allocator.writer_left(slab, client)
 
     def unmount(self, session: Session, verb: Unmount) -> None:
         client, uuid = session.client, verb.uuid
-        if uuid in self._core.allocator.by_uuid:
+        if uuid in self._state.allocator.by_uuid:
             self._remove(self._owned(client, uuid))
         if uuid in self._away and self._away[uuid].owner == client:
             self._drop_away(uuid)
@@ -142,7 +142,7 @@ class Lending:
         """Take down the segments of a lender whose session ended. Without goodbye its memory may live on, and it may come back
         with it."""
         self._parts.pop(client, None)
-        for segment in list(self._core.allocator.segments.values()):
+        for segment in list(self._state.allocator.segments.values()):
             if segment.info.owner == client:
                 self._remove(segment)
                 if goodbye:
@@ -150,7 +150,7 @@ class Lending:
 
     def add_slabs(self, session: Session, verb: AddSlabs) -> None:
         """Raises `ManagerRefusedError` for an index that was given back or has another size."""
-        segment, allocator = self._owned(session.client, verb.uuid), self._core.allocator
+        segment, allocator = self._owned(session.client, verb.uuid), self._state.allocator
         fresh: dict[int, SlabInfo] = {}
         changed: dict[int, SlabInfo] = {}
         for info in verb.slabs:
@@ -181,7 +181,7 @@ class Lending:
         for slab in chosen:
             segment.dropped.add(slab.index)
             self._empty(slab, "its slab was given back")
-            self._core.allocator.detach(slab)
+            self._state.allocator.detach(slab)
             self._void(slab)
         if chosen:
             self._announce(segment)
@@ -189,25 +189,25 @@ class Lending:
 
     def importer_gone(self, session: Session, verb: ImporterGone) -> None:
         """Ignored when the segment is not mounted."""
-        if verb.uuid in self._core.allocator.by_uuid:
-            self._puts.importer_gone(self._owned(session.client, verb.uuid), verb.client, self._core.now)
+        if verb.uuid in self._state.allocator.by_uuid:
+            self._writing.importer_gone(self._owned(session.client, verb.uuid), verb.client, self._state.now)
 
     def request_resize(self, session: Session, verb: RequestResize) -> None:
         """Raises `ManagerRefusedError` for an unknown segment."""
-        segment = self._core.allocator.by_uuid.get(verb.uuid)
+        segment = self._state.allocator.by_uuid.get(verb.uuid)
         if segment is None:
             raise ManagerRefusedError(f"request_resize: no segment {verb.uuid.hex()} is mounted")
-        self._core.push(segment.info.owner, ResizeRequested(segment=verb.uuid, nbytes=verb.nbytes))
+        self._state.push(segment.info.owner, ResizeRequested(segment=verb.uuid, nbytes=verb.nbytes))
 
     def wiped(self, session: Session, verb: Wiped) -> None:
         """Tokens of other lenders are ignored."""
-        self._core.wiping.wiped(session.client, verb.token)
+        self._state.wiping.wiped(session.client, verb.token)
 
     def writer_lost(self, client: bytes) -> None:
         """Ask lenders to tell when the writes of a client are over whose session ended without goodbye."""
-        for segment in self._puts.writer_lost(client):
+        for segment in self._writing.writer_lost(client):
             if segment.info.owner != client:
-                self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=client))
+                self._state.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=client))
 
     def away_slabs(self) -> Iterable[Slab]:
         """Go through the detached slabs in which somebody may still write."""
@@ -216,7 +216,7 @@ class Lending:
     # Parts
 
     def _owned(self, client: bytes, uuid: bytes) -> Segment:
-        segment = self._core.allocator.by_uuid.get(uuid)
+        segment = self._state.allocator.by_uuid.get(uuid)
         if segment is None:
             raise ManagerRefusedError(f"no segment {uuid.hex()} is mounted")
         if segment.info.owner != client:
@@ -225,26 +225,26 @@ class Lending:
 
     def _announce(self, segment: Segment) -> None:
         segment.info = segment.describe()
-        self._core.push(None, SegmentMounted(info=segment.info))
+        self._state.push(None, SegmentMounted(info=segment.info))
 
     def _ask_for_writers(self, segment: Segment) -> None:
         writers = {
             writer
-            for writer, writes in self._core.writes.by_writer.items()
-            if writer not in self._core.sessions
+            for writer, writes in self._state.writes.by_writer.items()
+            if writer not in self._state.sessions
             and any(write.state == QUARANTINED and write.slab.segment is segment for write in writes.values())
         }
         for writer in sorted(writers):
-            self._core.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=writer))
+            self._state.push(segment.info.owner, WriterLost(segment=segment.info.uuid, client=writer))
 
     def _remove(self, segment: Segment) -> None:
         self._away[segment.info.uuid] = self._vacate(segment)
         if len(self._away) > MAX_AWAY:
             self._drop_away(next(iter(self._away)))
-        self._core.allocator.remove_segment(segment)
-        if segment.info.host not in self._core.allocator.hosts:
-            self._core.chunks.policy.forget_scans(segment.info.host)
-        self._core.push(None, SegmentGone(number=segment.number, uuid=segment.info.uuid))
+        self._state.allocator.remove_segment(segment)
+        if segment.info.host not in self._state.allocator.hosts:
+            self._state.chunks.policy.forget_scans(segment.info.host)
+        self._state.push(None, SegmentGone(number=segment.number, uuid=segment.info.uuid))
 
     def _vacate(self, segment: Segment) -> _Away:
         """Take all slabs out of the segment. Its chunks are misses; unfinished writes stay where they are."""
@@ -255,14 +255,14 @@ class Lending:
         for slab in list(segment.slabs.values()):
             if not self._empty(slab, "its segment went, or was mounted again"):
                 away.event = 0
-            self._core.allocator.detach(slab)
+            self._state.allocator.detach(slab)
             if slab.busy:
                 away.slabs[slab.index] = slab
         return away
 
     def _empty(self, slab: Slab, why: str) -> bool:
         """Drop all that a slab holds, except unfinished writes, which lapse. False if removed chunks may be in its memory."""
-        core = self._core
+        state = self._state
         clean = not slab.unread and None not in slab.stale.values() and None not in slab.buried.values()
         slab.stale, slab.buried = {}, {}
         # Where nobody writes the slots need not be freed one by one, which is most of the work.
@@ -270,34 +270,34 @@ class Lending:
         hidden: list[bytes] = []
         for slot, owner in enumerate(slab.owners):
             if quiet and isinstance(owner, Record) and len(owner.packed) == LOCATION_BYTES:
-                core.counters.evictions += 1
+                state.counters.evictions += 1
                 hidden.append(owner.key)
-                core.hide(owner)
+                state.hide(owner)
             elif owner is UNREAD:
-                core.allocator.release(slab, slot)
+                state.allocator.release(slab, slot)
             elif isinstance(owner, Record):
                 if owner.packed:
-                    core.evict(owner, why)
+                    state.evict(owner, why)
             elif isinstance(owner, Write):
                 if owner.state == PROCESSING:
-                    self._puts.lapse(owner, why)
+                    self._writing.lapse(owner, why)
                 elif owner.state == USED:
-                    self._puts.release(owner)
+                    self._writing.release(owner)
             elif isinstance(owner, Wipe):
                 clean = False
-                core.wiping.end(owner)
+                state.wiping.end(owner)
         slab.unread = False
         if hidden:
-            core.log.happened(core.now, "evicted", hidden, why)
+            state.log.happened(state.now, "evicted", hidden, why)
         if quiet:
-            core.allocator.blank(slab)
+            state.allocator.blank(slab)
         return clean
 
     def _void(self, slab: Slab) -> None:
         """End the unfinished writes of a detached slab whose memory is gone."""
         for owner in list(slab.owners):
             if isinstance(owner, Write):
-                self._puts.release(owner)
+                self._writing.release(owner)
 
     def _drop_away(self, uuid: bytes) -> None:
         away = self._away.pop(uuid, None)
@@ -310,8 +310,8 @@ def _worth(slab: Slab) -> tuple[bool, bool, float, float]:
     """Value what is lost when this slab goes; a sort key."""
     used = [owner.used for owner in slab.owners if isinstance(owner, Record)]
     writing = slab.counts[PROCESSING] + slab.counts[QUARANTINED]
-    pinned = any(isinstance(owner, Record) and owner.pins for owner in slab.owners)
-    return bool(writing), pinned, slab.busy / max(1, slab.slots), sum(used) / max(1, len(used))
+    leased = any(isinstance(owner, Record) and owner.leased for owner in slab.owners)
+    return bool(writing), leased, slab.busy / max(1, slab.slots), sum(used) / max(1, len(used))
 
 
 def _check_slab(slab: SlabInfo) -> None:

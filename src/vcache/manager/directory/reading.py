@@ -60,7 +60,7 @@ class Reading:
 
     def release(self, session: Session, verb: Release) -> None:
         state = self._state
-        state.unpinned(state.leases.drop(verb.lease, session.client))
+        state.unleased(state.leases.drop(verb.lease, session.client))
 
     def tiers(self, session: Session, verb: Tiers) -> Generator[None, None, list[int]]:
         """Pauses after each slice of keys."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ...segment.slots import LOCATION_BYTES, SlotLocation
 
 
-class Space:
+class Namespace:
     """A namespace, shared by all its records so that it costs a pointer each; disappears with the last of them."""
 
     __slots__ = ("__weakref__", "name")
@@ -27,26 +27,26 @@ class Record:
         "children",
         "index",
         "key",
+        "leased",
+        "namespace",
         "newer",
         "older",
         "packed",
         "parent",
-        "pins",
         "queue",
-        "space",
         "spilled",
         "used",
         "visited",
     )
 
-    def __init__(self, key: bytes, space: Space | None, index: int) -> None:
+    def __init__(self, key: bytes, namespace: Namespace | None, index: int) -> None:
         self.key = key
-        self.space = space
+        self.namespace = namespace
         self.index = index
         """Chunks before it in its prompt. A child's is its parent's plus one, so links cannot form a cycle."""
         self.packed = b""
         """Joined `SlotLocation.pack` of every shard; empty unless all are complete (rule I2)."""
-        self.pins = 0
+        self.leased = 0
         """Leases that hold it, counted once per mention."""
         self.used = 0
         """Coarse time of the last use, comparable between records."""

@@ -32,8 +32,8 @@ class RemovalReply(NamedTuple):
 class Removal:
     """Forgets chunks for good."""
 
-    def __init__(self, core: State) -> None:
-        self._core = core
+    def __init__(self, state: State) -> None:
+        self._state = state
         self._forgotten: OrderedDict[bytes, int] = OrderedDict()
         """Key or namespace (empty: all) -> number of its last removal."""
         self._under_way: dict[int, int] = {}
@@ -49,9 +49,9 @@ class Removal:
 
     def remove(self, session: Session, verb: Remove) -> Generator[None, None, RemovalReply]:
         """Gone at the last pause, and for good when the tokens are no longer outstanding."""
-        step, keys = self._core.slice_size, verb.keys
+        step, keys = self._state.slice_size, verb.keys
         with self._begun():
-            visible = self._core.chunks.visible
+            visible = self._state.chunks.visible
             names: set[bytes] = set()
             tokens: list[int] = []
             removed = 0
@@ -59,7 +59,7 @@ class Removal:
                 victims = []
                 for key in keys[start : start + step]:
                     record = visible.get(key)
-                    if key not in names and (record is None or not record.pins):
+                    if key not in names and (record is None or not record.leased):
                         names.add(key)
                         self._note(key)
                         if record is not None:
@@ -72,10 +72,10 @@ class Removal:
 
     def clear(self, session: Session, verb: Clear) -> Generator[None, None, RemovalReply]:
         """As `remove`, for all that is there now. O(chunks)."""
-        step, namespace = self._core.slice_size, verb.namespace
+        step, namespace = self._state.slice_size, verb.namespace
         with self._begun():
             self._note(namespace)
-            every = list(self._core.chunks.visible.values())
+            every = list(self._state.chunks.visible.values())
             every.reverse()
             tokens: list[int] = []
             removed = 0
@@ -83,7 +83,7 @@ class Removal:
                 victims = [
                     record
                     for record in every[-step:]
-                    if record.packed and (not namespace or name_of(record.space) == namespace)
+                    if record.packed and (not namespace or name_of(record.namespace) == namespace)
                 ]
                 del every[-step:]  # So that their memory is not given back all at once either.
                 removed += len(victims)
@@ -114,28 +114,28 @@ class Removal:
             del self._under_way[serial]
 
     def _hide(self, victims: list[Record], what: str, session: Session) -> list[int]:
-        core = self._core
+        state = self._state
         slots: list[tuple[Slab, int]] = []
         for record in victims:
-            slots += [(core.allocator.slab_at(place), place.slot) for place in record.places()]
-            core.hide(record)
-        core.counters.removed += len(victims)
+            slots += [(state.allocator.slab_at(place), place.slot) for place in record.places()]
+            state.hide(record)
+        state.counters.removed += len(victims)
         if victims:
-            core.log.happened(core.now, what, [record.key for record in victims], client=session.name)
-        return core.wiping.hold(slots)
+            state.log.happened(state.now, what, [record.key for record in victims], client=session.name)
+        return state.wiping.hold(slots)
 
     def _erase(self, keys: set[bytes] | None, namespace: bytes) -> Generator[None, None, list[int]]:
         """Erase what is left in memory of chunks that the directory does not have, or has no longer; the tokens."""
-        core = self._core
+        state = self._state
         tokens: list[int] = []
         deferred: list[Slab] = []
-        for write in core.writes.moves:
+        for write in state.writes.moves:
             # The copy may be complete before its mover hears that the chunk is gone.
-            if write.key in keys if keys is not None else not namespace or name_of(write.space) in (namespace, b""):
+            if write.key in keys if keys is not None else not namespace or name_of(write.namespace) in (namespace, b""):
                 write.slab.stale[write.slot] = None
                 if write.slab.segment is not None:
                     deferred.append(write.slab)
-        slabs = [slab for slab in core.allocator.slabs.values() if slab.stale or slab.buried]
+        slabs = [slab for slab in state.allocator.slabs.values() if slab.stale or slab.buried]
         steps = 0
         for slab in slabs:
             doomed = False
@@ -145,27 +145,27 @@ class Removal:
                         traces[slot] = None
                         doomed = True
                     steps += 1
-                    if steps % core.slice_size == 0:
+                    if steps % state.slice_size == 0:
                         yield
             if doomed and slab.segment is not None:
                 tokens += yield from self._wipe_doomed(slab)
                 if slab.segment is not None and slab.is_doomed():
                     deferred.append(slab)
-        return tokens + core.wiping.defer(deferred)
+        return tokens + state.wiping.defer(deferred)
 
     def _wipe_doomed(self, slab: Slab) -> Generator[None, None, list[int]]:
         """Zero what can be zeroed now of the headers in an attached slab that must go; the tokens."""
-        core = self._core
+        state = self._state
         buried = [slot for slot, traces in slab.buried.items() if traces is None]
         stale = [slot for slot, traces in slab.stale.items() if traces is None]
         if buried and not slab.busy:
-            return core.wiping.hold_slab(slab, sorted({*stale, *buried}))
+            return state.wiping.hold_slab(slab, sorted({*stale, *buried}))
         tokens: list[int] = []
-        for start in range(0, len(stale), core.slice_size):
+        for start in range(0, len(stale), state.slice_size):
             if slab.segment is None:
                 break
-            slots = stale[start : start + core.slice_size]
-            tokens += core.wiping.hold(
+            slots = stale[start : start + state.slice_size]
+            tokens += state.wiping.hold(
                 (slab, slot)
                 for slot in slots
                 if slot < slab.slots and slab.owners[slot] is None and slab.stale.get(slot, ()) is None
@@ -176,4 +176,4 @@ class Removal:
 
 def _matches(traces: Traces, keys: set[bytes] | None, namespace: bytes) -> bool:
     """Whether a header may say one of these keys, or this namespace. What is not known is taken for a match."""
-    return any(key in keys if keys is not None else not namespace or space in (namespace, b"") for key, space in traces or ())
+    return any(key in keys if keys is not None else not namespace or name in (namespace, b"") for key, name in traces or ())

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from ...errors import IntegrityError
 from ...segment.slots import SegmentInfo, SlabGeometry, SlabInfo, SlotLocation, slab_geometry
-from .records import Record, Space
+from .records import Namespace, Record
 
 FREE, USED, PROCESSING, QUARANTINED = range(4)
 """States of a slot; also indices into `Slab.counts`."""
@@ -43,12 +43,12 @@ class Write:
         "generation",
         "key",
         "lease",
+        "namespace",
         "packed",
         "shard",
         "slab",
         "slot",
         "source",
-        "space",
         "state",
         "ticket",
         "writer",
@@ -62,7 +62,7 @@ class Write:
         shard: int,
         generation: int,
         *,
-        space: Space | None = None,
+        namespace: Namespace | None = None,
         writer: bytes = b"",
         packed: bytes = b"",
         source: bytes = b"",
@@ -73,7 +73,7 @@ class Write:
         self.shard = shard
         self.generation = generation
         """The final, even one."""
-        self.space = space
+        self.namespace = namespace
         """None: unknown, because the header does not say it while it is written."""
         self.writer = writer
         """Client id; empty for a shard that was found complete in an inventory."""

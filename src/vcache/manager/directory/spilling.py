@@ -34,8 +34,8 @@ class _Plan(NamedTuple):
 class Spilling:
     """Plans what is written and remembers what was."""
 
-    def __init__(self, core: State) -> None:
-        self._core = core
+    def __init__(self, state: State) -> None:
+        self._state = state
         self._plans: dict[int, _Plan] = {}
         """By the number of its lease."""
         self._failed: OrderedDict[bytes, float] = OrderedDict()
@@ -45,14 +45,14 @@ class Spilling:
         """Raises `ProtocolError` for a negative size."""
         if verb.nbytes < 0:
             raise ProtocolError(f"spill: {verb.nbytes} bytes")
-        core, nbytes, now = self._core, verb.nbytes, self._core.now
-        memory = core.memory_of(session)
+        state, nbytes, now = self._state, verb.nbytes, self._state.now
+        memory = state.memory_of(session)
         if memory is None:
             return SpillPlan()
-        core.check_leases(session.client)
+        state.check_leases(session.client)
         self._forget(now)
         under_way = sum(plan.nbytes for plan in self._plans.values() if plan.memory is memory)
-        excess = memory.unspilled() - under_way - core.config.low_watermark * sum(memory.nbytes)
+        excess = memory.unspilled() - under_way - state.config.low_watermark * sum(memory.nbytes)
         spills: list[Spill] = []
         records: list[Record] = []
         total = 0
@@ -63,55 +63,55 @@ class Spilling:
                 break
             spills += [Spill(record.key, shard, place) for shard, place in enumerate(places)]
             records.append(record)
-            total += sum(core.allocator.slab_at(place).share for place in places)
+            total += sum(state.allocator.slab_at(place).share for place in places)
             nbytes -= size
         if not spills:
             memory.spilled_all()
             return SpillPlan()
-        lease = core.leases.grant(session.client, records, now)
-        core.counters.leases += 1
-        self._plans[lease.number] = _Plan(memory, total, core.tick_clock(now))
+        lease = state.leases.grant(session.client, records, now)
+        state.counters.leases += 1
+        self._plans[lease.number] = _Plan(memory, total, state.tick_clock(now))
         return SpillPlan(lease=lease.number, spills=spills)
 
     def done(self, session: Session, verb: Spilled) -> None:
         """What is in storage goes first when room is needed, unless it was used meanwhile."""
-        core, client, number, now = self._core, session.client, verb.lease, self._core.now
+        state, client, number, now = self._state, session.client, verb.lease, self._state.now
         written = dict.fromkeys(verb.keys)
         for key in written:
-            record = core.chunks.visible.get(key)
+            record = state.chunks.visible.get(key)
             if record is not None and not record.spilled:
-                core.mark_spilled(record, True)
-                core.counters.spills += 1
-        if core.leases.get(number, client, now) is None or number not in self._plans:
+                state.mark_spilled(record, True)
+                state.counters.spills += 1
+        if state.leases.get(number, client, now) is None or number not in self._plans:
             return
         plan = self._plans.pop(number)
-        records = core.leases.drop(number, client)
+        records = state.leases.drop(number, client)
         for record in records:
             if record.key not in written:
                 self._failed.pop(record.key, None)
                 self._failed[record.key] = now + RETRY_SECONDS
-        core.unpinned(records)
-        core.chunks.policy.cool([record for record in records if record.spilled and record.used < plan.clock])
+        state.unleased(records)
+        state.chunks.policy.cool([record for record in records if record.spilled and record.used < plan.clock])
 
     def _candidates(self, host: str, memory: HostMemory, avoid: frozenset[int]) -> Iterator[Record]:
         """Go through the chunks that lie in the lowest tier of this host altogether, in about the order of their eviction."""
-        core = self._core
+        state = self._state
         lowest = DRAM if memory.nbytes[DRAM] else VRAM
         allowed = {
             number
-            for number, segment in core.allocator.segments.items()
+            for number, segment in state.allocator.segments.items()
             if segment.info.host == host and segment.tier == lowest and number not in avoid
         }
-        policy = core.chunks.policy
+        policy = state.chunks.policy
         queues = [policy.next_victims(queue, MAX_STEPS) for queue in policy.queues.values()]
         for record in heapq.merge(*queues, key=lambda record: record.used):
-            idle = not record.pins and not record.spilled and record.key not in self._failed
+            idle = not record.leased and not record.spilled and record.key not in self._failed
             if idle and all(place.segment in allowed for place in record.places()):
                 yield record
 
     def _forget(self, now: float) -> None:
         """Forget plans whose lease has ended otherwise, and failures that were long ago."""
-        leases = self._core.leases.leases
+        leases = self._state.leases.leases
         self._plans = {number: plan for number, plan in self._plans.items() if number in leases}
         while self._failed and next(iter(self._failed.values())) <= now:
             self._failed.popitem(last=False)

@@ -16,7 +16,7 @@ from .eviction import make_policy
 from .jobs import SLICE, Jobs
 from .leases import LeaseTable
 from .log import Log
-from .records import Record, Space
+from .records import Namespace, Record
 from .slabs import HostMemory, Slab, Write
 from .wiping import Wiping
 from .write_table import WriteTable
@@ -116,7 +116,7 @@ class State:
         key: bytes,
         shard: int,
         tokens: int,
-        space: Space | None,
+        namespace: Namespace | None,
         now: float,
         source: bytes = b"",
     ) -> tuple[Write, PutGrant]:
@@ -126,7 +126,9 @@ class State:
         while self.writes.get(client, key, shard, generation) is not None:
             generation = slab.next_generation()
         location = slab.location(slot, tokens, generation)
-        write = Write(slab, slot, key, shard, generation, space=space, writer=client, packed=location.pack(), source=source)
+        write = Write(
+            slab, slot, key, shard, generation, namespace=namespace, writer=client, packed=location.pack(), source=source
+        )
         self.allocator.hold(slab, slot, write)
         self.writes.add(write)
         self.writes.time(write, now + self.config.ticket_ttl)
@@ -142,7 +144,7 @@ class State:
         record.relocate(shard, packed)
         self.mark_spilled(record, spilled)
         slab = self.allocator.slab_at(old)
-        slab.trace(old.slot, record.key, name_of(record.space))
+        slab.trace(old.slot, record.key, name_of(record.namespace))
         self.free(slab, old.slot)
 
     def mark_spilled(self, record: Record, spilled: bool) -> None:
@@ -165,7 +167,7 @@ class State:
         self.counters.evictions += 1
         self.log.happened(self.now, "evicted", (record.key,), why, record.packed)
         places = record.places()
-        name = name_of(record.space)
+        name = name_of(record.namespace)
         self.hide(record)
         for place in places:
             slab = self.allocator.slab_at(place)
@@ -189,13 +191,13 @@ class State:
                 f"this session holds too many leases ({self.leases.count(client)}, or too many chunks in them); release some"
             )
 
-    def unpinned(self, records: Iterable[Record]) -> None:
+    def unleased(self, records: Iterable[Record]) -> None:
         """Forget the ghosts among these records, of which leases let go."""
         if self.chunks.ghosts:
             for record in records:
                 self.chunks.settle(record)
 
 
-def name_of(space: Space | None) -> bytes:
+def name_of(namespace: Namespace | None) -> bytes:
     """Name the namespace; empty if it is not known."""
-    return space.name if space is not None else b""
+    return namespace.name if namespace is not None else b""

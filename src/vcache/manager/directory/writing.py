@@ -47,9 +47,9 @@ def check_request(request: PutRequest) -> None:
 class _Placer:
     """Finds slots for one request."""
 
-    def __init__(self, core: State, client: bytes, request: PutRequest, drop: Callable[[Write], None]) -> None:
+    def __init__(self, state: State, client: bytes, request: PutRequest, drop: Callable[[Write], None]) -> None:
         """`drop`: gives up a shard that waits for others."""
-        self._core = core
+        self._state = state
         self._client = client
         self._request = request
         self._drop = drop
@@ -62,12 +62,12 @@ class _Placer:
     def again(self) -> _Placer:
         """Make a placer for what is left of the request after a pause: segments may have come and gone, but the effort is
         bounded for all of it together."""
-        placer = _Placer(self._core, self._client, self._request, self._drop)
+        placer = _Placer(self._state, self._client, self._request, self._drop)
         placer._exhausted, placer._budget = self._exhausted or placer._exhausted, self._budget
         return placer
 
     def _candidates(self) -> list[Segment]:
-        return self._core.allocator.candidates(self._request.placement, self._request.device, self._avoid)
+        return self._state.allocator.candidates(self._request.placement, self._request.device, self._avoid)
 
     def place(self, key: bytes) -> Slab | None:
         """Find a slab with a free slot for a shard of `key`, after making room if need be; None when there is none (then for
@@ -76,22 +76,22 @@ class _Placer:
             return None
         if self._request.placement == "spread":
             self._order = self._candidates()
-        slab = self._core.allocator.find_free(self._order, self.stride) or self._make_room(key)
+        slab = self._state.allocator.find_free(self._order, self.stride) or self._make_room(key)
         self._exhausted = slab is None
         return slab
 
     def _make_room(self, key: bytes) -> Slab | None:
         """Free a slot. Shards whose chunk nobody can read yet go before chunks that somebody can: those that have waited for
         the others for long, and those of a client that holds too many of them."""
-        core = self._core
-        stale = core.now + core.config.ticket_ttl - STRAGGLER_SECONDS
+        state = self._state
+        stale = state.now + state.config.ticket_ttl - STRAGGLER_SECONDS
         for _ in range(EVICTION_ATTEMPTS):
             greedy = self._holds_much()
-            write = core.writes.own_partial(self._client, key) if greedy else core.writes.oldest_partial(stale, key)
+            write = state.writes.own_partial(self._client, key) if greedy else state.writes.oldest_partial(stale, key)
             if write is None:
                 return None if greedy else self._evict()
             self._drop(write)
-            found = core.allocator.find_free(self._order, self.stride)
+            found = state.allocator.find_free(self._order, self.stride)
             if found is not None:
                 return found
         return None
@@ -100,24 +100,24 @@ class _Placer:
         if self._request.num_shards == 1:
             return False
         room = sum(segment.nbytes for segment in self._order)
-        return self._core.writes.held(self._client) * self.stride >= PARTIAL_SHARE * room
+        return self._state.writes.held(self._client) * self.stride >= PARTIAL_SHARE * room
 
     def _evict(self) -> Slab | None:
-        core, policy = self._core, self._core.chunks.policy
+        state, policy = self._state, self._state.chunks.policy
         allowed = frozenset(segment.number for segment in self._order) if self._avoid else None
         for _ in range(EVICTION_ATTEMPTS):
             victim = policy.victim(self.stride, allowed)
             slab = self._other_slab(victim, allowed)
             if slab is not None:
-                core.counters.slab_reclaims += 1
+                state.counters.slab_reclaims += 1
                 for owner in list(slab.owners):
                     if isinstance(owner, Record) and owner.packed:
-                        core.evict(owner, "its slab holds slots of another size now")
+                        state.evict(owner, "its slab holds slots of another size now")
             elif victim is not None:
-                core.evict(victim, "room for a store")
+                state.evict(victim, "room for a store")
             else:
                 return None
-            found = core.allocator.find_free(self._order, self.stride)
+            found = state.allocator.find_free(self._order, self.stride)
             if found is not None:
                 return found
         return None
@@ -125,7 +125,7 @@ class _Placer:
     def _other_slab(self, victim: Record | None, allowed: frozenset[int] | None) -> Slab | None:
         """Find a slab of another slot size to empty rather than evict `victim`: one that holds something colder, and mostly so.
         Without a victim: the coldest slab that can be emptied."""
-        policy = self._core.chunks.policy
+        policy = self._state.chunks.policy
         if victim is None:
             return self._any_slab()
         for stride, queue in policy.queues.items():
@@ -135,7 +135,7 @@ class _Placer:
             if colder is None or colder.used >= victim.used:
                 continue
             for place in colder.places():
-                slab = self._core.allocator.slab_at(place)
+                slab = self._state.allocator.slab_at(place)
                 if place.slot_bytes == stride and self._usable(slab):
                     hot = self._hot_slots(slab, victim.used)
                     if hot is not None and 2 * hot <= slab.counts[USED]:
@@ -172,7 +172,7 @@ class _Placer:
         for owner in slab.owners:
             self._budget -= 1
             if isinstance(owner, Record):
-                if owner.pins or (own and owner.children):
+                if owner.leased or (own and owner.children):
                     return None
                 hot += owner.used >= used
             elif owner is not None:
@@ -189,10 +189,10 @@ class _Placer:
 class Writing:
     """Grants and ends writes."""
 
-    def __init__(self, core: State, moves: Demoting) -> None:
-        """`moves`: ends the tickets of its plans."""
-        self._core = core
-        self._moves = moves
+    def __init__(self, state: State, demoting: Demoting) -> None:
+        """`demoting`: ends the tickets of its plans."""
+        self._state = state
+        self._demoting = demoting
 
     # Verbs
 
@@ -200,31 +200,31 @@ class Writing:
         """Pauses after each slice of keys. Raises `ProtocolError` for a request that contradicts itself, and
         `ManagerRefusedError` when the session ends in a pause; what was granted is then dealt with as what every lost session
         leaves."""
-        core, client, request = self._core, session.client, verb.request
+        state, client, request = self._state, session.client, verb.request
         check_request(request)
-        placer, chunks, keys = _Placer(core, client, request, self.drop), core.chunks, request.keys
+        placer, chunks, keys = _Placer(state, client, request, self.drop), state.chunks, request.keys
         parent: Record | None = None
         if keys and request.parent and request.first_index:
-            parent = chunks.ghost(request.parent, request.first_index - 1, chunks.space(request.namespace))
+            parent = chunks.ghost(request.parent, request.first_index - 1, chunks.namespace(request.namespace))
         previous = parent
         grants: list[PutGrant] = []
-        for begin in range(0, len(keys), core.slice_size):
+        for begin in range(0, len(keys), state.slice_size):
             if begin:
                 yield
-                if core.sessions.get(client) is not session:
+                if state.sessions.get(client) is not session:
                     raise ManagerRefusedError("put_start: the session is over")
                 placer = placer.again()
                 previous = chunks.any(keys[begin - 1])
             places: list[bytes | PutStatus] = []
-            for offset in range(begin, min(begin + core.slice_size, len(keys))):
+            for offset in range(begin, min(begin + state.slice_size, len(keys))):
                 grants.append(self._grant(client, request, offset, previous, placer, places))
                 previous = chunks.any(keys[offset])
-            core.log.placed(core.now, session.name, request, begin, places)
+            state.log.placed(state.now, session.name, request, begin, places)
             if parent is not None:
                 chunks.settle(parent)  # Now at the latest its child refers to it, or nothing does.
-        memory = core.memory_of(session) if session.role == "engine" else None
-        if memory is not None and memory.wants_room(core.config.high_watermark, core.now):
-            core.push(client, RoomWanted())
+        memory = state.memory_of(session) if session.role == "engine" else None
+        if memory is not None and memory.wants_room(state.config.high_watermark, state.now):
+            state.push(client, RoomWanted())
         return grants
 
     def _grant(
@@ -237,14 +237,14 @@ class Writing:
         places: list[bytes | PutStatus],
     ) -> PutGrant:
         """Answer for one chunk of the request. `previous`: the chunk before it. `places`: for the log."""
-        core, chunks = self._core, self._core.chunks
+        state, chunks = self._state, self._state.chunks
         key = request.keys[offset]
         pending = self._missing(request, offset, previous)
         if isinstance(pending, str):
             places.append(pending)
             return PutGrant(pending)
         if pending is None:
-            pending = chunks.begin(key, request.first_index + offset, chunks.space(request.namespace), request.num_shards)
+            pending = chunks.begin(key, request.first_index + offset, chunks.namespace(request.namespace), request.num_shards)
             if previous is not None:
                 # Before room is made: what we append to must not go to make it.
                 chunks.link(pending.record, previous)
@@ -252,20 +252,20 @@ class Writing:
         if slab is None:
             if not pending.parts:
                 chunks.abandon(pending)
-            core.counters.puts_no_space += 1
+            state.counters.puts_no_space += 1
             places.append("no_space")
             return PutGrant("no_space")
         tokens = request.tokens[offset]
-        write, grant = core.begin_write(slab, client, key, request.shard, tokens, pending.record.space, core.now)
+        write, grant = state.begin_write(slab, client, key, request.shard, tokens, pending.record.namespace, state.now)
         pending.parts[request.shard] = write
-        core.counters.puts += 1
+        state.counters.puts += 1
         places.append(write.packed)
         return grant
 
     def _missing(self, request: PutRequest, offset: int, previous: Record | None) -> Pending | Literal["exists", "busy"] | None:
         """Find the chunk that the request's shard is missing from; None when there is nothing of it yet. Or why it may not be
         written."""
-        chunks, counters = self._core.chunks, self._core.counters
+        chunks, counters = self._state.chunks, self._state.counters
         record = chunks.visible.get(request.keys[offset])
         if record is not None:
             if previous is not None and record.parent is None and record.index:
@@ -290,11 +290,11 @@ class Writing:
 
     def end(self, session: Session, verb: PutEnd) -> list[bool]:
         """A ticket whose bytes are published is True again."""
-        core, client, now = self._core, session.client, self._core.now
+        state, client, now = self._state, session.client, self._state.now
         published: list[Record] = []
         results: list[bool] = []
         for ticket in verb.tickets:
-            write = core.writes.get(client, ticket.key, ticket.shard, ticket.generation)
+            write = state.writes.get(client, ticket.key, ticket.shard, ticket.generation)
             if write is None:
                 done = self._is_published(ticket)
             elif write.state == QUARANTINED:
@@ -302,7 +302,7 @@ class Writing:
                 self.release(write)
                 done = False
             elif write.source:
-                done = self._moves.end(write)
+                done = self._demoting.end(write)
                 if not done:
                     self.release(write)
             else:
@@ -311,100 +311,100 @@ class Writing:
                 if record is not None:
                     published.append(record)
             if not done and write is not None and write.source:
-                core.counters.demotions_refused += 1
+                state.counters.demotions_refused += 1
             else:
-                core.counters.late_ends += not done
+                state.counters.late_ends += not done
             results.append(done)
         if published:
-            core.log.happened(now, "published", [record.key for record in published])
+            state.log.happened(now, "published", [record.key for record in published])
             self.enqueue(published, now)
         return results
 
     def revoke(self, session: Session, verb: PutRevoke) -> None:
         for ticket in verb.tickets:
-            write = self._core.writes.get(session.client, ticket.key, ticket.shard, ticket.generation)
+            write = self._state.writes.get(session.client, ticket.key, ticket.shard, ticket.generation)
             if write is not None:
-                self._core.counters.revocations += 1
+                self._state.counters.revocations += 1
                 self.release(write)
 
     def _is_published(self, ticket: Ticket) -> bool:
-        record = self._core.chunks.visible.get(ticket.key)
+        record = self._state.chunks.visible.get(ticket.key)
         if record is not None:
             packed = record.packed_at(ticket.shard)
             return bool(packed) and generation_of(packed) == ticket.generation
-        pending = self._core.chunks.pending.get(ticket.key)
+        pending = self._state.chunks.pending.get(ticket.key)
         part = pending.parts.get(ticket.shard) if pending is not None else None
         return part is not None and part.state == USED and part.generation == ticket.generation
 
     def _finish(self, write: Write, now: float) -> Record | None:
         """Count a shard as complete whose bytes landed. The record if its chunk is now complete."""
-        core, slab = self._core, write.slab
+        state, slab = self._state, write.slab
         write.state = USED
-        core.allocator.change(slab, write.slot, PROCESSING)
+        state.allocator.change(slab, write.slot, PROCESSING)
         slab.confirm(write.slot)
-        core.counters.stored += 1
-        core.writes.await_others(write, now + core.config.ticket_ttl)
+        state.counters.stored += 1
+        state.writes.await_others(write, now + state.config.ticket_ttl)
         return self.complete(write.key)
 
     # Complete chunks
 
     def complete(self, key: bytes) -> Record | None:
         """Publish a pending chunk if all its shards are there. The caller enqueues it for eviction."""
-        core = self._core
-        pending = core.chunks.pending[key]
+        state = self._state
+        pending = state.chunks.pending[key]
         if not pending.complete():
             return None
-        record = core.chunks.publish(pending)
+        record = state.chunks.publish(pending)
         for part in pending.parts.values():
-            core.writes.remove(part)
+            state.writes.remove(part)
             part.slab.owners[part.slot] = record
         return record
 
     def enqueue(self, records: list[Record], now: float) -> None:
         """Put published records into the eviction queue of their first shard's slot size, tails first."""
-        clock = self._core.tick_clock(now)
+        clock = self._state.tick_clock(now)
         for record in deepest_first(records) if len(records) > 1 else records:
             record.used = clock
-            self._core.chunks.policy.add(record, stride_of(record.packed))
+            self._state.chunks.policy.add(record, stride_of(record.packed))
 
     # Writes that do not end well
 
     def lapse(self, write: Write, why: str) -> None:
         """Quarantine a write in PROCESSING: others may write the key now, nobody the slot."""
-        core = self._core
-        core.log.happened(core.now, "quarantined", (write.key,), why, write.packed)
+        state = self._state
+        state.log.happened(state.now, "quarantined", (write.key,), why, write.packed)
         self._leave(write)
         write.state = QUARANTINED
-        core.allocator.change(write.slab, write.slot, PROCESSING)
-        core.writes.untime(write)
-        core.counters.quarantines += 1
+        state.allocator.change(write.slab, write.slot, PROCESSING)
+        state.writes.untime(write)
+        state.counters.quarantines += 1
 
     def release(self, write: Write) -> None:
         """Free the slot of a writer that has finished with it, or is gone and the quarantine has passed."""
         if write.state != QUARANTINED:
             self._leave(write)
-        self._core.writes.remove(write)
-        write.slab.trace(write.slot, write.key, name_of(write.space))
-        self._core.free(write.slab, write.slot)
+        self._state.writes.remove(write)
+        write.slab.trace(write.slot, write.key, name_of(write.namespace))
+        self._state.free(write.slab, write.slot)
 
     def drop(self, write: Write) -> None:
         """A complete shard goes: the others of its chunk did not come, or come in another number."""
-        self._core.counters.incomplete += 1
-        self._core.log.happened(self._core.now, "dropped", (write.key,), "without the other shards", write.packed)
+        self._state.counters.incomplete += 1
+        self._state.log.happened(self._state.now, "dropped", (write.key,), "without the other shards", write.packed)
         self.release(write)
 
     def _leave(self, write: Write) -> None:
         """Take a write out of its pending chunk."""
-        pending = self._core.chunks.pending.get(write.key)
+        pending = self._state.chunks.pending.get(write.key)
         if pending is not None and pending.parts.get(write.shard) is write:
             del pending.parts[write.shard]
             if not pending.parts:
-                self._core.chunks.abandon(pending)
+                self._state.chunks.abandon(pending)
 
     def writer_lost(self, client: bytes) -> list[Segment]:
         """Quarantine the writes of a session that ended without goodbye. Segments in which any wait."""
         waiting: dict[Segment, None] = {}
-        for write in self._core.writes.of(client):
+        for write in self._state.writes.of(client):
             if write.state == PROCESSING:
                 self.lapse(write, "its writer's session ended")
             if write.slab.segment is not None:
@@ -413,26 +413,28 @@ class Writing:
 
     def writer_idle(self, client: bytes) -> None:
         """End all writes of a client that says that it has none in flight (hello or goodbye)."""
-        for write in self._core.writes.of(client):
-            self._core.log.happened(self._core.now, "given up", (write.key,), "its writer has nothing in flight", write.packed)
+        for write in self._state.writes.of(client):
+            self._state.log.happened(
+                self._state.now, "given up", (write.key,), "its writer has nothing in flight", write.packed
+            )
             self.release(write)
 
     def importer_gone(self, segment: Segment, client: bytes, now: float) -> None:
         """The process is dead, or has unmapped the segment: what it was writing there is over when the quarantine is."""
-        for write in self._core.writes.of(client):
+        for write in self._state.writes.of(client):
             if write.slab.segment is segment:
                 if write.state == PROCESSING:
                     self.lapse(write, "its writer is gone")
-                self._core.writes.rest(write, now + self._core.config.quarantine)
+                self._state.writes.rest(write, now + self._state.config.quarantine)
 
     def expire(self, now: float) -> None:
         """End tickets that lapsed, shards whose chunk was not completed in time, quarantines that are over."""
-        core = self._core
-        for write in core.writes.lapsed(now):
+        state = self._state
+        for write in state.writes.lapsed(now):
             if write.state == PROCESSING:
-                core.counters.ticket_expiries += 1
+                state.counters.ticket_expiries += 1
                 self.lapse(write, "its ticket lapsed")
             else:
                 self.drop(write)
-        for write in core.writes.rested(now):
+        for write in state.writes.rested(now):
             self.release(write)
