@@ -17,6 +17,7 @@ import msgspec
 import pytest
 from support.cluster import eventually
 
+from vcache.config import ByteSize
 from vcache.worker import Line, Worker, WorkerError, WorkerFailed
 
 
@@ -98,7 +99,8 @@ def worker(tmp_path: Path) -> Iterator[Worker]:
 
 def test_arguments_and_results_have_the_types_of_the_method(worker: Worker) -> None:
     assert worker.call(Desk.add, Point(1, b"ab"), more=(1, 2)) == Found(Point(9, b"ba"), {1: "one"})
-    assert worker.call(Desk.types, a=1, b=[2]) == {"a": "int", "b": "list"}
+    sized = ByteSize(2**20)
+    assert worker.call(Desk.types, a=1, b=[2], c=sized, d=Path("/")) == {"a": "int", "b": "list", "c": "int", "d": "str"}
     assert worker.call(Desk.read_input) == ""
 
 
@@ -150,6 +152,12 @@ def test_the_death_of_a_worker_is_told_with_its_last_words(worker: Worker, tmp_p
         other.ready().signal(signal.SIGKILL)
         with pytest.raises(WorkerError, match=rf"code -9 during pid; .*no answer \(log: {tmp_path}/desk.log\)"):
             other.call(Desk.pid)
+
+
+def test_the_log_can_be_read_after_the_end(tmp_path: Path) -> None:
+    with desk(tmp_path) as worker:
+        worker.ready()
+    assert worker.tail() == "what libraries print is no answer"
 
 
 def test_an_object_that_cannot_be_made_leaves_no_process(tmp_path: Path) -> None:

@@ -97,9 +97,11 @@ class _Failed(_Message, frozen=True):
 def _encoded(message: _Message) -> bytes:
     """As a line. Raises `TypeError` for what JSON cannot carry."""
 
-    def other(value: Any) -> str:
-        if isinstance(value, PurePath):
+    def other(value: Any) -> str | int | float:
+        if isinstance(value, PurePath | str):
             return str(value)
+        if isinstance(value, int | float):  # kinds of them, such as a configuration's sizes
+            return int(value) if isinstance(value, int) else float(value)
         raise TypeError(f"{type(value).__name__} is nothing that a worker can say")
 
     return msgspec.json.encode(message, enc_hook=other) + b"\n"
@@ -169,7 +171,7 @@ class Worker:
         self._words = ""
         self._rest = b""
         self._answers: dict[int, _Answer | _Failed] = {}
-        self._send(_Start(dict(arguments or {}), path, grace))
+        self._send(_Start(dict(arguments or {}), path, grace), "the start")
 
     @property
     def pid(self) -> int:
@@ -198,12 +200,12 @@ class Worker:
         with self._writing:
             self._numbers += 1
             number = self._numbers
-        self._send(_Call(number, method.__name__, list(args), dict(kwargs)))
+        self._send(_Call(number, method.__name__, list(args), dict(kwargs)), method.__name__)
         return Pending(self, number, method.__name__, get_type_hints(method).get("return", Any))
 
     def tell(self, note: Any) -> None:
         """Say something to the object while a call runs: what `Line.heard` returns there."""
-        self._send(_Note(note))
+        self._send(_Note(note), "a note")
 
     def tail(self, lines: int = 40) -> str:
         """The last lines of the log; of a process that was ended, not more than 400."""
@@ -245,7 +247,7 @@ class Worker:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _send(self, message: _Message) -> None:
+    def _send(self, message: _Message, what: str) -> None:
         line = _encoded(message)
         assert self._process.stdin is not None
         try:
@@ -253,7 +255,7 @@ class Worker:
                 self._process.stdin.write(line)
                 self._process.stdin.flush()
         except (BrokenPipeError, ValueError):  # ValueError: closed here
-            raise self._gone("a request") from None
+            raise self._gone(what) from None
 
     def _wait(self, number: int, method: str, timeout: float | None, on_note: Callable[[Any], None]) -> Any:
         while number not in self._answers:

@@ -114,6 +114,25 @@ def test_test_paths_that_are_written_down_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
+def test_source_files_that_the_structure_names_exist() -> None:
+    """A row may leave out the folders that it has named before: `cache/pool.py`, `tiers.py`."""
+    known = [path.relative_to(ROOT).as_posix() for path in (*(ROOT / "src").rglob("*.py"), *ROOT.glob("scripts/*.py"))]
+    named = {
+        name for name in code((DOCS / "structure.md").read_text()) if name.endswith(".py") and not name.startswith("tests/")
+    }
+    assert len(named) > 20
+    assert {name for name in named if not any(f"/{path}".endswith(f"/{name}") for path in known)} == set()
+
+
+def test_source_that_is_quoted_is_the_source() -> None:
+    """Blocks of `py` are taken from the source, those of `python` are examples."""
+    source = [path.read_text() for path in (ROOT / "src").rglob("*.py")]
+    quotes = [quote for page in PAGES for quote in blocks(page, "py")]
+    assert quotes
+    for quote in quotes:
+        assert any(quote in text for text in source), quote
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):

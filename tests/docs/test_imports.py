@@ -80,6 +80,7 @@ def test_the_house_has_few_floors_and_no_way_up(count_floors: ModuleType) -> Non
     shape = count_floors.measure(SOURCE)
     assert shape.floors <= 11, " > ".join(shape.way_down)
     assert shape.upward == []
+    assert shape.circles == []
 
 
 def test_what_is_counted(count_floors: ModuleType, tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ class Cluster:
         command.wait_for("lending")
         return command
 
-    def engine(self, spec: KVCacheSpec, *, main: Callable[..., None] | None = None, **sections: Any) -> EngineProcess:
-        """`main`: see `EngineProcess`."""
+    def engine(self, spec: KVCacheSpec, *, kind: type | None = None, **sections: Any) -> EngineProcess:
+        """`kind`: see `EngineProcess`."""
         config: dict[str, Any] = {
             "manager": {**self._manager, "address": self.address},
             "segment": {"lend": False, "kind": "host", "broker_dir": str(self.folder)},
@@ -55,7 +55,7 @@ class Cluster:
         }
         for name, values in sections.items():
             config[name] = {**config.get(name, {}), **values}
-        engine = EngineProcess(config, msgspec.to_builtins(spec), main)
+        engine = EngineProcess(config, msgspec.to_builtins(spec), kind)
         self._engines.append(engine)
         return engine
 

@@ -50,7 +50,7 @@ def test_random_prompts_between_processes(cluster: Cluster, layout: str, dtype: 
         writer.call("store", layout, tokens, slots[offset:], blocks, block_size, skipped, offset)
         assert reader.call("lookup", tokens) == len(tokens)
         slots, blocks, block_size = one["reader"]
-        mask, rows = reader.call("retrieve", layout, tokens, slots, blocks, block_size, skipped)
+        mask, rows = reader.retrieve(layout, tokens, slots, blocks, block_size, skipped)
         assert mask == [i >= skipped for i in range(len(tokens))]
         assert np.array_equal(rows[slots[skipped:]], content(spec, tokens, start=skipped))
         assert not np.delete(rows, slots[skipped:], axis=0).any(), "rows of other tokens are untouched"
@@ -65,7 +65,7 @@ def test_engine_death_keeps_chunks_in_memory_lent_by_another_process(cluster: Cl
     writer.call("store", "2BNHD", tokens, tokens, 12, 8, 0, 0)
     writer.kill()
     reader = cluster.engine(spec)
-    mask, rows = reader.call("retrieve", "2BNHD", tokens, tokens, 12, 8, 0)
+    mask, rows = reader.retrieve("2BNHD", tokens, tokens, 12, 8, 0)
     assert all(mask)
     assert np.array_equal(rows[tokens], content(spec, tokens))
 
@@ -76,12 +76,12 @@ def test_an_engine_lends_in_process_and_its_death_is_a_miss(cluster: Cluster) ->
     reader = cluster.engine(spec)
     tokens = list(range(64))
     writer.call("store", "2BNHD", tokens, tokens, 12, 8, 0, 0)
-    mask, rows = reader.call("retrieve", "2BNHD", tokens, tokens, 12, 8, 0)
+    mask, rows = reader.retrieve("2BNHD", tokens, tokens, 12, 8, 0)
     assert all(mask)
     assert np.array_equal(rows[tokens], content(spec, tokens))
     writer.kill()
     eventually(lambda: reader.call("lookup", tokens) == 0, what="chunks of a dead lender become misses")
-    mask, rows = reader.call("retrieve", "2BNHD", tokens, tokens, 12, 8, 0)
+    mask, rows = reader.retrieve("2BNHD", tokens, tokens, 12, 8, 0)
     assert not any(mask)
 
 
@@ -100,5 +100,5 @@ def test_sharded_chunks_hit_only_when_every_shard_is_complete(cluster: Cluster) 
     ranks[1].call("store", "2BNHD", tokens[:32], tokens[:32], 12, 8, 0, 0)
     assert [rank.call("lookup", tokens) for rank in ranks] == [32, 32]
     for rank in ranks:
-        mask, _ = rank.call("retrieve", "2BNHD", tokens, tokens, 12, 8, 0)
+        mask, _ = rank.retrieve("2BNHD", tokens, tokens, 12, 8, 0)
         assert mask == [i < 32 for i in range(40)]

@@ -6,15 +6,13 @@ import random
 import signal
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from support.cluster import EngineProcess, eventually
-from support.paged import content, spec_for
+from support.paged import spec_for
 
 if TYPE_CHECKING:
     from conftest import Cluster
 
-    from vcache import KVCacheSpec
 
 pytestmark = pytest.mark.processes
 LAYOUT = "2BNHD"
@@ -22,21 +20,6 @@ LAYOUT = "2BNHD"
 
 def prompt(seed: int, count: int = 64) -> list[int]:
     return [random.Random(seed * 1000 + i).randrange(2**31) for i in range(count)]
-
-
-def store(engine: EngineProcess, tokens: list[int]) -> None:
-    engine.call("store", LAYOUT, tokens, list(range(len(tokens))), 12, 8, 0, 0)
-
-
-def check(engine: EngineProcess, spec: KVCacheSpec, tokens: list[int]) -> int:
-    """Retrieve; whatever is True must be byte-equal. The number of True."""
-    slots = list(range(len(tokens)))
-    mask, rows = engine.call("retrieve", LAYOUT, tokens, slots, 12, 8, 0)
-    found = sum(mask)
-    assert mask == [i < found for i in slots]
-    if found:
-        assert np.array_equal(rows[:found], content(spec, tokens[:found])), "wrong bytes under a True"
-    return found
 
 
 def free_slots(engine: EngineProcess) -> tuple[int, int, int]:
@@ -50,7 +33,7 @@ def test_a_writer_that_dies_or_stops_between_header_and_payload(cluster: Cluster
     spec = spec_for(LAYOUT)
     cluster.lend(size="64KiB", slab="64KiB")
     reader, writer = cluster.engine(spec), cluster.engine(spec)
-    store(reader, prompt(0))
+    reader.store(prompt(0))
     capacity = free_slots(reader)[0]
     assert capacity >= 8
     tokens = prompt(1)
@@ -58,49 +41,49 @@ def test_a_writer_that_dies_or_stops_between_header_and_payload(cluster: Cluster
     # The writer's session ends (by disconnect, or by silence); its slots rest.
     eventually(lambda: free_slots(reader)[1:] != (0, 0), what="the write begins")
     eventually(lambda: free_slots(reader)[1] == 0, what="no slot in PROCESSING")
-    assert check(reader, spec, tokens) == 0
+    assert reader.check(spec, tokens) == 0
     # Others fill the pool several times over, and never get wrong bytes.
     for seed in range(2, 12):
-        store(reader, prompt(seed))
-        check(reader, spec, prompt(seed))
+        reader.store(prompt(seed))
+        reader.check(spec, prompt(seed))
     if number == signal.SIGSTOP:
         assert free_slots(reader)[2] > 0, "slots of a living writer are never handed out"
         writer.signal(signal.SIGCONT)
         assert writer.answer() is None
         for seed in range(2, 12):
-            check(reader, spec, prompt(seed))
+            reader.check(spec, prompt(seed))
         eventually(lambda: writer.call("connected"), what="the writer reconnects")
     eventually(lambda: free_slots(reader) == (capacity, 0, 0), what="full capacity back")
-    store(reader, tokens)
-    assert check(reader, spec, tokens) == 64
+    reader.store(tokens)
+    assert reader.check(spec, tokens) == 64
 
 
 def test_a_reader_that_dies_leaves_nothing_behind(cluster: Cluster) -> None:
     spec = spec_for(LAYOUT)
     cluster.lend(size="64KiB", slab="64KiB")
     writer, reader = cluster.engine(spec), cluster.engine(spec)
-    store(writer, prompt(1))
+    writer.store(prompt(1))
     reader.call("hold_lease", prompt(1))
     reader.kill()
     eventually(lambda: writer.call("leases") == 0, what="leases of the dead fall")
     for seed in range(2, 12):
-        store(writer, prompt(seed))
-    assert check(writer, spec, prompt(11)) == 64
+        writer.store(prompt(seed))
+    assert writer.check(spec, prompt(11)) == 64
 
 
 def test_a_lender_that_dies_costs_misses_and_nothing_else(cluster: Cluster) -> None:
     spec = spec_for(LAYOUT)
     lender = cluster.lend()
     a, b = cluster.engine(spec), cluster.engine(spec)
-    store(a, prompt(1))
-    assert check(b, spec, prompt(1)) == 64
+    a.store(prompt(1))
+    assert b.check(spec, prompt(1)) == 64
     lender.kill()
     eventually(lambda: b.call("lookup", prompt(1)) == 0, what="chunks become misses")
-    store(a, prompt(2))
-    assert check(b, spec, prompt(2)) == 0
+    a.store(prompt(2))
+    assert b.check(spec, prompt(2)) == 0
     cluster.lend()
-    eventually(lambda: (store(a, prompt(3)), b.call("lookup", prompt(3)))[1] == 64, what="a new lender is used")
-    assert check(b, spec, prompt(3)) == 64
+    eventually(lambda: (a.store(prompt(3)), b.call("lookup", prompt(3)))[1] == 64, what="a new lender is used")
+    assert b.check(spec, prompt(3)) == 64
 
 
 def test_manager_restart_loses_nothing(cluster: Cluster) -> None:
@@ -109,49 +92,49 @@ def test_manager_restart_loses_nothing(cluster: Cluster) -> None:
     a = cluster.engine(spec, segment={"lend": True, "size": "1MiB", "slab_size": "256KiB"})
     b = cluster.engine(spec)
     for seed in range(8):
-        store(a, prompt(seed))
+        a.store(prompt(seed))
     epoch = b.call("connected")
     cluster._commands[0].kill()
     # Without a manager: misses at once, no hang, no error.
     assert b.call("lookup", prompt(0), timeout=5) == 0
-    store(b, prompt(99))
-    assert check(b, spec, prompt(0)) == 0
+    b.store(prompt(99))
+    assert b.check(spec, prompt(0)) == 0
     cluster.serve()
     eventually(lambda: b.call("connected") not in (0, epoch), what="reconnect")
     eventually(lambda: all(b.call("lookup", prompt(seed)) == 64 for seed in range(8)), what="everything is back")
     for seed in range(8):
-        assert check(b, spec, prompt(seed)) == 64
-        assert check(a, spec, prompt(seed)) == 64
-    store(b, prompt(100))
-    assert check(a, spec, prompt(100)) == 64
+        assert b.check(spec, prompt(seed)) == 64
+        assert a.check(spec, prompt(seed)) == 64
+    b.store(prompt(100))
+    assert a.check(spec, prompt(100)) == 64
 
 
 def test_a_stopped_manager_costs_one_deadline(cluster: Cluster) -> None:
     spec = spec_for(LAYOUT)
     cluster.lend()
     engine = cluster.engine(spec, manager={"deadline": 0.5})
-    store(engine, prompt(1))
+    engine.store(prompt(1))
     cluster._commands[0].signal(signal.SIGSTOP)
     for _ in range(3):
         assert engine.call("lookup", prompt(1), timeout=5) == 0
-    store(engine, prompt(2))
+    engine.store(prompt(2))
     cluster._commands[0].signal(signal.SIGCONT)
     eventually(lambda: engine.call("lookup", prompt(1)) == 64, what="service resumes")
-    assert check(engine, spec, prompt(1)) == 64
+    assert engine.check(spec, prompt(1)) == 64
 
 
 def test_stale_locations_are_misses_and_counted(cluster: Cluster) -> None:
     spec = spec_for(LAYOUT)
     cluster.lend(size="64KiB", slab="64KiB")
     a, b = cluster.engine(spec), cluster.engine(spec)
-    store(a, prompt(1))
+    a.store(prompt(1))
     b.call("hold_lease", prompt(1))
     a.call("clear")
     for seed in range(2, 8):
-        store(a, prompt(seed))
+        a.store(prompt(seed))
     assert b.call("load_held", prompt(1)) == [False] * 4
     assert b.call("stats")["counters"]["stale_reads"] == 4
-    assert check(b, spec, prompt(7)) == 64
+    assert b.check(spec, prompt(7)) == 64
 
 
 def test_an_engine_without_any_manager_starts_and_misses(make_cluster: Any) -> None:
@@ -159,8 +142,8 @@ def test_an_engine_without_any_manager_starts_and_misses(make_cluster: Any) -> N
     spec = spec_for(LAYOUT)
     engine = cluster.engine(spec)
     assert engine.call("lookup", prompt(1)) == 0
-    store(engine, prompt(1))
+    engine.store(prompt(1))
     cluster.serve()
     cluster.lend()
     eventually(lambda: engine.call("connected"), what="connects in the background")
-    eventually(lambda: (store(engine, prompt(1)), engine.call("lookup", prompt(1)))[1] == 64, what="works")
+    eventually(lambda: (engine.store(prompt(1)), engine.call("lookup", prompt(1)))[1] == 64, what="works")

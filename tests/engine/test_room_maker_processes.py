@@ -6,18 +6,16 @@ import random
 import signal
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 from support.cluster import EngineProcess, eventually
-from support.paged import content, spec_for
-from support.room_maker_worker import room_maker_main
+from support.paged import spec_for
+from support.room_maker_worker import RoomMakerWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from conftest import Cluster
 
-    from vcache import KVCacheSpec
 
 pytestmark = pytest.mark.processes
 LAYOUT = "2BNHD"
@@ -30,21 +28,6 @@ WATERMARKS = {"high_watermark": 0.8, "low_watermark": 0.5, "eviction": "lru"}
 
 def prompt(seed: int) -> list[int]:
     return [random.Random(seed * 1000 + i).randrange(2**31) for i in range(4 * CHUNK)]
-
-
-def store(engine: EngineProcess, tokens: list[int]) -> None:
-    engine.call("store", LAYOUT, tokens, list(range(len(tokens))), 12, 8, 0, 0)
-
-
-def check(engine: EngineProcess, tokens: list[int], spec: KVCacheSpec = SPEC) -> int:
-    """Retrieve; whatever is True must be byte-equal. The number of True."""
-    slots = list(range(len(tokens)))
-    mask, rows = engine.call("retrieve", LAYOUT, tokens, slots, 12, 8, 0)
-    found = sum(mask)
-    assert mask == [i < found for i in slots]
-    if found:
-        assert np.array_equal(rows[:found], content(spec, tokens[:found])), "wrong bytes under a True"
-    return found
 
 
 def states(engine: EngineProcess) -> tuple[int, int, int]:
@@ -61,7 +44,7 @@ def fill_until_held(engine: EngineProcess) -> list[list[int]]:
     def held() -> bool:
         if len(prompts) < 4:
             prompts.append(prompt(len(prompts)))
-            store(engine, prompts[-1])
+            engine.store(prompts[-1])
         return bool(engine.call("is_held"))
 
     eventually(held, what="a copy begins")
@@ -74,7 +57,7 @@ def store_until(engine: EngineProcess, reached: Callable[[], bool]) -> list[list
 
     def go_on() -> bool:
         prompts.append(prompt(100 + len(prompts)))
-        store(engine, prompts[-1])
+        engine.store(prompts[-1])
         return reached()
 
     eventually(go_on, what="room is made")
@@ -90,21 +73,21 @@ def cluster(make_cluster: Callable[..., Cluster]) -> Cluster:
 
 
 def test_cold_chunks_move_to_memory_lent_by_another_process(cluster: Cluster) -> None:
-    engine = cluster.engine(SPEC, main=room_maker_main, segment=VRAM)
-    reader = cluster.engine(SPEC, main=room_maker_main, cache={"demote": False})
+    engine = cluster.engine(SPEC, kind=RoomMakerWorker, segment=VRAM)
+    reader = cluster.engine(SPEC, kind=RoomMakerWorker, cache={"demote": False})
     for seed in range(8):
-        store(engine, prompt(seed))
+        engine.store(prompt(seed))
         eventually(lambda: reader.call("vram_slots") <= 12, what="VRAM has room")
     assert engine.call("contains", prompt(0)) == [1] * 4
     assert engine.call("contains", prompt(7)) == [0] * 4
     for seed in range(8):
-        assert check(engine, prompt(seed)) == check(reader, prompt(seed)) == 4 * CHUNK
+        assert engine.check(SPEC, prompt(seed)) == reader.check(SPEC, prompt(seed)) == 4 * CHUNK
     assert engine.call("counters")["demoted_chunks"] >= 16
     assert reader.call("counters")["demoted_chunks"] == 0
 
 
 def test_a_manager_killed_amid_a_move(cluster: Cluster) -> None:
-    engine = cluster.engine(SPEC, main=room_maker_main, segment=VRAM)
+    engine = cluster.engine(SPEC, kind=RoomMakerWorker, segment=VRAM)
     other = cluster.engine(SPEC)
     prompts = fill_until_held(engine)
     epoch = other.call("connected")
@@ -119,23 +102,23 @@ def test_a_manager_killed_amid_a_move(cluster: Cluster) -> None:
     eventually(lambda: engine.call("connected") not in (0, epoch), what="the engine reconnects")
     for tokens in prompts:
         eventually(lambda tokens=tokens: engine.call("lookup", tokens) == len(tokens), what="nothing is lost")
-        assert check(engine, tokens) == len(tokens)
+        assert engine.check(SPEC, tokens) == len(tokens)
     eventually(lambda: states(engine)[1:] == (0, 0), what="no slot waits for anybody")
     newer = store_until(engine, lambda: engine.call("counters")["demoted_chunks"] > 0)
     for tokens in (*prompts, *newer):
-        check(engine, tokens)
-    assert check(engine, newer[-1]) == 4 * CHUNK
+        engine.check(SPEC, tokens)
+    assert engine.check(SPEC, newer[-1]) == 4 * CHUNK
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_an_engine_killed_or_stopped_amid_a_move(cluster: Cluster, number: signal.Signals) -> None:
-    owner = cluster.engine(SPEC, main=room_maker_main, segment=VRAM, cache={"demote": False})
-    copier = cluster.engine(SPEC, main=room_maker_main)
+    owner = cluster.engine(SPEC, kind=RoomMakerWorker, segment=VRAM, cache={"demote": False})
+    copier = cluster.engine(SPEC, kind=RoomMakerWorker)
     prompts = fill_until_held(copier)
     copier.signal(number)
     eventually(lambda: states(owner)[1] == 0, what="no slot in PROCESSING")
     for tokens in prompts:
-        assert check(owner, tokens) == len(tokens), "the chunks are where they were"
+        assert owner.check(SPEC, tokens) == len(tokens), "the chunks are where they were"
     if number == signal.SIGSTOP:
         assert states(owner)[2] > 0, "slots of a living writer are never handed out"
         copier.signal(signal.SIGCONT)
@@ -143,22 +126,22 @@ def test_an_engine_killed_or_stopped_amid_a_move(cluster: Cluster, number: signa
         eventually(lambda: copier.call("connected"), what="it reconnects")
     eventually(lambda: states(owner)[1:] == (0, 0), what="the slots of its moves are free again")
     for seed in range(20, 34):  # over all of the pool, several times
-        store(owner, prompt(seed))
-        check(owner, prompt(seed))
+        owner.store(prompt(seed))
+        owner.check(SPEC, prompt(seed))
     for seed in (*range(len(prompts)), *range(20, 34)):
-        check(owner, prompt(seed))
-    assert check(owner, prompt(33)) == 4 * CHUNK
+        owner.check(SPEC, prompt(seed))
+    assert owner.check(SPEC, prompt(33)) == 4 * CHUNK
     eventually(lambda: states(owner) == (48, 0, 0), what="full capacity")
 
 
 def test_tenants_do_not_mix_when_one_spills_for_all(cluster: Cluster) -> None:
     alice, bob = (spec_for(LAYOUT, cache_salt=name) for name in ("alice", "bob"))
     storage: dict[str, Any] = {"kind": "memory", "write": "eviction"}
-    hers = cluster.engine(alice, main=room_maker_main, segment=VRAM, storage=storage)
-    his = cluster.engine(bob, main=room_maker_main)
+    hers = cluster.engine(alice, kind=RoomMakerWorker, segment=VRAM, storage=storage)
+    his = cluster.engine(bob, kind=RoomMakerWorker)
     count = 12
     for seed in range(count):
-        store(his if seed % 2 else hers, prompt(seed))
+        (his if seed % 2 else hers).store(prompt(seed))
         eventually(lambda: hers.call("vram_slots") <= 12, what="VRAM has room")
     store_until(hers, lambda: hers.call("counters")["spilled_chunks"] >= 16)
     spilled = {True: 0, False: 0}
@@ -168,8 +151,8 @@ def test_tenants_do_not_mix_when_one_spills_for_all(cluster: Cluster) -> None:
         stored = hers.call("in_storage", owner.call("keys", tokens))
         spilled[foreign] += sum(stored)
         assert not any(hers.call("in_storage", stranger.call("keys", tokens)))
-        assert check(stranger, tokens, alice if foreign else bob) == 0
-        found = check(owner, tokens, bob if foreign else alice)
+        assert stranger.check(alice if foreign else bob, tokens) == 0
+        found = owner.check(bob if foreign else alice, tokens)
         assert found == len(tokens) or foreign or not all(stored)
     assert spilled[True], "chunks of the other tenant are written, too"
     assert spilled[False]

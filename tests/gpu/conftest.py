@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_driver import FakeDriver
 from gpu_pool import Place, Pool
 
 from vcache.bench.processes import manager_process
+from vcache.segment.cuda import CudaBacking
+from vcache.segment.cuda_driver import CudaDriver
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +30,17 @@ def place() -> Place:
         pytest.skip("needs a CUDA GPU")
     pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
     return Place("cuda", "cuda")
+
+
+@pytest.fixture
+def fake() -> FakeDriver:
+    """A driver made of memfds, with the real package's enums."""
+    return FakeDriver(pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings"))
+
+
+@pytest.fixture
+def backing(fake: FakeDriver) -> CudaBacking:
+    return CudaBacking(driver=CudaDriver(fake))
 
 
 @pytest.fixture
@@ -46,8 +60,6 @@ def record(request: pytest.FixtureRequest) -> Callable[..., None]:
 def free_memory(place: Place) -> Callable[[], int]:
     """Free bytes of the GPU, over all processes; on CPU the available host memory, which is only roughly right."""
     if place.on_gpu:
-        from vcache.segment.cuda import CudaBacking
-
         return CudaBacking().available_bytes
     from vcache.segment.hostinfo import available_memory
 

@@ -24,16 +24,6 @@ ONE_NAME = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
 OTHER_NAME = "GPU-64656667-6869-6a6b-6c6d-6e6f70717273"
 
 
-@pytest.fixture
-def fake() -> FakeDriver:
-    return FakeDriver(real)
-
-
-@pytest.fixture
-def backing(fake: FakeDriver) -> CudaBacking:
-    return CudaBacking(driver=CudaDriver(fake))
-
-
 def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
 

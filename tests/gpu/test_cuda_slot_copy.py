@@ -14,7 +14,6 @@ from gpu_pool import Place
 from vcache.errors import SegmentError
 from vcache.segment.backing import OwnedSlab, SlabBacking
 from vcache.segment.cuda import CudaBacking, PageLock
-from vcache.segment.cuda_driver import CudaDriver
 from vcache.segment.host import HostBacking
 from vcache.segment.mapping import PinnedSlot, SegmentMap
 from vcache.segment.slot_protocol import SourceSlot, TargetSlot, copy_slot, read_slot, slot_header
@@ -25,16 +24,6 @@ real = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
 SLOT_BYTES = 5 * 2**20
 SLAB_BYTES = 8 * GRANULARITY
 WRITER = b"w" * 16
-
-
-@pytest.fixture
-def fake() -> FakeDriver:
-    return FakeDriver(real)
-
-
-@pytest.fixture
-def backing(fake: FakeDriver) -> CudaBacking:
-    return CudaBacking(driver=CudaDriver(fake))
 
 
 def test_a_payload_has_landed_when_the_call_returns(fake: FakeDriver, backing: CudaBacking) -> None:

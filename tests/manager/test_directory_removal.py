@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import pytest
 from directory_cases import BIG, ME, ONE, TWO, gauges, header, hits, lone, slab_of, store
@@ -14,16 +13,6 @@ from vcache.segment.slots import (
     slab_bytes_for,
     slab_geometry,
 )
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    """Two engines (0, 1) and one lender (2) with two slabs of four small slots."""
-    world = World("lru", engines=2, lenders=1, slabs=2)
-    yield world
-    world.directory.check_integrity()
-    world.verify_all()
-
 
 # Removing
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import msgspec
 import pytest
 from directory_cases import BIG, ME, ONE, TWO, gauges, header, hits, lone, slab_of, store
@@ -20,16 +18,6 @@ from vcache.segment.slots import (
     SlabInfo,
     SlabInventory,
 )
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    """Two engines (0, 1) and one lender (2) with two slabs of four small slots."""
-    world = World("lru", engines=2, lenders=1, slabs=2)
-    yield world
-    world.directory.check_integrity()
-    world.verify_all()
-
 
 # Inventories
 

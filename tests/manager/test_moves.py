@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from directory_cases import ONE, TWO, gauges, hits, store
 from directory_world import SLAB_BYTES, Client, Flight, World
@@ -15,13 +13,9 @@ from vcache.manager.directory.records import Record
 ALL = 100 * SLAB_BYTES
 
 
-@pytest.fixture(params=["lru", "sieve"])
-def world(request) -> Iterator[World]:
-    """Two engines (0, 1), VRAM (2) and host memory (3), two slabs of four small slots each."""
-    world = World(request.param, engines=2, lenders=2, slabs=2)
-    yield world
-    world.directory.check_integrity()
-    world.verify_all()
+@pytest.fixture
+def world(tiered_world: World) -> World:
+    return tiered_world
 
 
 def counters(world: World) -> dict[str, int]:

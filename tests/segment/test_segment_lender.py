@@ -50,6 +50,15 @@ def make(manager: FakeManager, tmp_path: Path) -> Iterator[MakeLender]:
 
 
 @pytest.fixture
+def lender(manager: FakeManager, make: MakeLender) -> Lender:
+    """The manager is there, and the segment is mounted."""
+    manager.start()
+    lender = make()
+    assert lender.wait_mounted(5)
+    return lender
+
+
+@pytest.fixture
 def importers() -> Iterator[Callable[[SegmentInfo], SegmentMap]]:
     maps: list[SegmentMap] = []
 
@@ -84,10 +93,7 @@ def slot_header(generation: int, key: bytes = b"k" * 16) -> SlotHeader:
 # -- mounting ---------------------------------------------------------------------------------------------------------
 
 
-def test_segment_is_mounted_with_its_slabs(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_segment_is_mounted_with_its_slabs(manager: FakeManager, lender: Lender) -> None:
     info, inventory = manager.mounts[0]
     assert (info.kind, info.host, info.device, info.owner, info.number) == ("host", "here", "host", CLIENT, 0)
     assert info.uuid == lender.uuid
@@ -131,10 +137,7 @@ def test_absurd_slab_header_does_no_harm(manager: FakeManager, make: MakeLender)
     assert manager.mounts[0][1][0].slot_headers == b""
 
 
-def test_every_session_gets_a_mount_with_the_headers_of_that_moment(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_every_session_gets_a_mount_with_the_headers_of_that_moment(manager: FakeManager, lender: Lender) -> None:
     geometry = slab_geometry(SIZE, SLOT)
     lender.backing.write(memory(lender, 0), 0, SlabHeader(100, SLOT, geometry.slots).pack())
     manager.stop()
@@ -155,10 +158,7 @@ def test_mount_that_fails_is_tried_again(manager: FakeManager, make: MakeLender,
     assert manager.calls.count("mount") == 3
 
 
-def test_pushes_about_other_segments_are_ignored(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_pushes_about_other_segments_are_ignored(manager: FakeManager, lender: Lender) -> None:
     for push in (
         WipeSlots(token=1, segment=b"x" * 16, slots=[(0, 64)]),
         ResizeRequested(segment=b"x" * 16, nbytes=0),
@@ -175,10 +175,7 @@ def test_pushes_about_other_segments_are_ignored(manager: FakeManager, make: Mak
 # -- wiping -----------------------------------------------------------------------------------------------------------
 
 
-def test_wipe_zeroes_exactly_the_headers_named(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_wipe_zeroes_exactly_the_headers_named(manager: FakeManager, lender: Lender) -> None:
     slab = memory(lender, 0)
     lender.backing.write(slab, 0, b"\xaa" * 1024)
     manager.push(
@@ -231,10 +228,7 @@ def test_an_error_of_the_memory_does_not_end_the_lenders_thread(
     assert not failures
 
 
-def test_who_is_amid_a_write_is_said_at_the_mount_and_when_it_is_over(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_who_is_amid_a_write_is_said_at_the_mount_and_when_it_is_over(manager: FakeManager, lender: Lender) -> None:
     slab = memory(lender, 0)
     first = manager.gates[-1]
     assert slab.gate is not None
@@ -256,11 +250,8 @@ def test_who_is_amid_a_write_is_said_at_the_mount_and_when_it_is_over(manager: F
 
 
 def test_importers_end_is_reported(
-    manager: FakeManager, make: MakeLender, importers: Callable[[SegmentInfo], SegmentMap]
+    manager: FakeManager, lender: Lender, importers: Callable[[SegmentInfo], SegmentMap]
 ) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
     segments = importers(lender.info)
     assert lender.importers() == {IMPORTER}
     assert manager.gone == []
@@ -269,11 +260,8 @@ def test_importers_end_is_reported(
 
 
 def test_end_seen_while_the_manager_was_away_is_reported_after_the_next_mount(
-    manager: FakeManager, make: MakeLender, importers: Callable[[SegmentInfo], SegmentMap]
+    manager: FakeManager, lender: Lender, importers: Callable[[SegmentInfo], SegmentMap]
 ) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
     segments = importers(lender.info)
     manager.stop()
     segments.close()
@@ -302,11 +290,8 @@ def test_unfinished_writes_of_writers_that_are_not_connected_are_over(
 
 
 def test_lost_writer_is_over_unless_it_is_connected(
-    manager: FakeManager, make: MakeLender, importers: Callable[[SegmentInfo], SegmentMap]
+    manager: FakeManager, lender: Lender, importers: Callable[[SegmentInfo], SegmentMap]
 ) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
     segments = importers(lender.info)
     for client in (IMPORTER, CLIENT, b"never-came-here!"):
         manager.push(WriterLost(segment=lender.uuid, client=client))
@@ -318,11 +303,8 @@ def test_lost_writer_is_over_unless_it_is_connected(
 
 
 def test_refused_report_is_not_repeated(
-    manager: FakeManager, make: MakeLender, importers: Callable[[SegmentInfo], SegmentMap]
+    manager: FakeManager, lender: Lender, importers: Callable[[SegmentInfo], SegmentMap]
 ) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
     segments = importers(lender.info)
     manager.fail_next = [ManagerRefusedError("unknown segment")]
     segments.close()
@@ -335,21 +317,15 @@ def test_refused_report_is_not_repeated(
 # -- resizing ---------------------------------------------------------------------------------------------------------
 
 
-def test_grow_announces_new_slabs(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_grow_announces_new_slabs(manager: FakeManager, lender: Lender) -> None:
     assert lender.grow(MiB + 5000) == 3 * MiB + 5000
     assert lender.wait_mounted(5)
     assert manager.slabs == {0: SIZE, 1: SIZE, 2: SIZE, 3: slab_bytes(5000, 4096)}
 
 
 def test_shrink_gives_memory_back_and_numbers_are_not_reused(
-    manager: FakeManager, make: MakeLender, importers: Callable[[SegmentInfo], SegmentMap]
+    lender: Lender, importers: Callable[[SegmentInfo], SegmentMap]
 ) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
     segments = importers(lender.info)
     assert segments.prepare(1) == 2
     slab = memory(lender, 1)
@@ -370,10 +346,7 @@ def test_shrink_gives_memory_back_and_numbers_are_not_reused(
     assert [slab.index for slab in lender.info.slabs] == [0, 2]
 
 
-def test_shrink_beyond_all_there_is(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_shrink_beyond_all_there_is(manager: FakeManager, lender: Lender) -> None:
     assert lender.shrink(100 * MiB).slabs == 2
     assert (lender.payload_bytes, manager.slabs) == (0, {})
     assert lender.grow(MiB) == MiB
@@ -444,20 +417,14 @@ def test_memory_that_an_importer_holds_is_not_counted_as_freed(
     segments.unpin(slot)
 
 
-def test_resize_to_a_target(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_resize_to_a_target(lender: Lender) -> None:
     assert lender.resize(4 * MiB) == 4 * MiB
     assert lender.resize(4 * MiB) == 4 * MiB
     assert lender.resize(2 * MiB + 1) == 2 * MiB
     assert lender.resize(0) == 0
 
 
-def test_resize_requested_by_the_manager(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_resize_requested_by_the_manager(manager: FakeManager, lender: Lender) -> None:
     for target in (5 * MiB, 3 * MiB, MiB):
         manager.push(ResizeRequested(segment=lender.uuid, nbytes=target))
     eventually(lambda: lender.payload_bytes == MiB)
@@ -469,10 +436,7 @@ def test_resize_requested_by_the_manager(manager: FakeManager, make: MakeLender)
     eventually(lambda: lender.payload_bytes == 2 * MiB)
 
 
-def test_shrinking_without_the_manager(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_shrinking_without_the_manager(manager: FakeManager, lender: Lender) -> None:
     manager.stop()
     report = lender.shrink(MiB)
     assert (report.slabs, report.freed_bytes) == (1, SIZE)
@@ -481,10 +445,7 @@ def test_shrinking_without_the_manager(manager: FakeManager, make: MakeLender) -
     assert manager.slabs == {0: SIZE}
 
 
-def test_lost_answer_to_a_shrink_is_repaired_by_a_new_mount(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_lost_answer_to_a_shrink_is_repaired_by_a_new_mount(manager: FakeManager, lender: Lender) -> None:
     manager.fail_next = [DeadlineExceededError("the answer is lost")]
     assert lender.shrink(MiB).slabs == 1
     assert lender.wait_mounted(5)
@@ -492,10 +453,7 @@ def test_lost_answer_to_a_shrink_is_repaired_by_a_new_mount(manager: FakeManager
     assert manager.slabs == {0: SIZE}
 
 
-def test_growing_without_the_manager(manager: FakeManager, make: MakeLender) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_growing_without_the_manager(manager: FakeManager, lender: Lender) -> None:
     manager.stop()
     assert lender.grow(MiB) == 3 * MiB
     manager.start()
@@ -565,12 +523,7 @@ def test_growth_that_fails_midway_lends_nothing_more(manager: FakeManager, make:
             change(0)
 
 
-def test_close_unmounts_and_frees(
-    manager: FakeManager, make: MakeLender, importers: Callable[[SegmentInfo], SegmentMap]
-) -> None:
-    manager.start()
-    lender = make()
-    assert lender.wait_mounted(5)
+def test_close_unmounts_and_frees(manager: FakeManager, lender: Lender, importers: Callable[[SegmentInfo], SegmentMap]) -> None:
     segments = importers(lender.info)
     segments.prepare(1)
     slab = memory(lender, 0)

@@ -4,6 +4,8 @@ clock, but for the bound after which a call counts as hung."""
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import random
 import shutil
 import signal
@@ -22,7 +24,7 @@ from soak_checker import Read, whose
 from soak_mutants import Part
 from soak_tally import Tally
 from soak_windows import Aim, stopped
-from support.cluster import Command, EngineProcess, eventually
+from support.cluster import START_TIMEOUT, Command, eventually
 from support.paged import spec_for
 
 CHUNK = 16
@@ -38,12 +40,16 @@ CHUNK_BYTES = SPEC.payload_bytes(CHUNK)
 MANAGER = {"session_timeout": 2.0, "heartbeat_interval": 0.2, "ticket_ttl": 1.0, "quarantine": 0.3}
 
 
-class Actor(EngineProcess):
-    """A worker or a lender."""
+class Actor:
+    """A worker or a lender. Messages are Python objects, since several actors are waited for at a time."""
 
     def __init__(self, name: str, config: dict[str, Any], main: Callable[..., None]) -> None:
         """Returns before the process is ready."""
-        super().__init__(config, msgspec.to_builtins(SPEC), main, wait=False)
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=main, args=(theirs, config, msgspec.to_builtins(SPEC)), daemon=True)
+        self.process.start()
+        theirs.close()
         self.name = name
         self.frozen = False
         """Stopped, by itself or by us."""
@@ -54,9 +60,20 @@ class Actor(EngineProcess):
         self.calls: list[Call] = []
         """Not over."""
 
-    @property
-    def pipe(self) -> Any:
-        return self._pipe
+    def wait_ready(self) -> None:
+        assert self.pipe.poll(START_TIMEOUT), f"{self.name} does not start"
+        assert self.pipe.recv() == ("value", "ready")
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        if self.process.is_alive():
+            self.signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.join(10)
+        self.pipe.close()
 
     @property
     def idle(self) -> bool:

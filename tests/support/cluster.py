@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import select
 import signal
@@ -13,6 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from vcache.spec import KVCacheSpec
+from vcache.worker import Pending, Worker, WorkerError
 
 START_TIMEOUT = 60.0
 
@@ -68,50 +70,62 @@ class Command:
 
 
 class EngineProcess:
-    """A process of its own with one engine; runs functions of `support.engine_worker` in it."""
+    """A process of its own with one engine: calls methods of `support.engine_worker.EngineWorker` by name."""
 
-    def __init__(
-        self, config: dict[str, Any], spec: dict[str, Any], main: Callable[..., None] | None = None, *, wait: bool = True
-    ) -> None:
-        """`main`: what the process runs; default `support.engine_worker.main`. With `wait`, until it is ready."""
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        if main is None:
-            from support.engine_worker import main
-        self.process = context.Process(target=main, args=(theirs, config, spec), daemon=True)
-        self.process.start()
-        theirs.close()
-        if wait:
-            self.wait_ready()
+    def __init__(self, config: dict[str, Any], spec: dict[str, Any], kind: type | None = None) -> None:
+        """Waits until it is ready. `kind`: what the process serves, default `EngineWorker`."""
+        from support.engine_worker import EngineWorker
 
-    def wait_ready(self) -> None:
-        assert self._answer(START_TIMEOUT) == "ready"
+        self._kind = kind or EngineWorker
+        self._worker = Worker(self._kind, {"config": config, "spec": spec})
+        self._begun: Pending[Any] | None = None
+        self._wait(lambda: self._worker.ready(START_TIMEOUT))
 
     def start(self, function: str, *arguments: Any) -> None:
-        self._pipe.send((function, arguments))
+        self._begun = self._worker.begin(getattr(self._kind, function), *arguments)
 
     def answer(self, timeout: float = 30.0) -> Any:
-        return self._answer(timeout)
+        """What the method that was started last returns. Fails with the end of the worker's log when it raised."""
+        assert self._begun is not None
+        begun = self._begun
+        return self._wait(lambda: begun.result(timeout))
 
     def call(self, function: str, *arguments: Any, timeout: float = 30.0) -> Any:
         self.start(function, *arguments)
-        return self._answer(timeout)
+        return self.answer(timeout)
 
-    def _answer(self, timeout: float) -> Any:
-        if not self._pipe.poll(timeout):
-            raise AssertionError(f"engine process gave no answer in {timeout} s")
-        kind, value = self._pipe.recv()
-        if kind == "error":
-            raise AssertionError(f"in the engine process: {value}")
-        return value
+    def retrieve(self, *arguments: Any) -> tuple[list[bool], Any]:
+        """The mask, and the bytes of all rows of the cache as an array `[slots, regions, row_bytes]`."""
+        import numpy as np
+
+        found = self.call("retrieve", *arguments)
+        return found.mask, np.frombuffer(found.raw, dtype=np.uint8).reshape(found.shape)
+
+    def store(self, tokens: list[int], layout: str = "2BNHD") -> None:
+        """A whole prompt of up to 96 tokens, from the beginning of a cache."""
+        self.call("store", layout, tokens, list(range(len(tokens))), 12, 8, 0, 0)
+
+    def check(self, spec: KVCacheSpec, tokens: list[int], layout: str = "2BNHD") -> int:
+        """Retrieve; whatever is True must be byte-equal. The number of True."""
+        import numpy as np
+        from support.paged import content
+
+        slots = list(range(len(tokens)))
+        mask, rows = self.retrieve(layout, tokens, slots, 12, 8, 0)
+        found = sum(mask)
+        assert mask == [i < found for i in slots]
+        if found:
+            assert np.array_equal(rows[:found], content(spec, tokens[:found])), "wrong bytes under a True"
+        return found
 
     def signal(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        self._worker.signal(number)
 
     def kill(self) -> None:
-        if self.process.is_alive():
-            self.signal(signal.SIGCONT)
-            self.process.kill()
-        self.process.join(10)
-        self._pipe.close()
+        self._worker.kill()
+
+    def _wait(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except WorkerError as error:
+            raise AssertionError(f"in the engine process: {error}\n{self._worker.tail()}") from None

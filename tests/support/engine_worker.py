@@ -1,12 +1,10 @@
-"""What an `EngineProcess` can be asked to do. State lives in one `Worker` object of that process."""
+"""What an `EngineProcess` can be asked to do: the methods of one object in that process."""
 
 from __future__ import annotations
 
 import os
 import signal
-import traceback
-from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from support.paged import Paged, content
@@ -36,8 +34,18 @@ class SuicidalMover(CpuMover):
         return super().store(cache, slot_mapping, transfers, writer)
 
 
-class Worker:
+class Retrieved(NamedTuple):
+    """What a retrieve said, and the bytes of all rows of the cache."""
+
+    mask: list[bool]
+    raw: bytes
+    shape: tuple[int, ...]
+    """`[slots, regions, row_bytes]`."""
+
+
+class EngineWorker:
     def __init__(self, config: dict[str, Any], spec: dict[str, Any]) -> None:
+        torch.set_num_threads(1)
         self.spec = KVCacheSpec(**spec)
         self.engine = VCacheEngine(VCacheConfig.from_env({}, **config), self.spec, name=f"test-{os.getpid()}")
         self.held: list[Any] = []
@@ -51,13 +59,15 @@ class Worker:
             tokens, self._mask(tokens, skipped), kvcaches=paged.tensors, slot_mapping=torch.tensor(slots), offset=offset
         )
 
-    def retrieve(self, layout: str, tokens: list[int], slots: list[int], blocks: int, block_size: int, skipped: int) -> Any:
-        """Mask, and the bytes of all rows of the cache as `[slots, regions, row_bytes]`."""
+    def retrieve(
+        self, layout: str, tokens: list[int], slots: list[int], blocks: int, block_size: int, skipped: int
+    ) -> Retrieved:
         paged = Paged.zeros(self.spec, layout, blocks, block_size)
         mask = self.engine.retrieve(
             tokens, self._mask(tokens, skipped), kvcaches=paged.tensors, slot_mapping=torch.tensor(slots)
         )
-        return mask.tolist(), paged.read(list(range(blocks * block_size)))
+        rows = paged.read(list(range(blocks * block_size)))
+        return Retrieved(mask.tolist(), rows.tobytes(), rows.shape)
 
     def store_dying(self, number: int, layout: str, tokens: list[int], slots: list[int], blocks: int, block_size: int) -> None:
         """As `store`, but this process gets signal `number` between header and payload."""
@@ -122,18 +132,3 @@ class Worker:
 
     def _mask(self, tokens: list[int], skipped: int) -> list[bool] | None:
         return [i >= skipped for i in range(len(tokens))] if skipped else None
-
-
-def main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any], kind: type[Worker] = Worker) -> None:
-    torch.set_num_threads(1)
-    try:
-        worker = kind(config, spec)
-        pipe.send(("value", "ready"))
-        while True:
-            function, arguments = pipe.recv()
-            try:
-                pipe.send(("value", getattr(worker, function)(*arguments)))
-            except Exception:  # noqa: BLE001 - the test process reports it
-                pipe.send(("error", traceback.format_exc()))
-    except EOFError:
-        return

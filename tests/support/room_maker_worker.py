@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import threading
-from multiprocessing.connection import Connection
 from typing import Any
 
 from support.emulated_vram import emulate_vram
-from support.engine_worker import Worker, main
+from support.engine_worker import EngineWorker
 
 from vcache.keys import CacheKey
 
 
-class RoomMakerWorker(Worker):
+class RoomMakerWorker(EngineWorker):
     def __init__(self, config: dict[str, Any], spec: dict[str, Any]) -> None:
         self._may_go_on = threading.Event()
         self._may_go_on.set()
@@ -52,7 +51,3 @@ class RoomMakerWorker(Worker):
         storage = self.engine.cache.storage
         assert storage is not None
         return [bool(storage._storage.prefix([CacheKey.parse(key)], 0)) for key in keys]
-
-
-def room_maker_main(pipe: Connection, config: dict[str, Any], spec: dict[str, Any]) -> None:
-    main(pipe, config, spec, RoomMakerWorker)
