@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +206,17 @@ def test_small_things() -> None:
     }
     assert gpu_vllm_engine._same("driven-1-af01", "driven-1")
     assert not gpu_vllm_engine._same("driven-10", "driven-1")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.py")))
+def test_what_a_script_imports_from_here_is_there(script: str) -> None:
+    """Also inside functions that only a machine with GPUs comes to."""
+    pytest.importorskip("torch", reason="needs torch")
+    for node in ast.walk(ast.parse((SCRIPTS / script).read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "vcache":
+            module = import_module(node.module or "")
+            for alias in node.names:
+                assert hasattr(module, alias.name) or find_spec(f"{node.module}.{alias.name}"), f"{node.module}: {alias.name}"
 
 
 # whole suites, over host memory

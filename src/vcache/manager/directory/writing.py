@@ -239,10 +239,19 @@ class Writing:
         """Answer for one chunk of the request. `previous`: the chunk before it. `places`: for the log."""
         state, chunks = self._state, self._state.chunks
         key = request.keys[offset]
-        pending = self._missing(request, offset, previous)
-        if isinstance(pending, str):
-            places.append(pending)
-            return PutGrant(pending)
+        record, pending = chunks.visible.get(key), chunks.pending.get(key)
+        if record is not None:
+            if previous is not None and record.parent is None and record.index:
+                chunks.link(record, previous)
+            state.counters.puts_exist += 1
+            places.append("exists")
+            return PutGrant("exists")
+        if pending is not None:
+            taken = self._taken(pending, request)
+            if taken is not None:
+                places.append(taken)
+                return PutGrant(taken)
+            pending = chunks.pending.get(key)
         if pending is None:
             pending = chunks.begin(key, request.first_index + offset, chunks.namespace(request.namespace), request.num_shards)
             if previous is not None:
@@ -262,19 +271,10 @@ class Writing:
         places.append(write.packed)
         return grant
 
-    def _missing(self, request: PutRequest, offset: int, previous: Record | None) -> Pending | Literal["exists", "busy"] | None:
-        """Find the chunk that the request's shard is missing from; None when there is nothing of it yet. Or why it may not be
-        written."""
-        chunks, counters = self._state.chunks, self._state.counters
-        record = chunks.visible.get(request.keys[offset])
-        if record is not None:
-            if previous is not None and record.parent is None and record.index:
-                chunks.link(record, previous)
-            counters.puts_exist += 1
-            return "exists"
-        pending = chunks.pending.get(request.keys[offset])
-        if pending is None:
-            return None
+    def _taken(self, pending: Pending, request: PutRequest) -> Literal["exists", "busy"] | None:
+        """Say why the request's shard of a pending chunk may not be written; None if it may. What was found in an inventory,
+        with another number of shards, gives way: then the chunk is pending no more."""
+        counters = self._state.counters
         if pending.num_shards != request.num_shards and pending.is_found():
             for found in list(pending.parts.values()):
                 self.drop(found)
@@ -286,7 +286,7 @@ class Writing:
         if part is not None or pending.num_shards != request.num_shards:
             counters.puts_busy += 1
             return "busy"
-        return pending
+        return None
 
     def end(self, session: Session, verb: PutEnd) -> list[bool]:
         """A ticket whose bytes are published is True again."""
