@@ -36,11 +36,11 @@ def test_the_life_of_a_chunk_is_told_in_order() -> None:
     missed, granted, written, published, leased, present = story
     assert (missed.detail, missed.ago, missed.client) == ("not found", 3.0, "c")
     assert granted.place is not None
-    assert granted.place == leased.place == present.place
+    assert granted.place == present.place
     (location,) = world.directory._state.chunks.visible[key].places()
     assert granted.place == Place("vram", location.segment, location.slab, location.slot, location.generation)
     assert f"generation {location.generation}" in written.detail
-    assert (published.client, present.detail) == ("", "leased 1 time(s)")
+    assert (published.client, leased.client, present.detail) == ("", "c", "leased 1 time(s)")
     world.release(lease)
     world.remove(writer, ONE, 0, 0)
     assert told(world, key)[-3:] == ["remove asked", "removed", "absent"]
@@ -140,10 +140,10 @@ def test_the_log_is_bounded_in_entries_and_in_what_they_hold() -> None:
         directory.lookup(ME, [(turn * 20_000 + number).to_bytes(16, "little") for number in range(20_000)], 1.0)
         payload = b"".join((turn * 20_000 + number).to_bytes(16, "big") for number in range(20_000))
         directory.handle(ME, wire.CODECS[wire.LOOKUP].decode(payload), 1.0)
-        directory.lookup(ME, [b"k" * 16] * (log.MAX_READ_BYTES // 64), 1.0)
+        directory.lookup(ME, [b"k" * 16] * (log.MAX_READ_BYTES // 16), 1.0)
     grown = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
-    assert grown < 1.25 * log.MAX_READ_BYTES
+    assert grown < 5 * log.MAX_READ_BYTES, "a caller's own keys are objects: four times as large as in frames"
     directory.check_integrity()
     assert directory.story(b"k" * 16, 1.0) == [], "what is too old is forgotten"
     assert directory.story((20 * 20_000 - 1).to_bytes(16, "big"), 1.0)[0].what == "looked up"

@@ -27,9 +27,10 @@ from ..api import (
 )
 from .jobs import Job
 
-MAX_READ_BYTES = 3 << 19
-"""What the entries of look-ups hold together, about. Little: they are many, and must drive out neither what is seldom nor the
-processor's cache; enough for one of 20,000 keys."""
+MAX_READ_BYTES = 1 << 19
+"""What the entries of look-ups hold together, about: keys as they came in frames, 16 bytes each (a caller in this process keeps
+objects of four times that). Little: they are many, and must drive out neither what is seldom nor what is in the processor's
+cache; enough for one of 20,000 keys."""
 MAX_LIFE_BYTES = 1 << 24
 """What all other entries hold together, about."""
 ENTRY_BYTES = 256
@@ -149,7 +150,7 @@ class Log:
 
 def _note_lookup(log: Log, number: int, now: float, client: str, verb: Lookup, found: int) -> None:
     payload, reads = verb.payload, log.reads
-    nbytes = ENTRY_BYTES + (len(payload) or _KEY_BYTES * len(verb.keys))
+    nbytes = ENTRY_BYTES + (len(payload) or DIGEST_BYTES * len(verb.keys))
     reads.entries.append((number, now, client, "lookup", payload or verb.keys, found, 0, nbytes))
     reads.room -= nbytes
     if reads.room < 0:
@@ -157,10 +158,10 @@ def _note_lookup(log: Log, number: int, now: float, client: str, verb: Lookup, f
 
 
 def _note_acquire(log: Log, number: int, now: float, client: str, verb: Acquire, reply: Any) -> None:
-    payload, packed, reads = verb.payload, reply.packed, log.reads
-    nbytes = ENTRY_BYTES + len(packed) + (len(payload) or _KEY_BYTES * len(verb.keys))
-    kind = "located" if verb.lease else "leased"
-    reads.entries.append((number, now, client, kind, payload or verb.keys, packed, verb.shard, nbytes))
+    payload, reads = verb.payload, log.reads
+    nbytes = ENTRY_BYTES + (len(payload) or DIGEST_BYTES * len(verb.keys))
+    kind, found = "located" if verb.lease else "leased", len(reply.packed) // LOCATION_BYTES
+    reads.entries.append((number, now, client, kind, payload or verb.keys, found, verb.shard, nbytes))
     reads.room -= nbytes
     if reads.room < 0:
         reads.forget()
@@ -223,11 +224,8 @@ def _tell_lookup(entry: _Entry, key: bytes) -> Iterator[Line]:
 
 def _tell_acquire(entry: _Entry, key: bytes) -> Iterator[Line]:
     for index in _places(entry.named, key):
-        packed = entry.outcome[LOCATION_BYTES * index : LOCATION_BYTES * (index + 1)]
-        if packed:
-            yield _line(entry, entry.kind, place=SlotLocation.unpack(packed))
-        else:
-            yield _line(entry, "looked up", "not found")
+        found = index < entry.outcome
+        yield _line(entry, entry.kind if found else "looked up", "" if found else "not found")
 
 
 def _tell_tiers(entry: _Entry, key: bytes) -> Iterator[Line]:
