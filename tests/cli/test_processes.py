@@ -68,15 +68,15 @@ def test_sigterm_is_a_clean_end_too(start: Starter) -> None:
 
 
 def test_a_manager_that_nobody_uses_ends_by_itself_if_told_so(start: Starter, address: str) -> None:
-    manager = start("serve", "--idle-exit", "1")
+    manager = start("serve", "--idle-exit", "4")
     manager.wait_for("ready")
     lender = start("lend", "--kind", "host", "--size", "1MiB")
     lender.wait_for("lending")
     with pytest.raises(subprocess.TimeoutExpired):
-        manager.process.wait(2.5)
+        manager.process.wait(5.5)
     assert lender.end(signal.SIGTERM) == 0
     assert manager.wait() == 0
-    assert manager.out.splitlines()[-1] == "nothing was connected for 1 s, the manager ends"
+    assert manager.out.splitlines()[-1] == "nothing was connected for 4 s, the manager ends"
     assert not Path(address.removeprefix("unix://")).exists()
 
 
