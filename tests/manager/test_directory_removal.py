@@ -67,6 +67,8 @@ def test_clear_of_one_namespace(world):
     reply = world.directory.clear(world.clients[0].id, ONE.namespace, world.now)
     assert reply.removed == 2
     assert (hits(world, ONE, 0, 2), hits(world, BIG, 0, 1)) == (0, 1)
+    for client in world.clients:
+        world.wipe(client)
     assert world.directory.clear(world.clients[0].id, b"?" * 16, world.now) == (0, [])
 
 

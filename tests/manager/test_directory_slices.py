@@ -188,6 +188,29 @@ def test_a_lender_that_mounts_again_amid_a_clear_does_not_bring_chunks_back(work
     assert present(directory, 2) == 0
 
 
+def test_a_clear_waits_for_what_another_clear_has_doomed_and_not_zeroed_yet():
+    """The second was answered while a header of a removed chunk was still there, marked by the first, which was amid its work:
+    after a restart of the manager in that moment the chunk came back."""
+    directory, info, inventory = big(slabs=2, slice_size=1)
+    copy = header(key=name(0), generation=40)
+    directory.mount(ME, info, [inventory[0], slab_of(copy, slab=1, slots=SLOTS)], 0.0)
+    (segment,) = directory._state.allocator.segments.values()
+    older = segment.slabs[0].stale
+    assert list(older) == [0], "one of two copies is left to be overwritten"
+    directory.begin_clear(OTHER, b"n" * 16, 0.0)
+    while older[0] is not None:
+        directory.work(0.0)
+    reply = directory.begin_clear(OTHER, b"n" * 16, 0.0).finish()
+    assert reply.removed == 0
+    assert directory.outstanding(reply.tokens)
+    pushes = [push for _, push in directory.take_instructions() if isinstance(push, WipeSlots)]
+    assert any((0, 64) in push.slots for push in pushes)
+    for push in pushes:
+        directory.wiped(ME, push.token, 0.0)
+    assert not directory.outstanding(reply.tokens)
+    finish(directory)
+
+
 def test_a_writer_that_says_hello_while_headers_are_read_is_not_waited_for():
     directory, info, inventory = big()
     writing = header(key=name(99), generation=31, namespace=b"w" * 16)

@@ -7,14 +7,14 @@ are done slice by slice (`jobs.py`).
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from ...segment.slots import SlotHeader
 from ..api import Clear, Remove
 from .records import Record
-from .slabs import Slab, Traces
+from .slabs import Slab
 from .state import Session, State, name_of
 
 MAX_FORGOTTEN = 1 << 16
@@ -26,7 +26,8 @@ class RemovalReply(NamedTuple):
 
     removed: int
     tokens: list[int]
-    """Wait until `Directory.outstanding(tokens)` is false, or for `WIPE_TIMEOUT`."""
+    """Wait until `Directory.outstanding(tokens)` is false, or for `WIPE_TIMEOUT`. Those of other removals are among them: the
+    same chunk may be theirs, hidden by them and not zeroed yet."""
 
 
 class Removal:
@@ -53,7 +54,6 @@ class Removal:
         with self._begun():
             visible = self._state.chunks.visible
             names: set[bytes] = set()
-            tokens: list[int] = []
             removed = 0
             for start in range(0, len(keys), step):
                 victims = []
@@ -65,10 +65,10 @@ class Removal:
                         if record is not None:
                             victims.append(record)
                 removed += len(victims)
-                tokens += self._hide(victims, "removed", session)
+                self._hide(victims, "removed", session)
                 yield
-            tokens += yield from self._erase(names, b"")
-            return RemovalReply(removed, tokens)
+            yield from self._erase(names, b"")
+            return RemovalReply(removed, self._state.wiping.tokens())
 
     def clear(self, session: Session, verb: Clear) -> Generator[None, None, RemovalReply]:
         """As `remove`, for all that is there now. O(chunks)."""
@@ -77,7 +77,6 @@ class Removal:
             self._note(namespace)
             every = list(self._state.chunks.visible.values())
             every.reverse()
-            tokens: list[int] = []
             removed = 0
             while every:
                 victims = [
@@ -87,10 +86,10 @@ class Removal:
                 ]
                 del every[-step:]  # So that their memory is not given back all at once either.
                 removed += len(victims)
-                tokens += self._hide(victims, "cleared", session)
+                self._hide(victims, "cleared", session)
                 yield
-            tokens += yield from self._erase(None, namespace)
-            return RemovalReply(removed, tokens)
+            yield from self._erase(None, namespace)
+            return RemovalReply(removed, self._state.wiping.tokens())
 
     def was_removed(self, header: SlotHeader, since: int) -> bool:
         """Whether this chunk was removed after removal number `since`."""
@@ -113,7 +112,7 @@ class Removal:
         finally:
             del self._under_way[serial]
 
-    def _hide(self, victims: list[Record], what: str, session: Session) -> list[int]:
+    def _hide(self, victims: list[Record], what: str, session: Session) -> None:
         state = self._state
         slots: list[tuple[Slab, int]] = []
         for record in victims:
@@ -122,12 +121,11 @@ class Removal:
         state.counters.removed += len(victims)
         if victims:
             state.log.happened(state.now, what, [record.key for record in victims], client=session.name)
-        return state.wiping.hold(slots)
+        state.wiping.hold(slots)
 
-    def _erase(self, keys: set[bytes] | None, namespace: bytes) -> Generator[None, None, list[int]]:
-        """Erase what is left in memory of chunks that the directory does not have, or has no longer; the tokens."""
+    def _erase(self, keys: set[bytes] | None, namespace: bytes) -> Iterator[None]:
+        """Erase what is left in memory of chunks that the directory does not have, or has no longer."""
         state = self._state
-        tokens: list[int] = []
         deferred: list[Slab] = []
         for write in state.writes.moves:
             # The copy may be complete before its mover hears that the chunk is gone.
@@ -141,39 +139,40 @@ class Removal:
             doomed = False
             for traces in (slab.stale, slab.buried):
                 for slot in list(traces):
-                    if _matches(traces.get(slot, ()), keys, namespace):
+                    found = traces.get(slot, ())
+                    # What another removal has doomed, and has not zeroed yet, may be ours as well: nobody knows any more.
+                    if found is None or _matches(found, keys, namespace):
                         traces[slot] = None
                         doomed = True
                     steps += 1
                     if steps % state.slice_size == 0:
                         yield
             if doomed and slab.segment is not None:
-                tokens += yield from self._wipe_doomed(slab)
+                yield from self._wipe_doomed(slab)
                 if slab.segment is not None and slab.is_doomed():
                     deferred.append(slab)
-        return tokens + state.wiping.defer(deferred)
+        state.wiping.defer(deferred)
 
-    def _wipe_doomed(self, slab: Slab) -> Generator[None, None, list[int]]:
-        """Zero what can be zeroed now of the headers in an attached slab that must go; the tokens."""
+    def _wipe_doomed(self, slab: Slab) -> Iterator[None]:
+        """Zero what can be zeroed now of the headers in an attached slab that must go."""
         state = self._state
         buried = [slot for slot, traces in slab.buried.items() if traces is None]
         stale = [slot for slot, traces in slab.stale.items() if traces is None]
         if buried and not slab.busy:
-            return state.wiping.hold_slab(slab, sorted({*stale, *buried}))
-        tokens: list[int] = []
+            state.wiping.hold_slab(slab, sorted({*stale, *buried}))
+            return
         for start in range(0, len(stale), state.slice_size):
             if slab.segment is None:
                 break
             slots = stale[start : start + state.slice_size]
-            tokens += state.wiping.hold(
+            state.wiping.hold(
                 (slab, slot)
                 for slot in slots
                 if slot < slab.slots and slab.owners[slot] is None and slab.stale.get(slot, ()) is None
             )
             yield
-        return tokens
 
 
-def _matches(traces: Traces, keys: set[bytes] | None, namespace: bytes) -> bool:
-    """Whether a header may say one of these keys, or this namespace. What is not known is taken for a match."""
-    return any(key in keys if keys is not None else not namespace or name in (namespace, b"") for key, name in traces or ())
+def _matches(traces: Sequence[tuple[bytes, bytes]], keys: set[bytes] | None, namespace: bytes) -> bool:
+    """Whether a header may say one of these keys, or this namespace. A namespace that is not known is taken for a match."""
+    return any(key in keys if keys is not None else not namespace or name in (namespace, b"") for key, name in traces)

@@ -70,6 +70,10 @@ class Wiping:
         del self._deferred[token]
         return False
 
+    def tokens(self) -> list[int]:
+        """List all that may be outstanding."""
+        return [*self._holders, *self._deferred]
+
     def count(self) -> int:
         """Count the tokens that are outstanding; forget those that nobody asks about any more."""
         return len(self._holders) + sum(self.outstanding(token) for token in list(self._deferred))
