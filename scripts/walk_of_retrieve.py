@@ -3,9 +3,9 @@
 usage: walk_of_retrieve.py [--functions]    PYTHONPATH chooses the source: another tree is measured with the same script
 
 An engine with a manager of its own in this process retrieves 600 tokens from its pool into a paged cache in host memory; what
-the calling thread does is counted, from arguments to result, the manager's side included. A **station** is a file that leads on:
-one of its functions calls another file, which is entered for the first time. Other files are **helpers**: records, arithmetic and memory
-accesses that are called and return. **Ways back**: how often a call goes to a file of a room that was left before. Needs torch.
+the calling thread does is counted, from arguments to result, the manager's side included. A **station** is a file that leads
+on: one of its functions calls another file, which is entered for the first time. Other files are **helpers**: records,
+arithmetic and memory accesses, which are called and return. Needs torch.
 """
 
 from __future__ import annotations
