@@ -47,8 +47,8 @@ class Wiping:
             self._hold([(slab, slot) for slot in range(slab.slots)], [(slab, slot) for slot in headers])
 
     def defer(self, slabs: list[Slab]) -> None:
-        """Count headers of removed chunks in these slabs (traces of None) as outstanding until they are zeroed, or voided by the
-        writes that are under way there."""
+        """Count headers of removed chunks in these slabs (traces of None) as outstanding until they are zeroed, or voided by
+        the writes that are under way there."""
         if slabs:
             self._last += 1
             self._deferred[self._last] = slabs
