@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 from directory_world import MAX_CHUNKS, SLAB_BYTES, VARIANTS, World
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+EXAMPLES = int(os.environ.get("VCACHE_MACHINE_EXAMPLES", "0"))
+"""So many new random histories; 0: a few hundred, the same in every run."""
 
 picks = st.integers(0, 1000)
 
@@ -357,6 +362,11 @@ class DirectoryMachine(RuleBasedStateMachine):
 
 
 DirectoryMachine.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=EXAMPLES or 300,
+    derandomize=not EXAMPLES,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=True,
 )
 TestDirectoryMachine = DirectoryMachine.TestCase
