@@ -156,7 +156,10 @@ async def _lines(endpoint: Endpoint, method: str, path: str, body: bytes, silenc
 
 
 async def _body(endpoint: Endpoint, method: str, path: str, body: bytes, silence: float) -> AsyncGenerator[bytes, None]:
-    reader, writer = await asyncio.wait_for(_connect(endpoint), _SHORT)
+    try:
+        reader, writer = await asyncio.wait_for(_connect(endpoint), _SHORT)
+    except TimeoutError:
+        raise ConnectionError(f"takes no connection within {_SHORT:.0f} s") from None
     try:
         head = (
             f"{method} {endpoint.prefix}{path} HTTP/1.1\r\nHost: {endpoint.host or 'localhost'}\r\nConnection: close\r\n"
@@ -185,6 +188,8 @@ async def _connect(endpoint: Endpoint) -> tuple[asyncio.StreamReader, asyncio.St
 async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     """Status and headers, their names in lower case. Raises `ValueError` for anything but HTTP."""
     words = (await reader.readline()).split()
+    if not words:
+        raise ConnectionResetError("closed the connection without an answer")
     if len(words) < 2 or not words[0].startswith(b"HTTP/"):
         raise ValueError(f"no HTTP answer: {b' '.join(words)[:80]!r}")
     headers = {}
@@ -195,9 +200,13 @@ async def _head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
 
 
 async def _chunks(reader: asyncio.StreamReader, silence: float) -> AsyncGenerator[bytes, None]:
-    while size := int((await asyncio.wait_for(reader.readline(), silence)).partition(b";")[0], 16):
+    while line := await asyncio.wait_for(reader.readline(), silence):
+        size = int(line.partition(b";")[0], 16)
+        if not size:
+            return
         yield await asyncio.wait_for(reader.readexactly(size), silence)
         await reader.readexactly(2)
+    raise ConnectionResetError("closed the connection amid an answer")
 
 
 async def _plain(reader: asyncio.StreamReader, silence: float) -> AsyncGenerator[bytes, None]:

@@ -18,12 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from .processes import clean_environment, lender_process, manager_process
+from .processes import clean_environment
 from .serve_client import Endpoint, RefusedError, ServerError, get
-from .serve_ways import SERVER, Setup, Way, arguments, connector, environment, lmcache_server, split
+from .serve_ways import SERVER, Setup, Split, Way, arguments, connector, environment, lmcache_server, split
 
 _ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b.*:")
-_GRACE = 5.0
+_GRACE = 10.0
 _GONE = 10.0
 _DYING = 3.0
 """Seconds within which a server that closed a connection is seen to be dead, if it is."""
@@ -62,12 +62,20 @@ class Server:
             return f"{self.name} ended with code {code}: {self._last_words()}"
         return ""
 
-    def close(self) -> None:
-        """SIGTERM, then SIGKILL for all that is left of it. Idempotent."""
+    def said(self, text: str) -> bool:
+        """Whether its log contains this."""
+        return text in self._log.read_text(errors="replace")
+
+    def terminate(self) -> None:
+        """Ask it to go (SIGTERM); does not wait. Idempotent."""
         if self._process.poll() is None:
             self._process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(_GRACE)
+
+    def close(self) -> None:
+        """SIGTERM, then SIGKILL for all that is left of it. Idempotent."""
+        self.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_GRACE)
         deadline = time.monotonic() + _GONE
         with suppress(ProcessLookupError):  # nobody is left of its group: what the loop waits for
             while time.monotonic() < deadline:
@@ -105,12 +113,13 @@ def started(
         address, port = "", 0
         if way == "vcache":
             progress("vcache: manager and lenders")
-            address = _start_pool(stack, setup, memory.shared_host, memory.shared_vram)
+            address = _start_pool(stack, setup, memory, folder, timeout)
         elif way == "lmcache":
             progress("lmcache: its server")
             port = _start_lmcache(stack, setup, folder, timeout)
         transfer = connector(way, setup, address=address, port=port)
-        servers, endpoints = [], []
+        servers: list[Server] = []
+        endpoints = []
         for number in range(setup.instances):
             path = folder / f"{number}.sock"
             env = clean_environment(**environment(setup, number), VLLM_RPC_BASE_PATH=str(folder))
@@ -118,6 +127,8 @@ def started(
             options = arguments(setup, str(path), memory.engine, transfer)
             servers.append(stack.enter_context(Server(f"instance {number}", SERVER, options, folder, env)))
             endpoints.append(Endpoint.parse(f"unix://{path}"))
+        for server in servers:  # all are asked to go before the first is waited for
+            stack.callback(server.terminate)
         for server, endpoint in zip(servers, endpoints, strict=True):
             progress(f"{way}: waiting for {server.name}")
             server.wait(lambda endpoint=endpoint: _healthy(endpoint), timeout)  # type: ignore[misc]
@@ -131,23 +142,30 @@ def started(
             raise ServerError("; ".join(dead) or str(error)) from None
 
 
-def _start_pool(stack: ExitStack, setup: Setup, host_bytes: int, vram_bytes: int) -> str:
+def _start_pool(stack: ExitStack, setup: Setup, memory: Split, folder: Path, timeout: float) -> str:
     """VCache's manager and lenders; the manager's address. What stands for VRAM on a CPU is host memory as well."""
-    address = stack.enter_context(manager_process()).address
-    if host_bytes:
-        stack.enter_context(lender_process(address, "host", host_bytes))
-    if vram_bytes and not setup.devices:
-        stack.enter_context(lender_process(address, "host", vram_bytes))
-    for device in setup.used_devices() if vram_bytes else ():
-        env = clean_environment(CUDA_VISIBLE_DEVICES=device)
-        stack.enter_context(lender_process(address, "cuda", vram_bytes, device="0", env=env))
+    address = f"unix://{folder}/manager.sock"
+
+    def start(name: str, ready: str, *options: str, **env: str) -> None:
+        server = Server(name, "vcache.cli", options, folder, clean_environment(**env))
+        stack.enter_context(server).wait(lambda: server.said(ready), timeout)
+
+    def lend(name: str, kind: str, nbytes: int, *options: str, **env: str) -> None:
+        start(name, "lending ", "lend", "--address", address, "--kind", kind, "--size", str(nbytes), *options, **env)
+
+    start("manager", address, "serve", "--address", address)
+    host = memory.shared_host + (0 if setup.devices else memory.shared_vram)
+    if host:
+        lend("lender of host memory", "host", host)
+    for device in setup.used_devices() if memory.shared_vram else ():
+        lend(f"lender of GPU {device}", "cuda", memory.shared_vram, "--device", "0", CUDA_VISIBLE_DEVICES=device)
     return address
 
 
 def _start_lmcache(stack: ExitStack, setup: Setup, folder: Path, timeout: float) -> int:
     port, http_port = _free_port(), _free_port()
     env = clean_environment(LMCACHE_TRACK_USAGE="false")
-    server = Server("lmcache server", "lmcache.cli.main", lmcache_server(setup, port, http_port), folder, env)
+    server = Server("lmcache server", "vcache.bench.lmcache_command", lmcache_server(setup, port, http_port), folder, env)
     stack.enter_context(server).wait(lambda: _accepts(port), timeout)
     return port
 
