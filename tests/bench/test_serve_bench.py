@@ -90,9 +90,9 @@ def test_servers_that_run_are_measured_as_they_are(tmp_path: Path) -> None:
     (row,) = report["rows"]
     assert row["way"] == "as is"
     assert row["requests"] == 12
-    # Two warm-up requests each; after that, six each.
-    assert [len(first.prompts), len(second.prompts)] == [8, 8]
-    asked = first.prompts[2:], second.prompts[2:]
+    # Four warm-up requests each; after that, six each.
+    assert [len(first.prompts), len(second.prompts)] == [10, 10]
+    asked = first.prompts[4:], second.prompts[4:]
     assert row["prompt_tokens"] == row["queried_tokens"] == sum(map(len, asked[0])) + sum(map(len, asked[1]))
     expected = sum(cached_share(each) * sum(map(len, each)) for each in asked) / row["prompt_tokens"]
     assert row["hit_ratio"] == row["own_hit_ratio"] == pytest.approx(expected)
@@ -108,7 +108,7 @@ def test_servers_that_run_are_measured_as_they_are(tmp_path: Path) -> None:
 def test_the_answers_are_part_of_the_next_prompt(tmp_path: Path) -> None:
     with serving() as (url, fake):
         bench(tmp_path, "--url", url, "--spread", "0", "--concurrency", "1")
-    first, second = fake.prompts[2:4]
+    first, second = fake.prompts[4:6]
     assert second[: len(first) + 6] == [*first, 300, 301, 302, 303, 304, 305]
 
 
@@ -221,7 +221,7 @@ def test_ways_are_compared_in_one_run(tmp_path: Path, folder: Path, monkeypatch:
     ("fault", "words"),
     [
         ("start", "native: instance 0 did not start: ValueError: this model is not for me"),
-        ("die 4", "ended with code 7: ValueError: told to die"),
+        ("die 6", "ended with code 7: ValueError: told to die"),
         ("refuse", "answered 400"),
     ],
 )

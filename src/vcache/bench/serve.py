@@ -50,6 +50,8 @@ _RATIOS = {
 }
 _FILED = ("own_hit_ratio", "queried_tokens", "own_hit_tokens", "connector_hit_tokens", "stored_gb", "requests", "prompt_tokens")
 COLUMNS += tuple(Column(name, name, printed=False) for name in (*_FILED, "output_tokens", "runs_done", *_RATIOS))
+_WARM_UP_TOKENS = 8
+_WARM_UP_AT_ONCE = 2
 _GROUPS = {"none": "reference", "native": "dram", "lmcache": "dram", "vcache": "direct"}
 _EXPLAINED = (
     "TTFT: from sending a request to its first token, ms. ITL: between the events of a stream; its mean is taken over tokens. "
@@ -129,10 +131,7 @@ def run(endpoints: Sequence[Endpoint], model: str, load: Load, progress: Progres
 
 async def _run(endpoints: Sequence[Endpoint], model: str, load: Load, progress: Progress) -> Run:
     progress("warm-up")
-    prompt = load.warm_up()
-    for _ in range(2):  # one instance after the other: the later ones load what the first computed, if they share
-        for instance, endpoint in enumerate(endpoints):
-            await complete(endpoint, model, Request(-1, 0, prompt, 8, instance))
+    await _warm_up(endpoints, model, load)
     before = await read_settled(endpoints)
     samples: list[Sample] = []
 
@@ -150,6 +149,19 @@ async def _run(endpoints: Sequence[Endpoint], model: str, load: Load, progress: 
     wall = time.perf_counter() - began
     after = await read_settled(endpoints) if before is not None else await read(endpoints)
     return Run(samples, wall, None if before is None or after is None else after.since(before))
+
+
+async def _warm_up(endpoints: Sequence[Endpoint], model: str, load: Load) -> None:
+    """Have every instance do once what it will do: the same prompt on one after the other, twice, so that those that share load
+    what the first computed; then several prompts of its own at a time."""
+    for _ in range(2):
+        for instance, endpoint in enumerate(endpoints):
+            await complete(endpoint, model, Request(-1, 0, load.warm_up(0), _WARM_UP_TOKENS, instance))
+    async with asyncio.TaskGroup() as group:
+        for number in range(_WARM_UP_AT_ONCE * len(endpoints)):
+            instance = number % len(endpoints)
+            request = Request(-1, 0, load.warm_up(1 + number), _WARM_UP_TOKENS, instance)
+            group.create_task(complete(endpoints[instance], model, request))
 
 
 def summary(way: str, runs: Sequence[Run]) -> dict[str, Any]:

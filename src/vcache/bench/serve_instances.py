@@ -24,6 +24,7 @@ from .serve_ways import SERVER, Setup, Split, Way, arguments, connector, environ
 
 _ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b.*:")
 _GRACE = 10.0
+_AFTERWARDS = 5.0
 _GONE = 10.0
 _DYING = 3.0
 """Seconds within which a server that closed a connection is seen to be dead, if it is."""
@@ -72,16 +73,17 @@ class Server:
             self._process.terminate()
 
     def close(self) -> None:
-        """SIGTERM, then SIGKILL for all that is left of it. Idempotent."""
+        """SIGTERM, then SIGKILL for it and what it started, if they do not go by themselves. Idempotent.
+
+        What a dead server leaves behind gets a moment as well: Python's resource trackers unlink its shared memory then.
+        """
         self.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE)
-        deadline = time.monotonic() + _GONE
-        with suppress(ProcessLookupError):  # nobody is left of its group: what the loop waits for
-            while time.monotonic() < deadline:
+        if not self._gone(_AFTERWARDS):
+            with suppress(ProcessLookupError):  # the last of them just went
                 os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.poll()
-                time.sleep(0.02)
+            self._gone(_GONE)
         self._process.wait()
 
     def __enter__(self) -> Self:
@@ -89,6 +91,18 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _gone(self, within: float) -> bool:
+        """Whether all of its process group end within so many seconds."""
+        deadline = time.monotonic() + within
+        while time.monotonic() < deadline:
+            self._process.poll()
+            try:
+                os.killpg(self._process.pid, 0)
+            except ProcessLookupError:
+                return True
+            time.sleep(0.02)
+        return False
 
     def _last_words(self) -> str:
         """The last error in its log, else the last line."""
