@@ -16,6 +16,7 @@ alone, and ends when its standard input does: with its parent, whatever happens 
 from __future__ import annotations
 
 import inspect
+import io
 import os
 import queue
 import re
@@ -414,6 +415,8 @@ def main() -> None:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # or what was printed before a SIGKILL is lost
     serve(sys.argv[1], sys.argv[2], requests, replies)
 
 

@@ -29,34 +29,29 @@ class Wiping:
         self._deferred: dict[int, list[Slab]] = {}
         """Removals whose headers cannot be zeroed yet because somebody writes in these slabs, by token."""
 
-    def hold(self, slots: Iterable[tuple[Slab, int]]) -> list[int]:
-        """Hold these slots (free or not) until their lenders zeroed the headers; tokens to wait for."""
+    def hold(self, slots: Iterable[tuple[Slab, int]]) -> None:
+        """Hold these slots (free or not) until their lenders zeroed the headers."""
         by_segment: dict[int, list[tuple[Slab, int]]] = {}
         for slab, slot in slots:
             assert slab.segment is not None
             by_segment.setdefault(slab.segment.number, []).append((slab, slot))
-        return [
-            self._hold(batch, batch)
-            for places in by_segment.values()
-            for batch in (places[start : start + WIPE_BATCH] for start in range(0, len(places), WIPE_BATCH))
-        ]
+        for places in by_segment.values():
+            for start in range(0, len(places), WIPE_BATCH):
+                batch = places[start : start + WIPE_BATCH]
+                self._hold(batch, batch)
 
-    def hold_slab(self, slab: Slab, headers: list[int]) -> list[int]:
+    def hold_slab(self, slab: Slab, headers: list[int]) -> None:
         """Zero headers that an earlier format left in an empty slab. All of the slab is held meanwhile, because those places
         may be payload now."""
-        if not headers:
-            return []
-        holds = [(slab, slot) for slot in range(slab.slots)]
-        return [self._hold(holds, [(slab, slot) for slot in headers])]
+        if headers:
+            self._hold([(slab, slot) for slot in range(slab.slots)], [(slab, slot) for slot in headers])
 
-    def defer(self, slabs: list[Slab]) -> list[int]:
-        """Wait until headers of removed chunks in these slabs (traces of None) are zeroed, or voided by the writes that are
-        under way there; a token, if there is anything to wait for."""
-        if not slabs:
-            return []
-        self._last = token = self._last + 1
-        self._deferred[token] = slabs
-        return [token]
+    def defer(self, slabs: list[Slab]) -> None:
+        """Count headers of removed chunks in these slabs (traces of None) as outstanding until they are zeroed, or voided by
+        the writes that are under way there."""
+        if slabs:
+            self._last += 1
+            self._deferred[self._last] = slabs
 
     def outstanding(self, token: int) -> bool:
         """Whether headers of removed chunks are still in the memory of a mounted segment. O(slots) for deferred wipes."""
@@ -102,7 +97,7 @@ class Wiping:
                 if wipe.token != token or wipe.slab.owners[wipe.slot] is not wipe or wipe.slab.segment is None:
                     raise IntegrityError(f"I3: wipe {token} does not hold its slot")
 
-    def _hold(self, holds: list[tuple[Slab, int]], headers: list[tuple[Slab, int]]) -> int:
+    def _hold(self, holds: list[tuple[Slab, int]], headers: list[tuple[Slab, int]]) -> None:
         """Both in slabs of one segment."""
         self._last = token = self._last + 1
         holders = self._holders[token] = {}
@@ -123,4 +118,3 @@ class Wiping:
         self._counters.wipes += len(headers)
         offsets = [(slab.index, SlabGeometry.header_offset(slot)) for slab, slot in headers]
         self._push(segment.info.owner, WipeSlots(token=token, segment=segment.info.uuid, slots=offsets))
-        return token
