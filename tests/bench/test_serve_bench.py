@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import importlib.util
 import json
@@ -22,8 +23,9 @@ from support.commands import Starter, invoke
 
 from vcache.bench import serve_ways
 from vcache.bench.serve import Run, add_ratios, summary
-from vcache.bench.serve_client import Endpoint, Sample
+from vcache.bench.serve_client import Endpoint, Sample, ServerError, complete
 from vcache.bench.serve_counters import Counted, parse
+from vcache.bench.serve_load import Request
 from vcache.bench.serve_ways import Setup, connector, split
 from vcache.errors import ArgumentError
 
@@ -397,3 +399,35 @@ def test_urls(url: str, expected: Endpoint) -> None:
 def test_what_is_no_url(url: str) -> None:
     with pytest.raises(ArgumentError, match="is no URL"):
         Endpoint.parse(url)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (b"", "closed the connection without an answer"),
+        (b"hello\r\n", "no HTTP answer"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nda", "IncompleteReadError"),
+        (b"HTTP/1.1 200 OK\r\n\r\ndata: {\n\n", "sends no JSON"),
+        (b"HTTP/1.1 200 OK\r\n\r\ndata: [DONE]\n\n", "answered with no token"),
+        (b'HTTP/1.1 200 OK\r\n\r\ndata: {"error": "out of memory"}\n\n', "out of memory"),
+        (None, "said nothing for 0 s"),
+    ],
+)
+def test_what_a_server_may_say_wrong(said: bytes | None, words: str) -> None:
+    async def ask() -> None:
+        async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            if said is None:
+                await reader.read()  # until the client has given up
+            else:
+                writer.write(said)
+            writer.close()
+
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            endpoint = Endpoint.parse(f"http://127.0.0.1:{port}")
+            await complete(endpoint, "m", Request(0, 0, [1], 1, 0), silence=0.2)
+
+    with pytest.raises(ServerError, match=words):
+        asyncio.run(ask())

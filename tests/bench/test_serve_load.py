@@ -112,3 +112,13 @@ def test_without_a_system_prompt_or_a_spread() -> None:
 def test_numbers_that_make_no_load_are_an_error(wrong: dict[str, int]) -> None:
     with pytest.raises(ArgumentError, match="no such load"):
         Load(SHAPE._replace(**wrong), 2, "random")
+
+
+def test_the_warm_up_shares_nothing_with_the_load_and_fits() -> None:
+    shape = SHAPE._replace(spread=0.0, turns=1)
+    load = Load(shape, 2, "random")
+    warm = [load.warm_up(number, 1) for number in range(3)]
+    starts = {tuple(request.prompt[:16]) for request in (*warm, *played(load))}
+    assert len(starts) == 3 + shape.systems
+    assert all(len(request.prompt) + request.answer_tokens <= load.longest for request in warm)
+    assert {request.instance for request in warm} == {1}

@@ -50,7 +50,6 @@ _RATIOS = {
 }
 _FILED = ("own_hit_ratio", "queried_tokens", "own_hit_tokens", "connector_hit_tokens", "stored_gb", "requests", "prompt_tokens")
 COLUMNS += tuple(Column(name, name, printed=False) for name in (*_FILED, "output_tokens", "runs_done", *_RATIOS))
-_WARM_UP_TOKENS = 8
 _WARM_UP_AT_ONCE = 2
 _GROUPS = {"none": "reference", "native": "dram", "lmcache": "dram", "vcache": "direct"}
 _EXPLAINED = (
@@ -156,12 +155,11 @@ async def _warm_up(endpoints: Sequence[Endpoint], model: str, load: Load) -> Non
     what the first computed; then several prompts of its own at a time."""
     for _ in range(2):
         for instance, endpoint in enumerate(endpoints):
-            await complete(endpoint, model, Request(-1, 0, load.warm_up(0), _WARM_UP_TOKENS, instance))
+            await complete(endpoint, model, load.warm_up(0, instance))
     async with asyncio.TaskGroup() as group:
         for number in range(_WARM_UP_AT_ONCE * len(endpoints)):
             instance = number % len(endpoints)
-            request = Request(-1, 0, load.warm_up(1 + number), _WARM_UP_TOKENS, instance)
-            group.create_task(complete(endpoints[instance], model, request))
+            group.create_task(complete(endpoints[instance], model, load.warm_up(1 + number, instance)))
 
 
 def summary(way: str, runs: Sequence[Run]) -> dict[str, Any]:

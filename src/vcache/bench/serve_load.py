@@ -86,9 +86,10 @@ class Load:
         said = list(answer) or self._tokens(f"answer {conversation}.{request.turn}", request.answer_tokens)
         return self._request(conversation, turn, request.prompt + said)
 
-    def warm_up(self, number: int) -> list[int]:
-        """A prompt that shares nothing with the load or with another `number`, as long as a first one."""
-        return self._tokens(f"warm-up {number}", self._shape.system_tokens + self._shape.turn_tokens)
+    def warm_up(self, number: int, instance: int) -> Request:
+        """A request as long as a first turn. Its prompt shares nothing with the load or another `number`."""
+        prompt = self._tokens(f"warm-up {number}", self._shape.system_tokens + self._shape.turn_tokens)
+        return Request(-1, 0, prompt, self._shape.answer_tokens, instance)
 
     def _begin(self) -> Request | None:
         if not self._waiting:
