@@ -17,7 +17,12 @@ def report() -> Report:
     return Report(
         title="Speed [of light]",
         command="vcache bench light",
-        columns=[Column("what", "what"), Column("rate", "GB/s", ",.1f"), Column("count", "n", "d")],
+        columns=[
+            Column("what", "what"),
+            Column("rate", "GB/s", ",.1f"),
+            Column("count", "n", "d"),
+            Column("hidden", "no", "d", False),
+        ],
         rows=[{"what": "[bold]a", "rate": 1234.56, "count": 3}, {"what": "b", "rate": None, "hidden": 1}],
         notes=["target [met]"],
     )
@@ -37,6 +42,7 @@ def test_the_table_shows_rows_notes_and_machine_literally(tmp_path: Path) -> Non
     for word in ("Speed [of light]", "[bold]a", "1,234.6", "target [met]", "vcache bench light", "python 3."):
         assert word in shown
     assert "hidden" not in shown
+    assert "no" not in shown.split("\n")[2].split()
     assert "│ b" in shown
     assert " - " in shown
 
@@ -49,8 +55,8 @@ def test_files_hold_the_rows(tmp_path: Path) -> None:
     assert found["command"] == "vcache bench light"
     with open(tmp_path / "r.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert rows[0] == {"what": "[bold]a", "rate": "1234.56", "count": "3"}
-    assert rows[1] == {"what": "b", "rate": "", "count": ""}
+    assert rows[0] == {"what": "[bold]a", "rate": "1234.56", "count": "3", "hidden": ""}
+    assert rows[1] == {"what": "b", "rate": "", "count": "", "hidden": "1"}
 
 
 def test_a_file_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ COMMANDS = [
     ("bench", "lookup"),
     ("bench", "engine"),
     ("bench", "transfer"),
+    ("bench", "serve"),
 ]
 
 

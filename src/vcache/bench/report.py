@@ -33,6 +33,8 @@ class Column(NamedTuple):
     heading: str
     form: str = ""
     """`format` specification of numbers, such as `,.0f`."""
+    printed: bool = True
+    """False: only in the CSV file."""
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -104,10 +106,11 @@ def print_report(report: Report, console: Console) -> None:
 
     console.print(report.title, style="bold", markup=False, highlight=False, soft_wrap=True)
     table = Table()
-    for column in report.columns:
+    columns = [column for column in report.columns if column.printed]
+    for column in columns:
         table.add_column(escape(column.heading), justify="right" if column.form else "left")
     for row in report.rows:
-        table.add_row(*(escape(_cell(row.get(column.key), column.form)) for column in report.columns))
+        table.add_row(*(escape(_cell(row.get(column.key), column.form)) for column in columns))
     console.print(table)
     for note in report.notes:
         console.print(f"  {note}", markup=False, highlight=False)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ..config import ByteSize
+from ..errors import ArgumentError
 from .exits import guarded
 from .options import CsvFile, JsonFile, parse_size
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _FILE_WIDTH = 140
 _ONE_GIB = ByteSize(2**30)
+_SIXTEEN_GIB = ByteSize(2**34)
 _QUARTER_GIB = ByteSize(2**28)
 
 bench = typer.Typer(
@@ -177,6 +179,112 @@ def transfer(
 
         draw(curves(report.rows), plot, title=report.title)
     _finish(report, json, csv)
+
+
+@bench.command()
+@guarded
+def serve(
+    model: Annotated[str, typer.Option(help="Started servers: a folder or a name. With --url: the name to ask for.")] = "",
+    urls: Annotated[
+        list[str] | None, typer.Option("--url", metavar="URL", help="Instead: a server that runs; may be repeated.")
+    ] = None,
+    ways: Annotated[
+        list[str] | None, typer.Option("--way", help="none, native, lmcache or vcache; may be repeated. Default: all.")
+    ] = None,
+    routing: Annotated[
+        Literal["random", "round-robin", "prefix-aware"],
+        typer.Option(help="Where a turn goes; prefix-aware: a conversation stays, beside others with its system prompt."),
+    ] = "random",
+    instances: Annotated[int, typer.Option(min=1, help="Servers that are started.")] = 2,
+    kv_memory: Annotated[
+        ByteSize, typer.Option(parser=parse_size, metavar="SIZE", help="For KV in all instances and VRAM that is lent.")
+    ] = _SIXTEEN_GIB,
+    host_memory: Annotated[
+        ByteSize, typer.Option(parser=parse_size, metavar="SIZE", help="Host memory for KV, for the ways that use it.")
+    ] = _SIXTEEN_GIB,
+    pool_memory: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of --kv-memory, what VCache lends. Default: half on GPUs, 0 on a CPU.")
+    ] = "",
+    conversations: Annotated[int, typer.Option(min=1)] = 48,
+    turns: Annotated[int, typer.Option(min=1, help="Of each conversation.")] = 5,
+    systems: Annotated[int, typer.Option(min=1, help="System prompts that the conversations share.")] = 12,
+    system_tokens: Annotated[int, typer.Option(min=0, help="Length of a system prompt.")] = 6000,
+    turn_tokens: Annotated[int, typer.Option(min=1, help="What a turn adds.")] = 1500,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Generated in a turn.")] = 64,
+    spread: Annotated[float, typer.Option(min=0.0, max=0.99, help="Lengths differ by up to this share.")] = 0.25,
+    concurrency: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 12,
+    seed: Annotated[int, typer.Option(help="Decides prompts, lengths, order and routes.")] = 0,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each way, in turn; medians count.")] = 1,
+    start_timeout: Annotated[float, typer.Option(min=1.0, help="Seconds until a server must answer.")] = 1800.0,
+    serve_args: Annotated[
+        list[str] | None, typer.Option("--serve-arg", metavar="ARG", help="Further argument of vLLM; may be repeated.")
+    ] = None,
+    vcache_options: Annotated[
+        list[str] | None,
+        typer.Option("--vcache-option", metavar="KEY=VALUE", help="Further option of VCache's connector; may be repeated."),
+    ] = None,
+    logs: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Keep the servers' logs here.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw TTFT (.svg, .png, .pdf).")] = None,
+    json: JsonFile = None,
+    csv: CsvFile = None,
+) -> None:
+    """Chats on loaded vLLM servers, with and without sharing KV.
+
+    Conversations over shared system prompts, each turn asked when the one before is answered. Starts servers without sharing,
+    with vLLM's own offloading, with LMCache (where installed) and with VCache, one after the other, at equal VRAM and host
+    memory; or measures servers that run, as they are.
+    """
+    import os
+    import sys
+
+    from ..bench.serve import bench_urls, bench_ways, describe, draw, find_devices
+    from ..bench.serve_load import Load, Shape
+    from ..bench.serve_ways import Setup, chosen_ways, option
+
+    shape = Shape(conversations, turns, systems, system_tokens, turn_tokens, answer_tokens, spread, concurrency, seed)
+    count = len(urls) if urls else instances
+    command, title = " ".join(["vcache", *sys.argv[1:]]), describe(shape, routing, count)
+    with _progress() as progress:
+        if urls:
+            if ways:
+                raise ArgumentError("--way and --url: servers that run are measured as they are; leave --way out")
+            report = bench_urls(urls, model, Load(shape, count, routing), progress, command=command, title=title)
+        else:
+            if not model:
+                raise ArgumentError("--model names what the servers shall serve; or give --url for servers that run")
+            devices = find_devices(os.environ.get("CUDA_VISIBLE_DEVICES"))
+            setup = Setup(
+                model,
+                instances,
+                kv_memory,
+                host_memory,
+                _pool_size(pool_memory, kv_memory, bool(devices)),
+                Load(shape, count, routing).longest,
+                devices,
+                tuple(serve_args or ()),
+                dict(map(option, vcache_options or ())),
+            )
+            report = bench_ways(
+                chosen_ways(ways or ()),
+                setup,
+                lambda: Load(shape, count, routing),
+                progress,
+                command=command,
+                title=title,
+                repeats=repeats,
+                start_timeout=start_timeout,
+                logs=logs,
+            )
+    _finish(report, json, csv)
+    if plot is not None:
+        draw(report, plot)
+
+
+def _pool_size(text: str, kv_memory: int, devices: bool) -> int:
+    """`--pool-memory`: half of the memory on GPUs, nothing on a CPU, unless it is said."""
+    if not text:
+        return kv_memory // 2 if devices else 0
+    return 0 if text == "0" else parse_size(text)
 
 
 @contextmanager
