@@ -152,9 +152,13 @@ def test_a_second_hello_replaces_the_session(world):
 
 
 def test_sessions_that_end_twice_or_never_were(world):
+    before = gauges(world)["sessions"]
     world.directory.close_session(digest("nobody"), world.now)
+    assert gauges(world)["sessions"] == before
     world.disconnect(world.clients[0])
     world.directory.close_session(world.clients[0].id, world.now, goodbye=True)
+    assert gauges(world)["sessions"] == before - 1
+    world.directory.check_integrity()
 
 
 def test_a_lender_that_vanishes_makes_misses_and_nothing_else(world):

@@ -8,7 +8,8 @@ from driven import Driven
 
 from vcache.config import ManagerConfig
 from vcache.errors import ManagerRefusedError
-from vcache.manager.api import PutRequest, Ticket, WipeSlots
+from vcache.manager.api import InventoryPart, PutRequest, Ticket, WipeSlots
+from vcache.manager.directory import lending
 from vcache.manager.directory.directory import Directory
 from vcache.segment.slots import SegmentInfo, SlabInfo, SlabInventory, SlotHeader, slab_bytes_for, slab_geometry
 
@@ -295,3 +296,18 @@ def test_a_segment_that_goes_between_two_slices_gives_no_more_slots():
     finish(directory)
     assert [grant.status for grant in job.result()] == ["granted"] * 4 + ["no_space"] * 6
     directory.check_integrity()
+
+
+@pytest.mark.parametrize("part", [SlabInventory(0, bytes(2**20), b""), SlabInventory(0, b"", bytes(2**20))])
+def test_parts_of_inventories_are_bounded_by_all_that_they_hold(part, monkeypatch):
+    """Only slot headers were counted: a session could pin as much as it liked as slab headers."""
+    monkeypatch.setattr(lending, "MAX_PARTS", 2**22)
+    directory, info, _ = big()
+    for _ in range(3):
+        directory.handle(ME, InventoryPart(info.uuid, [part]), 0.0)
+    with pytest.raises(ManagerRefusedError, match="at most"):
+        directory.handle(ME, InventoryPart(info.uuid, [part]), 0.0)
+    directory.handle(ME, InventoryPart(info.uuid, [part]), 0.0)
+    directory.close_session(ME, 0.0)
+    assert not directory._lending._parts
+    assert not directory._lending._part_bytes

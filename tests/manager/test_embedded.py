@@ -120,3 +120,17 @@ def test_close_wakes_a_waiting_removal_and_ends_everything() -> None:
     with pytest.raises(ManagerUnavailableError, match="closed"):
         manager.put_start(put_request(keys(9, 1)))
     assert manager.epoch == 0
+
+
+def test_long_requests_leave_nothing_behind() -> None:
+    """Each store of more than a slice of chunks, each `remove` and `clear`, kept its job and its answer for good."""
+    loopback = Loopback(ManagerConfig())
+    manager = Manager(loopback)
+    manager.mount(segment_of(manager, slots=2000))
+    for _ in range(5):
+        manager.put_revoke([Ticket(key, 0, 0) for key in keys(1, 600)])
+        manager.put_start(put_request(keys(1, 600)))
+        manager.tiers(keys(1, 600))
+        manager.clear()
+    assert len(loopback._directory._state.jobs._waiting) <= 1
+    manager.close()

@@ -13,6 +13,7 @@ from vcache.manager import wire
 from vcache.manager.api import Place, StoryEntry
 from vcache.manager.directory import log
 from vcache.manager.directory.log import Log
+from vcache.segment.slots import SlotLocation
 
 
 def told(world: World, key: bytes) -> list[str]:
@@ -89,7 +90,7 @@ def test_writes_that_do_not_end_well_are_told() -> None:
     world.advance(CONFIG["ticket_ttl"])
     assert told(world, ONE.keys(0, 2)[1])[-2:] == ["quarantined", "absent"]
     world.finish(first, list(first.flights))
-    assert told(world, ONE.keys(0, 2)[1])[-2:] == ["written too late", "absent"]
+    assert told(world, ONE.keys(0, 2)[1])[-2:] == ["not taken", "absent"]
     store(world, TWO, 0, 1, shard=1)
     world.advance(CONFIG["ticket_ttl"])
     (dropped,) = [entry for entry in world.directory.story(TWO.keys(0, 1)[0], world.now) if entry.what == "dropped"]
@@ -155,3 +156,27 @@ def test_seldom_things_outlive_many_look_ups() -> None:
     for number in range(3 * log.MAX_READ_BYTES // log.ENTRY_BYTES):
         kept.reads.add((number, 2.0, "", "lookup", (b"k" * 16,), 0, 0, 320))
     assert [line.what for line in kept.story(b"e" * 16)] == ["evicted"]
+
+
+def test_the_places_of_all_shards_count_and_are_told() -> None:
+    """Where many shards of evicted chunks had been was kept beside the bound, and not told."""
+    kept = Log()
+    places = b"".join(SlotLocation(1, 2, 4, shard, 256, 20).pack() for shard in range(64))
+    for number in range(30_000):
+        kept.happened(0.0, "evicted", (number.to_bytes(16, "little"),), "room", places)
+    kept.check_integrity()
+    assert sum(len(entry[5][1]) for entry in kept.lives.entries) <= log.MAX_LIFE_BYTES
+    lines = kept.story((29_999).to_bytes(16, "little"))
+    assert [(line.shard, line.place.slot) for line in lines] == [(shard, shard) for shard in range(64)]
+
+
+def test_what_a_hello_ends_is_told_at_its_time() -> None:
+    """It had the time of the last call before, by whomever."""
+    world = World(engines=2, lenders=1, slabs=2)
+    client = world.clients[0]
+    world.put(client, ONE, 0, 0, 1)
+    directory = world.directory
+    directory.close_session(client.id, world.now)
+    directory.open_session(client.id, "c", "engine", world.now + 5.0)
+    (given_up,) = [entry for entry in directory.story(ONE.keys(0, 1)[0], world.now + 6.0) if entry.what == "given up"]
+    assert given_up.ago == 1.0

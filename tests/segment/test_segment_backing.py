@@ -267,6 +267,7 @@ def test_fence_is_reusable() -> None:
     fence = Fence()
     fence()
     fence()
+    assert not fence._lock.locked(), "the next one would wait for ever"
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ class Manager:
     # Reading
 
     def lookup(self, keys: Sequence[bytes]) -> int:
+        """The keys must not be changed afterwards, here and in `acquire`: a manager in this process keeps them in its log."""
         return self.transport.call(Lookup(keys))
 
     def acquire(self, keys: Sequence[bytes], shard: int = 0, *, lease: int = 0) -> AcquireReply:

@@ -38,7 +38,7 @@ class Transport(Protocol):
         """
 
     def tell(self, verb: Verb[None]) -> None:
-        """Say what has no answer. Does nothing without a session."""
+        """Say what has no answer. Does nothing without a session; in a forked child raises as `call` does."""
 
     def subscribe(self, listener: Listener) -> None:
         """Add a listener; if a session exists, `on_session` and the mounted segments are delivered to it at once."""

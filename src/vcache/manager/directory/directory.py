@@ -111,6 +111,7 @@ class Directory:
         if len(client) != DIGEST_BYTES:
             raise ProtocolError(f"hello: a client id is {DIGEST_BYTES} bytes, got {len(client)}")
         state = self._state
+        state.now = now
         if client in state.sessions:
             self.close_session(client, now, goodbye=False)
         self._writing.writer_idle(client)
@@ -193,7 +194,8 @@ class Directory:
         changed afterwards.
 
         In place of their replies, `Acquire` gets a `PackedReply`, `Remove` and `Clear` a `RemovalReply`. Raises
-        `ManagerRefusedError` without a session, `ProtocolError` for what no conforming client asks; nothing has changed then.
+        `ManagerRefusedError` without a session and for what a handler refuses, `ProtocolError` for what no conforming client
+        asks; nothing has changed then, but that parts of an inventory are used up.
         """
         session, log = self._session(client, now), self._log
         handler, note = self._handlers[type(verb)]

@@ -67,14 +67,14 @@ class Jobs:
 
     def __bool__(self) -> bool:
         """Whether any job is not done."""
-        while self._waiting and self._waiting[0].done:
-            self._waiting.popleft()
+        self._forget_done()
         return bool(self._waiting)
 
     def begin(self, steps: Generator[None, None, T]) -> Job[T]:
         """Begin a job, whose first slice is done at once."""
         job = Job(steps)
         job.step()
+        self._forget_done()  # Whoever finishes each job at once never asks for those that wait.
         if not job.done:
             self._waiting.append(job)  # type: ignore[arg-type]
         return job
@@ -86,3 +86,7 @@ class Jobs:
             job.step()
             if not job.done:
                 self._waiting.append(job)
+
+    def _forget_done(self) -> None:
+        while self._waiting and self._waiting[0].done:
+            self._waiting.popleft()

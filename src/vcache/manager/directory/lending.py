@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Generator, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Generator, Iterable, Sequence
 
 from ...errors import ManagerRefusedError, ProtocolError
 from ...keys import DIGEST_BYTES
-from ...segment.slots import LOCATION_BYTES, SegmentInfo, SlabInfo
+from ...segment.slots import HEADER_BYTES, LOCATION_BYTES, SegmentInfo, SlabInfo
 from ..api import (
     AddSlabs,
     DropSlabs,
@@ -66,22 +66,29 @@ class Lending:
         """By uuid, in the order of their going."""
         self._parts: dict[bytes, list[InventoryPart]] = {}
         """By client: what came before its mount."""
+        self._part_bytes: Counter[bytes] = Counter()
+        """By client: what these hold."""
         self._reading: dict[bytes, Job[int]] = {}
         """Latest mount of each segment, by uuid."""
 
     def part(self, session: Session, verb: InventoryPart) -> None:
         """Raises `ManagerRefusedError`, and forgets all of them, when a session's parts have too many bytes."""
-        parts = self._parts.setdefault(session.client, [])
-        parts.append(verb)
-        if sum(len(slab.slot_headers) for each in parts for slab in each.slabs) > MAX_PARTS:
-            del self._parts[session.client]
+        client = session.client
+        self._parts.setdefault(client, []).append(verb)
+        self._part_bytes[client] += sum(HEADER_BYTES + len(slab.slab_header) + len(slab.slot_headers) for slab in verb.slabs)
+        if self._part_bytes[client] > MAX_PARTS:
+            self._take_parts(client)
             raise ManagerRefusedError(f"mount: an inventory has at most {MAX_PARTS} bytes")
+
+    def _take_parts(self, client: bytes) -> Sequence[InventoryPart]:
+        del self._part_bytes[client]
+        return self._parts.pop(client, ())
 
     def mount(self, session: Session, verb: Mount) -> Job[int]:
         """It is mounted at once. The slots are free for use slab by slab, as their headers have been read. Raises
         `ProtocolError` for an impossible segment or inventory; nothing has changed then."""
         state, client, info, gate = self._state, session.client, verb.info, verb.gate
-        parts = self._parts.pop(client, ())
+        parts = self._take_parts(client)
         inventory = [*(slab for part in parts if part.uuid == info.uuid for slab in part.slabs), *verb.inventory]
         _check_info(client, info)
         headers = check_inventory(info, inventory)
@@ -141,7 +148,7 @@ class Lending:
     def lender_gone(self, client: bytes, *, goodbye: bool) -> None:
         """Take down the segments of a lender whose session ended. Without goodbye its memory may live on, and it may come back
         with it."""
-        self._parts.pop(client, None)
+        self._take_parts(client)
         for segment in list(self._state.allocator.segments.values()):
             if segment.info.owner == client:
                 self._remove(segment)

@@ -33,7 +33,7 @@ objects of four times that). Little: they are many, and must drive out neither w
 cache; enough for one of 20,000 keys."""
 MAX_LIFE_BYTES = 1 << 24
 """What all other entries hold together, about."""
-ENTRY_BYTES = 256
+ENTRY_BYTES = 384
 """What an entry holds by itself. So the number of entries is bounded as well."""
 _KEY_BYTES = 64
 _TICKET_BYTES = 128
@@ -116,9 +116,11 @@ class Log:
     def happened(
         self, now: float, what: str, keys: Sequence[bytes], detail: str = "", packed: bytes = b"", client: str = ""
     ) -> None:
-        """Something happened to these chunks. `packed`: where, for one shard of a single chunk. `client`: who wanted it."""
+        """Something happened to these chunks. `packed`: where, for a single chunk: a location, or those of all its shards.
+        `client`: who wanted it."""
         self.number += 1
-        self.lives.add((self.number, now, client, what, keys, (detail, packed), 0, ENTRY_BYTES + _KEY_BYTES * len(keys)))
+        nbytes = ENTRY_BYTES + _KEY_BYTES * len(keys) + len(packed)
+        self.lives.add((self.number, now, client, what, keys, (detail, packed), 0, nbytes))
 
     def placed(self, now: float, client: str, request: PutRequest, begin: int, places: Sequence[bytes | str]) -> None:
         """Part of a request was answered. `places`: for each of its keys from `begin` on the packed location granted, or the
@@ -247,7 +249,7 @@ def _tell_tickets(entry: _Entry, key: bytes) -> Iterator[Line]:
     tickets: Sequence[Ticket] = entry.named
     for index in _places((ticket.key for ticket in tickets), key):
         detail = f"generation {tickets[index].generation}"
-        what = "given up" if entry.kind == "put_revoke" else "written" if entry.outcome[index] else "written too late"
+        what = "given up" if entry.kind == "put_revoke" else "written" if entry.outcome[index] else "not taken"
         yield _line(entry, what, detail)._replace(shard=tickets[index].shard)
 
 
@@ -266,7 +268,9 @@ def _tell_spill(entry: _Entry, key: bytes) -> Iterator[Line]:
 def _event(entry: _Entry, key: bytes) -> Iterator[Line]:
     if key in entry.named:
         detail, packed = entry.outcome
-        yield _line(entry, entry.kind, detail, SlotLocation.unpack(packed) if len(packed) == LOCATION_BYTES else None)
+        places = SlotLocation.unpack_many(packed)
+        for shard, place in enumerate(places or (None,)):
+            yield _line(entry, entry.kind, detail, place)._replace(shard=shard)
 
 
 _TELLERS: dict[str, Callable[[_Entry, bytes], Iterator[Line]]] = {

@@ -312,6 +312,7 @@ class Writing:
                     published.append(record)
             if not done and write is not None and write.source:
                 state.counters.demotions_refused += 1
+                state.log.happened(now, "demotion refused", (ticket.key,), "the chunk is leased, or is not where it was")
             else:
                 state.counters.late_ends += not done
             results.append(done)

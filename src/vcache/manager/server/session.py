@@ -229,7 +229,8 @@ class Session(asyncio.Protocol):
                 return b""
             return self._reply(request, codec.encode_reply(reply))
         except Exception as error:  # noqa: BLE001 - whatever goes wrong, it is this request that failed
-            return b"" if code == wire.RELEASE else self._refusal(request, error)
+            refusal = self._refusal(request, error)
+            return b"" if code == wire.RELEASE else refusal
 
     def _refusal(self, request: int, error: Exception) -> bytes:
         if not isinstance(error, VCacheError):

@@ -187,11 +187,10 @@ class Sessions:
             owed.timer.cancel()
         try:
             reply = self.finish(owed.connection, owed.request, owed.verb, owed.reply)
-        except Exception as error:  # noqa: BLE001 - whatever goes wrong, it is this request that failed
-            owed.connection.refuse(owed.request, error)
-        else:
             if reply is not OWED:
                 owed.connection.answer(owed.request, reply)
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong, it is this request that failed
+            owed.connection.refuse(owed.request, error)
 
     def _is_due(self, owed: _Owed) -> bool:
         return owed.reply.done if isinstance(owed.reply, Job) else not self.directory.outstanding(owed.tokens)
