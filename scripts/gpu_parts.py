@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -217,28 +218,32 @@ def run_limited(command: Sequence[str], log: Path, limit: float, env: Mapping[st
     assert process.stdout is not None
     lines: list[str] = []
     rest, timed_out = b"", False
-    with log.open("w") as file, selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            left = began + limit - time.monotonic()
-            if left <= 0:
-                timed_out = True
-                break
-            if not selector.select(min(left, 1.0)):
-                if process.poll() is not None:  # a grandchild may still hold the pipe
+    try:
+        with log.open("w") as file, selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while True:
+                left = began + limit - time.monotonic()
+                if left <= 0:
+                    timed_out = True
                     break
-                continue
-            data = os.read(process.stdout.fileno(), 65536)
-            if not data:
-                break
-            *whole, rest = (rest + data).split(b"\n")
-            for raw in whole:
-                line = raw.decode(errors="replace")
-                lines.append(line)
-                file.write(line + "\n")
-                file.flush()
-                print("   " + line[:300], flush=True)
-        file.write(rest.decode(errors="replace"))
+                if not selector.select(min(left, 1.0)):
+                    if process.poll() is not None:  # a grandchild may still hold the pipe
+                        break
+                    continue
+                data = os.read(process.stdout.fileno(), 65536)
+                if not data:
+                    break
+                *whole, rest = (rest + data).split(b"\n")
+                for raw in whole:
+                    line = raw.decode(errors="replace")
+                    lines.append(line)
+                    file.write(line + "\n")
+                    file.flush()
+                    print("   " + line[:300], flush=True)
+            file.write(rest.decode(errors="replace"))
+    except BaseException:  # Ctrl-C reaches this process alone
+        end_group(process, hard=True)
+        raise
     end_group(process, hard=timed_out)
     return {
         "code": -9 if timed_out else process.returncode,
@@ -251,11 +256,12 @@ def run_limited(command: Sequence[str], log: Path, limit: float, env: Mapping[st
 
 def end_group(process: subprocess.Popen[Any], *, hard: bool) -> None:
     """End what a process with a group of its own left running, and wait for it."""
-    if not hard:
-        try:
-            process.wait(15)
-        except subprocess.TimeoutExpired:
-            hard = True
+    if hard:
+        process.send_signal(signal.SIGINT)  # so that it ends what it started in groups of their own
+    try:
+        process.wait(5 if hard else 15)
+    except subprocess.TimeoutExpired:
+        hard = True
     try:
         os.killpg(process.pid, 9)
     except ProcessLookupError:

@@ -188,6 +188,17 @@ def test_a_call_without_end_is_ended_after_the_grace_with_all_that_it_started(tm
     eventually(lambda: gone(other), what="the process that it started is gone")
 
 
+@pytest.mark.parametrize("end", ["close", "death"])
+def test_what_a_worker_started_goes_with_it(tmp_path: Path, end: str) -> None:
+    """It stayed where the worker itself had gone first: by its end, or by its death."""
+    with desk(tmp_path) as worker:
+        other = worker.ready().call(Desk.start_another)
+        if end == "death":
+            worker.signal(signal.SIGKILL)
+            eventually(lambda: not worker.alive, what="it is dead")
+    eventually(lambda: gone(other), what="the process that it started is gone")
+
+
 def test_a_stopped_worker_can_be_ended(tmp_path: Path) -> None:
     with desk(tmp_path, grace=0.2) as worker:
         worker.ready().signal(signal.SIGSTOP)

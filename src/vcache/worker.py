@@ -221,8 +221,8 @@ class Worker:
 
     def kill(self) -> None:
         """SIGKILL for it and what it started in its process group; returns when it is gone. Idempotent."""
-        if self.alive:
-            with suppress(ProcessLookupError):  # it has ended since
+        if not self._log.closed:
+            with suppress(ProcessLookupError):  # all of them have ended by themselves
                 os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
         if not self._log.closed:

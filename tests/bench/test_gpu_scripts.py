@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.cluster import eventually
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -114,6 +115,24 @@ def alive(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+def test_ctrl_c_ends_a_part_and_what_it_started_elsewhere(tmp_path: Path) -> None:
+    """Both went on, and kept a GPU's memory: each is in a session of its own."""
+    inner = "import os, sys; from gpu_parts import run_limited; from pathlib import Path; "
+    inner += "run_limited([sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'], "
+    inner += f"Path({str(tmp_path / 'inner.txt')!r}), 600, os.environ)"
+    outer = "import os, signal, sys; from gpu_parts import run_limited; from pathlib import Path; "
+    outer += "signal.signal(signal.SIGINT, signal.default_int_handler); "
+    outer += f"run_limited([sys.executable, '-c', {inner!r}], Path({str(tmp_path / 'outer.txt')!r}), 600, os.environ)"
+    env = {**os.environ, "PYTHONPATH": str(SCRIPTS), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, "-c", outer], env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    sleeper = int(process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+    process.stdout.close()
+    eventually(lambda: not Path(f"/proc/{sleeper}").exists(), what="the inner part is gone")
 
 
 def test_a_process_that_ends_says_how(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 from support.cluster import eventually
 from support.commands import Starter, invoke
 
-from vcache.bench import serve_ways
+from vcache.bench import serve, serve_ways
 from vcache.bench.serve import Run, add_ratios, summary
 from vcache.bench.serve_client import Endpoint, Sample, ServerError, complete
 from vcache.bench.serve_counters import Counted, parse
@@ -210,8 +210,8 @@ def test_ways_are_compared_in_one_run(tmp_path: Path, folder: Path, monkeypatch:
     (memory,) = [note for note in report["notes"] if note.startswith("KV memory")]
     assert "native: 128 MiB in each instance, 32 MiB of host memory each" in memory
     assert "vcache: 128 MiB in each instance, 64 MiB of host memory shared" in memory
-    expected = {f"{way}-instance-{number}.log" for way in ("none", "native", "vcache") for number in range(2)}
-    expected |= {"vcache-manager.log", "vcache-lender-of-host-memory.log"}
+    expected = {f"{way}-1-instance-{number}.log" for way in ("none", "native", "vcache") for number in range(2)}
+    expected |= {"vcache-1-manager.log", "vcache-1-lender-of-host-memory.log"}
     assert {log.name for log in logs.iterdir()} == expected
     assert not processes_of(str(folder))
     assert not list(folder.iterdir())
@@ -268,7 +268,7 @@ def test_when_every_way_fails_the_command_does(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_when_it_is_ended(folder: Path, number: signal.Signals) -> None:
     """Servers, what they started, manager and lender."""
     starter = Starter(folder)
@@ -277,8 +277,9 @@ def test_nothing_is_left_when_it_is_ended(folder: Path, number: signal.Signals) 
     try:
         eventually(lambda: len(processes_of(f"sys.stdin.read()  # {folder}")) == 2, what="both servers")
         code = started.end(number)
-        assert code == (130 if number is signal.SIGINT else -signal.SIGKILL), started.err
+        assert code == (-signal.SIGKILL if number is signal.SIGKILL else 130), started.err
         eventually(lambda: not processes_of(str(folder)), what="the end of the servers")
+        assert number is signal.SIGKILL or not list(folder.glob("vcache-bench-*")), "nor a folder"
     finally:
         starter.kill_all()
 
@@ -431,3 +432,58 @@ def test_what_a_server_may_say_wrong(said: bytes | None, words: str) -> None:
 
     with pytest.raises(ServerError, match=words):
         asyncio.run(ask())
+
+
+def test_lmcache_is_said_to_have_what_it_gets() -> None:
+    """Its server takes whole GiB: it got one, and was said to have 1.9."""
+    odd = setup(host_memory=2**30 * 19 // 10)
+    assert split("lmcache", odd).shared_host == 2**30
+    arguments = serve_ways.lmcache_server(odd, 1, 2)
+    assert arguments[arguments.index("--l1-size-gb") + 1] == "1"
+
+
+def test_a_load_that_fails_costs_the_same_in_every_way() -> None:
+    """Only VCache's servers computed what could not be loaded; the others' failed the request, and with it the whole way."""
+    policies = {way: (connector(way, setup()) or {}).get("kv_load_failure_policy") for way in ("native", "lmcache", "vcache")}
+    assert policies == dict.fromkeys(policies, "recompute")
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """No servers, and a load that takes no time: which way had its turn when."""
+    had: list[str] = []
+
+    @contextmanager
+    def started(way: str, *arguments: Any) -> Iterator[list[str]]:
+        yield [way]
+
+    def run(endpoints: list[str], *arguments: Any) -> Run:
+        had.append(endpoints[0])
+        if len(had) == 3 and endpoints[0] == "vcache":
+            raise KeyboardInterrupt
+        return Run([], 1.0, None)
+
+    monkeypatch.setattr(serve, "started", started)
+    monkeypatch.setattr(serve, "run", run)
+    monkeypatch.setattr(serve, "require_vllm", lambda: None)
+    monkeypatch.setattr(serve, "unavailable", lambda way, setup: "")
+    monkeypatch.setattr(serve, "_numbers", lambda found: dict.fromkeys(column.key for column in serve.COLUMNS[1:]))
+    return had
+
+
+def test_ways_take_turns_in_both_orders(turns: list[str]) -> None:
+    """`none` always came first and `vcache` last: what drifts in the course of a run was repeated with every repeat."""
+    serve.bench_ways(["none", "native"], setup(), lambda: None, print, command="", title="", repeats=3)
+    assert turns == ["none", "native", "native", "none", "none", "native"]
+
+
+def test_an_interrupted_run_tells_what_it_has(turns: list[str]) -> None:
+    """All that had been measured in hours was lost at Ctrl-C."""
+    told: list[Any] = []
+    with pytest.raises(KeyboardInterrupt):
+        serve.bench_ways(
+            ["none", "native", "vcache"], setup(), lambda: None, print, command="", title="", on_interrupt=told.append
+        )
+    (report,) = told
+    assert [row["way"] for row in report.rows] == ["none", "native"]
+    assert any("interrupted" in note for note in report.notes)

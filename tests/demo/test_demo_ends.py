@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vcache.demo import DemoError, engines, main, model, sessions
+from vcache.children import sessions
+from vcache.children.sessions import kill_session, members
+from vcache.demo import DemoError, engines, main, model
 from vcache.demo.processes import Process, guarded
-from vcache.demo.sessions import kill_session, members
 
 pytestmark = pytest.mark.processes
 
@@ -24,7 +25,7 @@ DEMO = """
 import sys
 from pathlib import Path
 from vcache.demo.processes import Process, guarded
-from vcache.demo.stops import stop_signals
+from vcache.children.stops import stop_signals
 try:
     with stop_signals(), Process("child", guarded("http.server", "0"), Path(sys.argv[1])) as child:
         print(child.pid, flush=True)
@@ -93,7 +94,7 @@ def test_a_child_that_does_not_hear_sigterm_ends_with_the_demo_too(tmp_path: Pat
 
 def test_a_child_that_starts_too_late_ends_at_once() -> None:
     gone = subprocess.run(
-        [sys.executable, "-m", "vcache.demo.guard", "1", "this"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "vcache.children.guard", "1", "this"], capture_output=True, text=True, timeout=60, check=False
     )
     if os.getpid() != 1:
         assert gone.returncode == 1

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from vcache.children.sessions import members
 from vcache.demo import DemoError
 from vcache.demo.hardware import Hardware, threads
-from vcache.demo.sessions import members
 from vcache.demo.vllm_server import Instance, arguments, environment, parse_counters
 
 pytestmark = pytest.mark.processes

@@ -79,28 +79,41 @@ def bench_ways(
     repeats: int = 1,
     start_timeout: float = 1800.0,
     logs: Path | None = None,
+    on_interrupt: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Start servers for each way, `repeats` times in turn, and put the load on them. A way that fails is a note, and the others
-    go on. Raises `VCacheError` when all fail."""
+    """Start servers for each way, `repeats` times in turn and in the other order every second time, and put the load on them. A
+    way that fails is a note, and the others go on. `on_interrupt` gets what there is by then. Raises `VCacheError` when all
+    fail."""
     setup.check()
     require_vllm()
     failed = {way: reason for way in ways if (reason := unavailable(way, setup))}
     runs: dict[Way, list[Run]] = {}
-    for repeat in range(repeats):
-        for way in [way for way in ways if way not in failed]:
-            step = _prefixed(progress, f"{way} {repeat + 1}/{repeats}: " if repeats > 1 else f"{way}: ")
-            try:
-                with started(way, setup, start_timeout, logs, progress) as endpoints:
-                    runs.setdefault(way, []).append(run(endpoints, MODEL, load(), step))
-            except VCacheError as error:
-                failed[way] = str(error)
-    notes = [f"{way}: {reason}" for way, reason in failed.items()]
-    rows = [summary(way, runs[way]) for way in ways if runs.get(way)]
-    if not rows:
-        raise VCacheError("; ".join(notes))
-    add_ratios(rows)
-    notes = [*against_none(rows), *notes, _memory(ways, setup), _EXPLAINED]
-    return Report(title=title, command=command, columns=COLUMNS, rows=rows, notes=notes)
+
+    def report(*further: str) -> Report:
+        notes = [f"{way}: {reason}" for way, reason in failed.items()]
+        rows = [summary(way, runs[way]) for way in ways if runs.get(way)]
+        if not rows:
+            raise VCacheError("; ".join(notes))
+        add_ratios(rows)
+        notes = [*against_none(rows), *further, *notes, _memory(ways, setup), _EXPLAINED]
+        return Report(title=title, command=command, columns=COLUMNS, rows=rows, notes=notes)
+
+    try:
+        for repeat in range(repeats):
+            for way in ways if repeat % 2 == 0 else ways[::-1]:
+                if way in failed:
+                    continue
+                step = _prefixed(progress, f"{way} {repeat + 1}/{repeats}: " if repeats > 1 else f"{way}: ")
+                try:
+                    with started(way, setup, start_timeout, logs, progress, repeat + 1) as endpoints:
+                        runs.setdefault(way, []).append(run(endpoints, MODEL, load(), step))
+                except VCacheError as error:
+                    failed[way] = str(error)
+    except KeyboardInterrupt:
+        if any(runs.values()):
+            on_interrupt(report("interrupted: this is what had been measured by then"))
+        raise
+    return report()
 
 
 def bench_urls(urls: Sequence[str], model: str, load: Load, progress: Progress, *, command: str, title: str) -> Report:

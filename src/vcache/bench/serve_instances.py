@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -18,14 +17,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ..children.sessions import kill_session
 from .processes import clean_environment
 from .serve_client import Endpoint, RefusedError, ServerError, get
 from .serve_ways import SERVER, Setup, Split, Way, arguments, connector, environment, lmcache_server, split
 
 _ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b.*:")
 _GRACE = 10.0
-_AFTERWARDS = 5.0
-_GONE = 10.0
 _DYING = 3.0
 """Seconds within which a server that closed a connection is seen to be dead, if it is."""
 _WORDS = 300
@@ -40,7 +38,7 @@ class Server:
 
     def __init__(self, name: str, module: str, options: Sequence[str], folder: Path, env: Mapping[str, str]) -> None:
         self.name, self._log = name, folder / f"{name.replace(' ', '-')}.log"
-        command = [sys.executable, "-m", "vcache.demo.guard", str(os.getpid()), module, *options]
+        command = [sys.executable, "-m", "vcache.children.guard", str(os.getpid()), module, *options]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
@@ -49,9 +47,13 @@ class Server:
     def wait(self, ready: Callable[[], bool], timeout: float) -> None:
         """Return once it is `ready`. Raises `ServerError` when it ends, or takes longer than `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while not ready():
+        while True:
+            is_ready = ready()
+            # Asked for afterwards: what a server says before it fails may look like being ready.
             if self._process.poll() is not None:
                 raise ServerError(f"{self.name} did not start: {self._last_words()}")
+            if is_ready:
+                return
             if time.monotonic() > deadline:
                 raise ServerError(f"{self.name} did not start within {timeout:.0f} s: {self._last_words()}")
             time.sleep(0.25)
@@ -73,17 +75,11 @@ class Server:
             self._process.terminate()
 
     def close(self) -> None:
-        """SIGTERM, then SIGKILL for it and what it started, if they do not go by themselves. Idempotent.
-
-        What a dead server leaves behind gets a moment as well: Python's resource trackers unlink its shared memory then.
-        """
+        """SIGTERM, then SIGKILL for it and what it started, if they do not go by themselves. Idempotent."""
         self.terminate()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_GRACE)
-        if not self._gone(_AFTERWARDS):
-            with suppress(ProcessLookupError):  # the last of them just went
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._gone(_GONE)
+        kill_session(self._process.pid)
         self._process.wait()
 
     def __enter__(self) -> Self:
@@ -91,18 +87,6 @@ class Server:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
-
-    def _gone(self, within: float) -> bool:
-        """Whether all of its process group end within so many seconds."""
-        deadline = time.monotonic() + within
-        while time.monotonic() < deadline:
-            self._process.poll()
-            try:
-                os.killpg(self._process.pid, 0)
-            except ProcessLookupError:
-                return True
-            time.sleep(0.02)
-        return False
 
     def _last_words(self) -> str:
         """The last error in its log, else the last line."""
@@ -113,16 +97,17 @@ class Server:
 
 @contextmanager
 def started(
-    way: Way, setup: Setup, timeout: float, logs: Path | None, progress: Callable[[str], None]
+    way: Way, setup: Setup, timeout: float, logs: Path | None, progress: Callable[[str], None], run: int = 1
 ) -> Iterator[list[Endpoint]]:
-    """Servers and services of one way; enters once all servers answer. `logs`: a folder that keeps their logs.
+    """Servers and services of one way; enters once all servers answer. `logs`: a folder that keeps their logs, with `run` in
+    their names.
 
     Raises `VCacheError` when one does not start; a `ServerError` out of the block tells which server died, if one did.
     """
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vcache-bench-")))
         if logs is not None:
-            stack.callback(_keep, folder, logs, way)
+            stack.callback(_keep, folder, logs, f"{way}-{run}")
         memory = split(way, setup)
         address, port = "", 0
         if way == "vcache":
@@ -167,7 +152,7 @@ def _start_pool(stack: ExitStack, setup: Setup, memory: Split, folder: Path, tim
     def lend(name: str, kind: str, nbytes: int, *options: str, **env: str) -> None:
         start(name, "lending ", "lend", "--address", address, "--kind", kind, "--size", str(nbytes), *options, **env)
 
-    start("manager", address, "serve", "--address", address)
+    start("manager", f"manager ready at {address}", "serve", "--address", address)
     host = memory.shared_host + (0 if setup.devices else memory.shared_vram)
     if host:
         lend("lender of host memory", "host", host)
@@ -192,10 +177,10 @@ def _healthy(endpoint: Endpoint) -> bool:
     return True
 
 
-def _keep(folder: Path, logs: Path, way: Way) -> None:
+def _keep(folder: Path, logs: Path, prefix: str) -> None:
     for log in folder.glob("*.log"):
         logs.mkdir(parents=True, exist_ok=True)
-        shutil.copy(log, logs / f"{way}-{log.name}")
+        shutil.copy(log, logs / f"{prefix}-{log.name}")
 
 
 def _free_port() -> int:

@@ -89,7 +89,8 @@ def split(way: Way, setup: Setup) -> Split:
         case "native":
             return Split(whole, engine_host=setup.host_memory // setup.instances)
         case "lmcache":
-            return Split(whole, shared_host=setup.host_memory)
+            # Its server takes whole GiB.
+            return Split(whole, shared_host=setup.host_memory // _GIB * _GIB)
         case "vcache":
             own = (setup.kv_memory - setup.pool_memory) // setup.instances
             lent = setup.pool_memory // max(1, len(setup.used_devices()))
@@ -113,25 +114,22 @@ def require_vllm() -> None:
 
 def connector(way: Way, setup: Setup, *, address: str = "", port: int = 0) -> dict[str, Any] | None:
     """`--kv-transfer-config` of a way. `address`: VCache's manager; `port`: LMCache's server."""
+    # The same for all: a load that fails costs a computation, not the request.
+    common = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+    extra: dict[str, Any]
     match way:
         case "none":
             return None
         case "native":
-            extra: dict[str, Any] = {"cpu_bytes_to_use": split(way, setup).engine_host}
-            return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+            name, extra = "OffloadingConnector", {"cpu_bytes_to_use": split(way, setup).engine_host}
         case "lmcache":
-            extra = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
-            return {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra}
+            name, extra = "LMCacheMPConnector", {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
         case "vcache":
+            common["kv_connector_module_path"] = "vcache.integrations.vllm.connector"
             # Answers are part of the next prompt: they are worth saving.
+            name = "VCacheConnector"
             extra = {"address": address, "segment.lend": False, "save_decoded": True, **setup.vcache_options}
-            return {
-                "kv_connector": "VCacheConnector",
-                "kv_connector_module_path": "vcache.integrations.vllm.connector",
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": extra,
-            }
+    return {"kv_connector": name, **common, "kv_connector_extra_config": extra}
 
 
 def arguments(setup: Setup, socket: str, kv_bytes: int, transfer: Mapping[str, Any] | None) -> list[str]:
@@ -160,6 +158,6 @@ def lmcache_server(setup: Setup, port: int, http_port: int) -> Sequence[str]:
     """Arguments of `lmcache`: a server over all of the host memory, which all instances share."""
     return [
         *("server", "--host", "127.0.0.1", "--port", str(port), "--http-host", "127.0.0.1", "--http-port", str(http_port)),
-        *("--chunk-size", str(_LMCACHE_CHUNK), "--l1-size-gb", str(setup.host_memory // _GIB)),
+        *("--chunk-size", str(_LMCACHE_CHUNK), "--l1-size-gb", str(split("lmcache", setup).shared_host // _GIB)),
         *("--eviction-policy", "LRU", "--no-l1-use-lazy", "--max-workers", "4"),
     ]

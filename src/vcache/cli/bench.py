@@ -240,11 +240,12 @@ def serve(
     from ..bench.serve import bench_urls, bench_ways, describe, draw, find_devices
     from ..bench.serve_load import Load, Shape
     from ..bench.serve_ways import Setup, chosen_ways, option
+    from ..children.stops import stop_signals
 
     shape = Shape(conversations, turns, systems, system_tokens, turn_tokens, answer_tokens, spread, concurrency, seed)
     count = len(urls) if urls else instances
     command, title = " ".join(["vcache", *sys.argv[1:]]), describe(shape, routing, count)
-    with _progress() as progress:
+    with stop_signals(), _progress() as progress:
         if urls:
             if ways:
                 raise ArgumentError("--way and --url: servers that run are measured as they are; leave --way out")
@@ -274,6 +275,7 @@ def serve(
                 repeats=repeats,
                 start_timeout=start_timeout,
                 logs=logs,
+                on_interrupt=lambda report: _finish(report, json, csv),
             )
     _finish(report, json, csv)
     if plot is not None:

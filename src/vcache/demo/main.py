@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from ..children.stops import stop_signals
 from ..errors import ArgumentError
 from . import DemoError, document, engines, model, report
 from .cast import Cast
@@ -21,7 +22,6 @@ from .hardware import Hardware, describe, find_hardware
 from .pool import Pool
 from .processes import Process, guarded
 from .stage import Stage
-from .stops import stop_signals
 from .story import Results, play
 from .torch_cast import TorchCast
 from .vllm_server import VllmCast

@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ..children.sessions import kill_session
 from . import DemoError
-from .sessions import kill_session
 
 _ERROR = re.compile(r"\b[A-Za-z]*(Error|Exception)\b.*:")
 _UNSAID = re.compile(r"validation errors? for \w+$")
@@ -36,7 +36,7 @@ def child_environment(env: Mapping[str, str], *, offline: bool = True) -> dict[s
 
 def guarded(module: str, *arguments: str) -> list[str]:
     """Command that runs a Python module, and gets SIGTERM when this process is killed."""
-    return [sys.executable, "-m", "vcache.demo.guard", str(os.getpid()), module, *arguments]
+    return [sys.executable, "-m", "vcache.children.guard", str(os.getpid()), module, *arguments]
 
 
 class Process:

@@ -1,6 +1,6 @@
-"""Run a module as `python -m` would, and end with the process that asked for it: nothing outlives a demo that was killed.
+"""Run a module as `python -m` would, and end with the process that asked for it: nothing outlives it when it is killed.
 
-usage: python -m vcache.demo.guard PARENT_PID MODULE [ARGUMENTS...]
+usage: python -m vcache.children.guard PARENT_PID MODULE [ARGUMENTS...]
 """
 
 from __future__ import annotations

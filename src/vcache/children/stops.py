@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal: the demo ends what it started, then itself."""
+"""Ctrl-C, SIGTERM and a closed terminal: a process ends what it started, then itself."""
 
 from __future__ import annotations
 
