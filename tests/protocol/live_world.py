@@ -6,6 +6,7 @@ from __future__ import annotations
 import queue
 import re
 import threading
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -46,7 +47,7 @@ from vcache.paged import cpu_mover
 from vcache.paged.layout import PagedCache
 from vcache.paged.mover import Rows, Target
 from vcache.segment.gate import QUARANTINE, Gate, WriteGate
-from vcache.segment.mapping import MappedSlab, PinnedSlot, PinnedSlots
+from vcache.segment.mapping import MappedSlab, PinnedSlab, PinnedSlot
 from vcache.segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlotHeader, SlotLocation, slab_bytes_for, slab_geometry
 
 T = TypeVar("T")
@@ -143,14 +144,14 @@ class Process:
         geometry = slab_geometry(self.slabs[which].nbytes, location.slot_bytes)
         return PinnedSlot(self.slabs[which], geometry.header_offset(location.slot), geometry.payload_offset(location.slot))
 
-    def pin_prefix(self, locations: list[SlotLocation]) -> PinnedSlots:
-        slots = [slot for location in locations if (slot := self.pin(location)) is not None]
-        return PinnedSlots(slots, [slot.slab for slot in slots])
+    def pin_slab(self, location: SlotLocation) -> PinnedSlab | None:
+        slot = self.pin(location)
+        return None if slot is None else PinnedSlab(slot.slab, slab_geometry(slot.slab.nbytes, location.slot_bytes))
 
     def unpin(self, slot: PinnedSlot) -> None:
         slot.slab.unpin()
 
-    def unpin_all(self, slabs: list[MappedSlab]) -> None:
+    def unpin_all(self, slabs: Iterable[MappedSlab]) -> None:
         for slab in slabs:
             slab.unpin()
 

@@ -13,8 +13,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
+
+import numpy as np
 
 from ..errors import TRANSFER_ERRORS, ManagerError
 from ..keys import Chunk
@@ -22,13 +25,15 @@ from ..manager.api import Placement, PutGrant, PutRequest, Ticket
 from ..manager.client import Manager
 from ..metrics import EngineMetrics
 from ..paged.checksum import TRAILER_BYTES, ChecksumMode, contradicts, slot_bytes_for, trailer_offset
+from ..paged.columns import SlotColumns
 from ..paged.layout import device_name
 from ..paged.mover import Rows, SlotTransfer, Transfer
 from ..segment.gate import Passage
-from ..segment.mapping import MappedSlab, PinnedSlot, SegmentMap
+from ..segment.mapping import PinnedSlab, PinnedSlot, SegmentMap
 from ..segment.slot_protocol import PinnedMemory, carries, mend_format, still_carries
-from ..segment.slots import ALIGNMENT, HEADER_BYTES, SlabHeader, SlotHeader, SlotLocation, Tier, align_up
+from ..segment.slots import ALIGNMENT, HEADER_BYTES, Locations, SlabHeader, SlotHeader, SlotLocation, Tier, align_up
 from ..spec import KVCacheSpec
+from .leased_slots import Naming, ReachedSlots, reach
 from .remote_reads import RemoteRead, RemoteReader, RemoteTransfer
 from .transfer import JoinedTransfer, PoolTransfer
 
@@ -70,7 +75,7 @@ class Lease(NamedTuple):
 
     id: int
     """0: nothing is leased."""
-    locations: list[SlotLocation]
+    locations: Sequence[SlotLocation]
     failed: bool = False
     """The manager could not be asked."""
 
@@ -101,7 +106,7 @@ class ChunkPool:
         self.slot_bytes = slot_bytes_for(payload_bytes, checksum)
         self._sealed = align_up(slot_bytes_for(payload_bytes, "always"), ALIGNMENT)
         """Length of slots that carry a checksum, whoever wrote them."""
-        self._strides = (align_up(payload_bytes, ALIGNMENT), self._sealed)
+        self.naming = Naming(spec, self.namespace, (align_up(payload_bytes, ALIGNMENT), self._sealed))
         self._verifies = {"off": 0.0, "sample": SAMPLED, "always": 1.0}[checksum]
         self._token_bytes = spec.token_bytes
         self.metrics = metrics
@@ -157,7 +162,7 @@ class ChunkPool:
     def read(self, location: SlotLocation, chunk: Chunk, out: memoryview) -> int:
         """Copy header and payload of a leased slot into host memory `out`; bytes written, 0 when unreachable or stale.
         Blocks. This is how background writers feed the storage tier."""
-        slot = self.segments.pin(location) if location.slot_bytes in self._strides else None
+        slot = self.segments.pin(location) if location.slot_bytes in self.naming.strides else None
         if slot is None:
             return 0
         try:
@@ -254,6 +259,17 @@ class ChunkPool:
             return 0
         return trailer_offset(slot.payload_offset, location.slot_bytes)
 
+    def _with_trailers(self, found: ReachedSlots) -> SlotColumns:
+        """The slots of a load, and which trailers of theirs it verifies."""
+        slots = found.columns
+        if self._verifies:
+            chosen = found.units == self._sealed // ALIGNMENT
+            if self._verifies < 1:
+                chosen &= np.array([random.random() < self._verifies for _ in range(len(slots))], bool)
+            for at in np.flatnonzero(chosen).tolist():
+                slots.trailer[at] = trailer_offset(int(slots.payload_offset[at]), self._sealed)
+        return slots
+
     def _distrust(self, damaged: Sequence[int]) -> None:
         """The segments of these numbers delivered chunks with wrong checksums, one each."""
         self.metrics.count("checksum_failures", len(damaged))
@@ -312,17 +328,13 @@ class ChunkPool:
             logger.warning("transfer not started, treated as a miss: %s", error)
             return None
 
-    def _observe(
-        self, operation: Literal["store", "retrieve"], transfers: list[SlotTransfer], flags: list[bool], seconds: float
-    ) -> None:
-        moved = [transfer for transfer, ok in zip(transfers, flags, strict=False) if ok]
-        if not moved:
+    def _observe(self, operation: Literal["store", "retrieve"], moved: _Moved, seconds: float) -> None:
+        total = moved.vram + moved.dram
+        if not moved.chunks:
             return
-        total = sum(transfer.header.tokens - transfer.skip for transfer in moved)
-        vram = sum(transfer.header.tokens - transfer.skip for transfer in moved if transfer.slot.slab.kind == "cuda")
-        self.metrics.count(f"{operation}_chunks", len(moved))
+        self.metrics.count(f"{operation}_chunks", moved.chunks)
         self.metrics.count(f"{operation}_tokens", total)
-        tiers: tuple[tuple[Tier, int], ...] = (("vram", vram), ("dram", total - vram))
+        tiers: tuple[tuple[Tier, int], ...] = (("vram", moved.vram), ("dram", moved.dram))
         for tier, count in tiers:
             if count:
                 # The tiers of a mixed transfer share its time by their bytes.
@@ -340,6 +352,25 @@ class ChunkPool:
     def _manager_failed(self, verb: str, error: Exception) -> None:
         self.metrics.count("manager_errors")
         logger.debug("%s: %s", verb, error)
+
+
+@dataclass
+class _Moved:
+    """What has been moved, of one operation."""
+
+    chunks: int = 0
+    vram: int = 0
+    """Tokens from or to it."""
+    dram: int = 0
+
+    def add(self, slots: SlotColumns, flags: Sequence[bool]) -> None:
+        """Count those of `slots` whose flag is True; there may be fewer flags."""
+        kept = np.flatnonzero(np.array(flags, bool))
+        tokens = (slots.tokens - slots.skip)[kept]
+        in_vram = np.array([slab.kind == "cuda" for slab in slots.slabs], bool)[slots.slab[kept]]
+        self.chunks += len(kept)
+        self.vram += int(tokens[in_vram].sum())
+        self.dram += int(tokens[~in_vram].sum())
 
 
 @contextmanager
@@ -361,70 +392,60 @@ class _Load:
         self._lease = lease
         self._chunks = chunks
         self._began = time.perf_counter()
-        self._mapped: list[SlotTransfer] = []
-        self._places: list[int] = []
-        """Of `_mapped`: positions in the load."""
-        self._slabs: list[MappedSlab] = []
-        """Where `_mapped` lies; pinned."""
+        self._mapped: list[tuple[SlotColumns, range]] = []
+        """Slots in mapped memory, and their positions in the load."""
+        self._pinned: list[PinnedSlab] = []
+        """Where `_mapped` lies."""
         self._reads: list[RemoteRead] = []
         self._read_places: list[int] = []
         self._remote: RemoteTransfer | None = None
         self._whole = JoinedTransfer([], None)
 
     def start(self, rows: Rows) -> PoolTransfer[list[bool]]:
-        """Start what can be reached. The first part is under way while the rest is prepared."""
-        count = len(self._chunks)
-        head = HEAD_CHUNKS if count >= 2 * HEAD_CHUNKS else count
+        """Start what can be reached."""
+        self._reach()
         parts: list[tuple[Transfer, Sequence[int]]] = []
-        for begin, end in ((0, head), (head, count)):
-            known = len(self._mapped)
-            reached = self._reach(begin, end)
-            part, places = self._mapped[known:], self._places[known:]
-            started = self._pool._start(partial(rows.load, part)) if part else None
-            if started is not None:
-                parts.append((started, places))
-            elif part:
+        for slots, places in self._mapped:
+            started = self._pool._start(partial(rows.load, slots))
+            if started is None:
                 # Nothing behind this place is worth reading from another host.
                 kept = sum(place < places[0] for place in self._read_places)
                 del self._reads[kept:], self._read_places[kept:]
                 break
-            if not reached:
-                break
+            parts.append((started, places))
         self._remote = self._start_remote(rows)
         self._whole = JoinedTransfer(parts, None if self._remote is None else (self._remote, self._read_places))
         return PoolTransfer(self._whole if parts or self._remote is not None else None, self._settle)
 
-    def _reach(self, begin: int, end: int) -> bool:
-        """Take in the slots `[begin, end)` of the lease, up to the first one that this process cannot reach: pinned ones, and
-        those that only a transfer engine reaches. Whether all chunks of that part have a slot that is reached."""
+    def _reach(self) -> None:
+        """Take in the slots of the lease, up to the first one that this process cannot reach: pinned ones, and those that only
+        a transfer engine reaches."""
         pool, segments = self._pool, self._pool.segments
-        locations, chunks = self._lease.locations[begin:end], self._chunks[begin:end]
-        count, done = min(len(locations), len(chunks)), 0
-        strides, verifies = pool._strides, pool._verifies
+        locations = Locations.of(self._lease.locations)
+        count, done = min(len(locations), len(self._chunks)), 0
         while done < count:
-            pinned = segments.pin_prefix(locations[done:count])
-            self._slabs.extend(pinned.slabs)
-            for slot in pinned.slots:
-                location, chunk = locations[done], chunks[done]
-                if location.tokens != chunk.tokens or location.slot_bytes not in strides:
-                    break
-                header = pool.header(chunk, location.generation)
-                trailer = pool._trailer(slot, location) if verifies and random.random() < verifies else 0
-                self._mapped.append(SlotTransfer(slot, header, chunk.start, chunk.skip, b"", trailer))
-                self._places.append(begin + done)
+            found = reach(segments, pool.naming, locations[done:count], self._chunks[done:count])
+            self._pinned.extend(found.pinned)
+            if len(found.columns):
+                self._mapped.append((pool._with_trailers(found), range(done, done + len(found.columns))))
+                done += len(found.columns)
+            before = done
+            while done < count and (read := self._elsewhere(locations[done], self._chunks[done])) is not None:
+                self._reads.append(read)
+                self._read_places.append(done)
                 done += 1
-            if done == count:
-                break
-            location, chunk = locations[done], chunks[done]
-            elsewhere = segments.remote(location) if pool._remote is not None else None
-            # Where a payload lies depends on the slots' size; that of this namespace's chunks is known.
-            if elsewhere is None or location.tokens != chunk.tokens or location.slot_bytes not in strides:
+            if done == before and done < count:
                 pool.metrics.count("unreachable")
-                return False
-            self._reads.append(RemoteRead(elsewhere, pool.header(chunk, location.generation), chunk.start, chunk.skip))
-            self._read_places.append(begin + done)
-            done += 1
-        return len(locations) >= len(chunks)
+                return
+
+    def _elsewhere(self, location: SlotLocation, chunk: Chunk) -> RemoteRead | None:
+        """How to read a chunk from another host; None when it is not there, or cannot be."""
+        pool = self._pool
+        slot = pool.segments.remote(location) if pool._remote is not None else None
+        # Where a payload lies depends on the slots' size; that of this namespace's chunks is known.
+        if slot is None or location.tokens != chunk.tokens or location.slot_bytes not in pool.naming.strides:
+            return None
+        return RemoteRead(slot, pool.header(chunk, location.generation), chunk.start, chunk.skip)
 
     def _start_remote(self, rows: Rows) -> RemoteTransfer | None:
         pool = self._pool
@@ -439,10 +460,10 @@ class _Load:
 
     def _settle(self, verified: list[bool]) -> list[bool]:
         pool, chunks = self._pool, self._chunks
-        pool.segments.unpin_all(self._slabs)
+        pool.segments.unpin_all(pinned.slab for pinned in self._pinned)
         pool.release(self._lease.id)
-        flags = [verified[place] for place in self._places if place < len(verified)]
-        stale = [transfer.header.key for transfer, ok in zip(self._mapped, flags, strict=False) if not ok]
+        seen = [place for _, places in self._mapped for place in places if place < len(verified)]
+        stale = [chunks[place].digest for place in seen if not verified[place]]
         damaged = [self._lease.locations[place].segment for place in self._whole.damaged()]
         if damaged:
             pool._distrust(damaged)
@@ -452,7 +473,10 @@ class _Load:
             pool.mark_broken(broken)
         elif pool._broken:
             pool._unmark([chunk.digest for chunk, ok in zip(chunks, verified, strict=False) if ok])
-        pool._observe("retrieve", self._mapped, flags, (self._whole.mapped_at or time.perf_counter()) - self._began)
+        moved = _Moved()
+        for slots, places in self._mapped:
+            moved.add(slots, verified[places.start : places.stop])
+        pool._observe("retrieve", moved, (self._whole.mapped_at or time.perf_counter()) - self._began)
         return [*verified, *[False] * (len(chunks) - len(verified))]
 
 
@@ -538,7 +562,9 @@ class _Put:
             stored = self._publish(flags)
             # Not the time until somebody asks, nor that of the forward pass which the copy waits for.
             seconds = self._started.seconds if self._started is not None else 0.0
-            pool._observe("store", transfers, flags, seconds or time.perf_counter() - self._began)
+            moved = _Moved()
+            moved.add(SlotColumns.of(transfers), flags)
+            pool._observe("store", moved, seconds or time.perf_counter() - self._began)
             nbytes = sum(t.header.payload_bytes for t, ok in zip(transfers, flags, strict=True) if ok)
             return PutReport(stored, self._unplaced, nbytes, seconds)
         finally:

@@ -60,7 +60,7 @@ class AcquireReply(NamedTuple):
     """0 when nothing was found: nothing to release."""
     expires_in: float
     """Seconds from the manager's answer."""
-    locations: list[SlotLocation]
+    locations: Sequence[SlotLocation]
 
 
 class PutRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -26,7 +26,7 @@ import msgspec
 
 from ..errors import ArgumentError, ManagerRefusedError, ProtocolError, SegmentError, VCacheError
 from ..keys import DIGEST_BYTES
-from ..segment.slots import LOCATION_BYTES, SlabInventory, SlotLocation
+from ..segment.slots import LOCATION_BYTES, Locations, SlabInventory
 from .api import (
     PROTOCOL_VERSION,
     Acquire,
@@ -266,7 +266,7 @@ def decode_acquired(payload: bytes | bytearray) -> AcquireReply:
     if len(payload) < _ACQUIRED.size or (len(payload) - _ACQUIRED.size) % LOCATION_BYTES:
         raise ProtocolError(f"acquire reply: {len(payload)} bytes do not hold whole locations")
     lease, expires_in = _ACQUIRED.unpack_from(payload)
-    return AcquireReply(lease, expires_in, SlotLocation.unpack_many(memoryview(payload)[_ACQUIRED.size :]))
+    return AcquireReply(lease, expires_in, Locations(bytes(memoryview(payload)[_ACQUIRED.size :])))
 
 
 def encode_push(push: Push) -> bytes:

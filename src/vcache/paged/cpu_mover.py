@@ -22,6 +22,7 @@ from ..segment.shared import Fence
 from ..segment.slot_protocol import HostMemory, announce, carries, publish, still_carries
 from .checks import check_transfers
 from .checksum import TRAILER_BYTES, contradicts, trailer
+from .columns import SlotColumns
 from .layout import PagedCache, Region
 from .mover import Mover, Outcome, SlotTransfer, Transfer
 from .plan import Blocks, Part, Rows, Run, Slots, plan
@@ -120,7 +121,7 @@ class CpuMover(Mover):
     def _prepare(self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer]) -> Slots:
         slots = slot_mapping.detach().cpu()
         cache.check_slot_mapping(slots, slots.numel())
-        check_transfers(cache, slots, transfers, self.reaches)
+        check_transfers(cache, slots, SlotColumns.of(transfers), self.reaches)
         return slots.numpy().astype(np.int64, copy=False)
 
     def _understood(self, cache: PagedCache) -> CacheViews:

@@ -23,6 +23,7 @@ from ..segment.mapping import MappedSlab, PinnedSlot
 from ..segment.slots import HEADER_BYTES, SlotHeader, align_up
 from . import checksum_kernels, kernels
 from .checks import check_transfers
+from .columns import SlotColumns
 from .gpu_staging import Table, TablePool
 from .launch import CacheLaunches, Launch
 from .layout import PagedCache
@@ -145,27 +146,28 @@ class GpuMover(Mover):
         self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes, store: bool
     ) -> GpuTransfer:
         cache.check_slot_mapping(slot_mapping, slot_mapping.numel())
-        check_transfers(cache, slot_mapping, transfers, self.reaches)
+        slots = SlotColumns.of(transfers)
+        check_transfers(cache, slot_mapping, slots, self.reaches)
         if slot_mapping.device.type != "cpu" and slot_mapping.device != self.device:
             raise ArgumentError(f"slot_mapping: on {slot_mapping.device}, but kvcaches are on {self.device}")
         if not transfers:
             return GpuTransfer(None, None, 0, cache.num_slots)
         with self._lock, self._on_device():
             try:
-                return self._enqueue(cache, slot_mapping, transfers, writer, store)
+                return self._enqueue(cache, slot_mapping, slots, writer, store)
             except BaseException:
                 # Some kernels may be queued, and whoever hears of the failure takes all as ended.
                 self._lanes[store].drain()
                 raise
 
     def _enqueue(
-        self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes, store: bool
+        self, cache: PagedCache, slot_mapping: torch.Tensor, slots: SlotColumns, writer: bytes, store: bool
     ) -> GpuTransfer:
-        lane, count = self._lanes[store], len(transfers)
+        lane, count = self._lanes[store], len(slots)
         lane.follow()
         begin = lane.mark() if store else None
         table = lane.tables.take(count, kernels.PARAMS.value + (kernels.CHUNK.value + 2) * count + 1 + len(slot_mapping))
-        extent = table.fill(transfers, store)
+        extent = table.fill(slots, store)
         shape = self._shape(cache, extent.addresses)
         tiles = shape.tiling.tiles(extent.tokens)
         table.finish(extent, slot_mapping, tiles=tiles, num_slots=cache.num_slots, writer=writer, stream=lane.handle)

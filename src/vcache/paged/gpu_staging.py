@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from struct import Struct
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from ..errors import DeviceUnavailableError
 from .checksum import BLOCK
-from .kernels import CHUNK, PARAMS
-from .mover import SlotTransfer
+from .columns import SlotColumns
+from .kernels import (
+    CHUNK,
+    CHUNK_ERRORS,
+    CHUNK_FORMAT,
+    CHUNK_HEADER,
+    CHUNK_LIVE,
+    CHUNK_PAYLOAD,
+    CHUNK_SKIP,
+    CHUNK_SLAB,
+    CHUNK_START,
+    CHUNK_TOKENS,
+    CHUNK_WANTED,
+    PARAMS,
+)
 
 _PARAMS = Struct("<6q16s")
-_CHUNK = Struct("<8q64s64s")
 _WORD = 8
 _MIN_CHUNKS = 64
 _MIN_WORDS = 2**14
@@ -56,7 +69,8 @@ class Table:
         self._upload = _upload() if pinned else None
         self._host_address, self._device_address = self.host.data_ptr(), self.device.data_ptr()
         self._results_address = self.results.data_ptr()
-        self._bytes = self.host.numpy().data.cast("B")
+        self._words = self.host.numpy()
+        self._bytes = self._words.data.cast("B")
         self._results = self.results.numpy()
         self.event: Any = None
         """CUDA event behind the last use; None where work is done at once."""
@@ -64,40 +78,39 @@ class Table:
         self.keep: tuple[object, ...] = ()
         """What the kernels read besides: must live until the event."""
 
-    def fill(self, transfers: Sequence[SlotTransfer], store: bool) -> Extent:
+    def fill(self, slots: SlotColumns, store: bool) -> Extent:
         """Write the chunks of a store or load into the host table."""
-        offset, step, memory, pack = PARAMS.value * _WORD, CHUNK.value * _WORD, self._bytes, _CHUNK.pack_into
-        longest, addresses, devices, longest_bytes = 0, 0, set(), 0
-        trailers: list[int] = []
-        for place, (slot, header, start, skip, slab_header, trailer) in enumerate(transfers):
-            slab, header_offset, payload_offset = slot
-            base, tokens = slab.device_address, header.tokens
-            payload = base + payload_offset
-            slab_address = base if (slab_header if store else header_offset) else 0
-            pack(
-                memory,
-                offset,
-                payload,
-                base + header_offset,
-                slab_address,
-                start,
-                tokens,
-                skip,
-                0,
-                0,
-                header.pack(),
-                slab_header,
-            )
-            offset += step
-            addresses |= payload
-            devices.add(slab.device)
-            if tokens - skip > longest:
-                longest = tokens - skip
-            if trailer:
-                trailers += [0] * (place - len(trailers)) + [base + trailer]
-                longest_bytes = max(longest_bytes, header.payload_bytes)
-        trailers += [0] * (len(transfers) - len(trailers)) if trailers else []
-        return Extent(len(transfers), longest, addresses, devices, trailers, -(-longest_bytes // (8 * BLOCK)))
+        count = len(slots)
+        bases = np.array([slab.device_address for slab in slots.slabs], np.int64)[slots.slab]
+        rows = self._words[PARAMS.value : PARAMS.value + CHUNK.value * count].reshape(count, CHUNK.value)
+        tokens = slots.tokens
+        rows[:, CHUNK_PAYLOAD.value] = bases + slots.payload_offset
+        rows[:, CHUNK_HEADER.value] = bases + slots.header_offset
+        rows[:, CHUNK_START.value], rows[:, CHUNK_TOKENS.value], rows[:, CHUNK_SKIP.value] = slots.start, tokens, slots.skip
+        rows[:, CHUNK_LIVE.value] = rows[:, CHUNK_ERRORS.value] = 0
+        rows[:, CHUNK_WANTED.value : CHUNK_FORMAT.value] = slots.headers.view(np.int64).reshape(count, -1)
+        shapes = slots.slab_headers
+        if not store:
+            # A buffer of one's own begins with the slot's header, and has none of a slab's.
+            rows[:, CHUNK_SLAB.value] = np.where(slots.header_offset != 0, bases, 0)
+        elif shapes is not None:
+            rows[:, CHUNK_SLAB.value] = np.where(shapes.any(1), bases, 0)
+        else:
+            rows[:, CHUNK_SLAB.value] = 0
+        rows[:, CHUNK_FORMAT.value :] = 0 if shapes is None else np.ascontiguousarray(shapes).view(np.int64)
+        sealed = slots.trailer != 0
+        trailers, blocks = list[int](), 0
+        if sealed.any():
+            trailers = np.where(sealed, bases + slots.trailer, 0).tolist()
+            blocks = -(-int(slots.headers["payload_bytes"][sealed].max()) // (8 * BLOCK))
+        return Extent(
+            count,
+            int((tokens - slots.skip).max()),
+            int(np.bitwise_or.reduce(rows[:, CHUNK_PAYLOAD.value])),
+            {slots.slabs[number].device for number in set(slots.slab.tolist())},
+            trailers,
+            blocks,
+        )
 
     def finish(
         self, extent: Extent, slot_mapping: torch.Tensor, *, tiles: int, num_slots: int, writer: bytes, stream: int

@@ -5,16 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import NamedTuple
 
 from ..errors import IntegrityError, SegmentError, SlabGoneError, VCacheError
 from .backing import MappedSlab, OwnedSlab, SlabBacking
 from .importer import Importer, Link
-from .slots import HEADER_BYTES, SegmentInfo, SegmentKind, SlabGeometry, SlotLocation, slab_geometry
+from .slots import SegmentInfo, SegmentKind, SlabGeometry, SlotLocation, slab_geometry
 
-__all__ = ["BackingFactory", "MappedSlab", "OwnedSlab", "PinnedSlot", "PinnedSlots", "RemoteSlot", "SegmentMap", "SlabBacking"]
+__all__ = ["BackingFactory", "MappedSlab", "OwnedSlab", "PinnedSlab", "PinnedSlot", "RemoteSlot", "SegmentMap", "SlabBacking"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +34,11 @@ class PinnedSlot(NamedTuple):
     payload_offset: int
 
 
-class PinnedSlots(NamedTuple):
-    """Slots whose slabs stay mapped until `SegmentMap.unpin_all`."""
+class PinnedSlab(NamedTuple):
+    """A slab that stays mapped until `SegmentMap.unpin_all`."""
 
-    slots: list[PinnedSlot]
-    slabs: list[MappedSlab]
-    """Those that they lie in, each pinned once."""
+    slab: MappedSlab
+    geometry: SlabGeometry
 
 
 class RemoteSlot(NamedTuple):
@@ -189,30 +188,27 @@ class SegmentMap:
         """The slot's memory, mapped until `unpin`; maps the slab if need be, which blocks for at most `timeout`.
 
         None when the location lies in no known slab or not inside it, or when the slab is gone or cannot be reached."""
-        found = self._pin_slab(location)
+        found = self.pin_slab(location)
         if found is None:
             return None
         slab, geometry = found
         return PinnedSlot(slab, geometry.header_offset(location.slot), geometry.payload_offset(location.slot))
 
-    def pin_prefix(self, locations: Sequence[SlotLocation]) -> PinnedSlots:
-        """As `pin`, for all locations before the first one that it gives None for; every slab is looked up and pinned once."""
-        slots: list[PinnedSlot] = []
-        known: dict[tuple[int, int, int], tuple[MappedSlab, SlabGeometry]] = {}
-        for location in locations:
-            segment, index, _, slot, slot_bytes, _ = location
-            place = (segment, index, slot_bytes)
-            found = known.get(place)
-            if found is None:
-                found = self._pin_slab(location)
-                if found is None:
-                    break
-                known[place] = found
-            slab, (_, count, base, stride) = found
-            if not 0 <= slot < count:
-                break
-            slots.append(PinnedSlot(slab, HEADER_BYTES * (1 + slot), base + slot * stride))
-        return PinnedSlots(slots, [slab for slab, _ in known.values()])
+    def pin_slab(self, location: SlotLocation) -> PinnedSlab | None:
+        """As `pin`, for all slots of that size in the slab of this one; undone by `unpin_all`."""
+        segment = self._segments.get(location.segment) or self._await(location.segment)
+        nbytes = segment.slabs.get(location.slab) if segment is not None else None
+        if segment is None or nbytes is None:
+            return None
+        geometry = self._geometry(nbytes, location.slot_bytes)
+        if geometry is None or not 0 <= location.slot < geometry.slots:
+            return None
+        slab = segment.find(location.slab)
+        if slab is None:
+            slab = self._map(segment, location.slab, nbytes)
+        if slab is None or slab.nbytes != nbytes or not slab.pin():
+            return None
+        return PinnedSlab(slab, geometry)
 
     def remote(self, location: SlotLocation) -> RemoteSlot | None:
         """Where a transfer engine finds the slot, when it is in memory of another host that exports it; None for all others,
@@ -232,7 +228,7 @@ class SegmentMap:
         slot.slab.unpin()
 
     def unpin_all(self, slabs: Iterable[MappedSlab]) -> None:
-        """Undo a `pin_prefix`, as `unpin` does for `pin`. Does not block."""
+        """Undo one `pin_slab` of each, as `unpin` does for `pin`. Does not block."""
         for slab in slabs:
             slab.unpin()
 
@@ -381,21 +377,6 @@ class SegmentMap:
                 self._geometries.clear()
             self._geometries[nbytes, slot_bytes] = geometry
         return geometry
-
-    def _pin_slab(self, location: SlotLocation) -> tuple[MappedSlab, SlabGeometry] | None:
-        segment = self._segments.get(location.segment) or self._await(location.segment)
-        nbytes = segment.slabs.get(location.slab) if segment is not None else None
-        if segment is None or nbytes is None:
-            return None
-        geometry = self._geometry(nbytes, location.slot_bytes)
-        if geometry is None or not 0 <= location.slot < geometry.slots:
-            return None
-        slab = segment.find(location.slab)
-        if slab is None:
-            slab = self._map(segment, location.slab, nbytes)
-        if slab is None or slab.nbytes != nbytes or not slab.pin():
-            return None
-        return slab, geometry
 
     def _map(self, segment: _Segment, index: int, nbytes: int) -> MappedSlab | None:
         link = segment.link

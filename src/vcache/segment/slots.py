@@ -13,7 +13,8 @@ goes, and what proves bytes to be a chunk's, is `slot_protocol.py`.
 from __future__ import annotations
 
 import struct
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, overload
 
 import msgspec
 
@@ -151,6 +152,52 @@ class SlotLocation(NamedTuple):
     def unpack_many(cls, raw: bytes | memoryview) -> list[SlotLocation]:
         """Inverse of joined `pack`s."""
         return [cls(s, b, t, i, units * ALIGNMENT, g) for s, b, t, i, units, g in _LOCATION.iter_unpack(raw)]
+
+
+class Locations(Sequence[SlotLocation]):
+    """Locations as they came, packed and joined: taken apart one by one, by whoever asks for one. Immutable."""
+
+    __slots__ = ("packed",)
+
+    def __init__(self, packed: bytes = b"") -> None:
+        """`packed`: joined `SlotLocation.pack`s."""
+        self.packed = packed
+
+    @classmethod
+    def of(cls, locations: Sequence[SlotLocation]) -> Locations:
+        """Any locations, packed: these themselves when they are."""
+        return locations if isinstance(locations, Locations) else cls(b"".join(each.pack() for each in locations))
+
+    def __len__(self) -> int:
+        return len(self.packed) // LOCATION_BYTES
+
+    @overload
+    def __getitem__(self, index: int) -> SlotLocation: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Locations: ...
+
+    def __getitem__(self, index: int | slice) -> SlotLocation | Locations:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                return Locations.of(list(self)[index])
+            return Locations(self.packed[start * LOCATION_BYTES : max(start, stop) * LOCATION_BYTES])
+        at = (index + len(self) if index < 0 else index) * LOCATION_BYTES
+        if not 0 <= at < len(self.packed):
+            raise IndexError(f"location {index} of {len(self)}")
+        return SlotLocation.unpack(self.packed[at : at + LOCATION_BYTES])
+
+    def __iter__(self) -> Iterator[SlotLocation]:
+        return iter(SlotLocation.unpack_many(self.packed))
+
+    def __eq__(self, other: object) -> bool:
+        return list(self) == list(other) if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Locations({list(self)})"
 
 
 # Packed locations, read without unpacking them: the directory does so for every chunk that it looks at. `_LOCATION` says where

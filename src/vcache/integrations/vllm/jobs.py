@@ -144,7 +144,9 @@ class ShardStore:
 
     def _rows(self, blocks: list[int]) -> Rows:
         """The rows of these blocks, token by token."""
+        import numpy as np
         import torch
 
-        first = torch.tensor(blocks, dtype=torch.int64)[:, None] * self._block_size
-        return Rows(self.target, (first + torch.arange(self._block_size)).flatten())
+        first = np.fromiter(blocks, np.int64, len(blocks)) * self._block_size
+        rows = (first[:, None] + np.arange(self._block_size)).reshape(-1)
+        return Rows(self.target, torch.from_numpy(rows))

@@ -6,7 +6,7 @@ from collections.abc import Generator, Iterable, Sequence
 from typing import NamedTuple
 
 from ...errors import ProtocolError
-from ...segment.slots import LOCATION_BYTES, SlotLocation, slab_ids
+from ...segment.slots import LOCATION_BYTES, Locations, slab_ids
 from ..api import Acquire, AcquireReply, Lookup, Release, Tiers
 from .records import Record
 from .state import Session, State
@@ -20,8 +20,8 @@ class PackedReply(NamedTuple):
     packed: bytes
 
     def unpack(self) -> AcquireReply:
-        """The same with the locations taken apart."""
-        return AcquireReply(self.lease, self.expires_in, SlotLocation.unpack_many(self.packed))
+        """The same, as clients get it."""
+        return AcquireReply(self.lease, self.expires_in, Locations(self.packed))
 
 
 class Reading:
