@@ -108,7 +108,7 @@ class Process:
     def put_revoke(self, tickets: list[Ticket]) -> None:
         self.ask(PutRevoke(tickets))
 
-    def acquire(self, keys: list[bytes], shard: int, *, lease: int = 0) -> AcquireReply:
+    def acquire(self, keys: list[bytes], shard: int, *, lease: int = 0, within: float | None = None) -> AcquireReply:
         return self.ask(Acquire(keys, shard, lease))
 
     def release(self, lease: int) -> None:

@@ -8,123 +8,25 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.cluster import eventually
-from vllm_harness import require_vllm
+from worker_world import BLOCKS, Store, begin, load, make_worker, outcome, save, step, told
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-require_vllm()
-
-BLOCKS = [4, 5, 6, 7]
-
-
-class Store:
-    """`jobs.ShardStore`, with results from the test."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self.target = SimpleNamespace(cache=SimpleNamespace(device=torch.device("cpu")))
-        self.loaded: int | Exception = 2
-        self.closed = False
-        self.saved: Exception | None = None
-        self.saves: list[Any] = []
-        self.landing: dict[int, threading.Event] = {}
-        self.broken_starts: dict[int, Exception] = {}
-        self.broken_ends: dict[int, Exception] = {}
-        self.left_storage = 0
-
-    def broken(self, job: Any) -> tuple[bytes, ...]:
-        return (b"b" * 16,) if self.loaded != 2 else ()
-
-    def drop(self, digests: list[bytes]) -> None:
-        self.saves.append(digests)
-
-    def leave_storage(self) -> None:
-        self.left_storage += 1
-
-    def load(self, job: Any) -> int:
-        if isinstance(self.loaded, Exception):
-            raise self.loaded
-        return self.loaded
-
-    def start_save(self, job: Any) -> Any:
-        """Its copy is under way until the test lets it land."""
-        from vcache.integrations.vllm.jobs import Saved, SaveUnderWay
-        from vcache.integrations.vllm.metadata import SaveOutcome
-
-        if isinstance(error := self.broken_starts.get(job.job), Exception):
-            raise error
-        self.saves.append(job.job)
-
-        def finish() -> Saved:
-            landing = self.landing.get(job.job)
-            if landing is not None and not landing.wait(10):
-                raise TimeoutError("the test did not let it land")
-            if self.saved is not None:
-                raise self.saved
-            if isinstance(error := self.broken_ends.get(job.job), Exception):
-                raise error
-            return Saved(SaveOutcome(1, True, False), 4096, 0.5)
-
-        return SaveUnderWay(lambda: job.job not in self.landing, finish)
-
-    def failed_blocks(self, job: Any, loaded: int) -> list[int]:
-        from vcache.integrations.vllm.jobs import ShardStore
-
-        return ShardStore.failed_blocks(self, job, loaded)  # type: ignore[arg-type]
-
-    _block_size = 16
-
-    def close(self) -> None:
-        self.closed = True
 
 
 class OutOfResources(Exception):
     """Neither ours nor the system's, nor a RuntimeError: as Triton has several."""
 
 
-@pytest.fixture
-def worker() -> Iterator[Any]:
-    from vcache.integrations.vllm.kv_group import KVGroup
-    from vcache.integrations.vllm.settings import read_settings
-    from vcache.integrations.vllm.worker import WorkerSide
-
-    group = KVGroup(("0",), 16, 16, 1, 8, "float32", False, 64)
-    side = WorkerSide(None, group, bytes(16), 32, read_settings({"address": "unix:///nowhere"}, {}))
-    side._store = Store()
+@pytest.fixture(params=[True, False], ids=["late", "plain"])
+def worker(request: pytest.FixtureRequest) -> Iterator[Any]:
+    side = make_worker(late=request.param)
     yield side
     side.close()
 
 
-def step(number: int, *jobs: Any, known: int = 0) -> Any:
-    from vcache.integrations.vllm.metadata import LoadJob, VCacheMetadata
-
-    loads = [job for job in jobs if isinstance(job, LoadJob)]
-    return VCacheMetadata(number, known, loads=loads, saves=[job for job in jobs if not isinstance(job, LoadJob)])
-
-
-def load(job: int = 1, *, blocking: bool = False, skip: int = 0) -> Any:
-    from vcache.integrations.vllm.metadata import LoadJob
-
-    return LoadJob(job, f"request {job}", [b"a" * 16, b"b" * 16], 0, [32, 32], skip, BLOCKS[skip // 16 :], blocking)
-
-
-def save(job: int = 2, *, blocking: bool = False) -> Any:
-    from vcache.integrations.vllm.metadata import SaveJob
-
-    return SaveJob(job, "r", [b"c" * 16], b"", 2, [32], [8, 9], blocking)
-
-
-def outcome(worker: Any) -> tuple[set[str], set[int], Any]:
-    """What the worker reports once something has ended."""
-    report = eventually(worker.report, what="a report")
-    finished = eventually(lambda: (found := worker.finished()).loaded and found, what="the end of the load")
-    return finished.loaded, finished.bad_blocks, report.loads
-
-
 def test_a_good_load(worker: Any) -> None:
-    worker.start_loads(step(1, load()))
+    begin(worker, step(1, load()))
     assert outcome(worker) == ({"request 1"}, set(), {1: (1, 2, ())})
     assert worker.take_stats().data["load_tokens"] == 64
 
@@ -141,7 +43,7 @@ def test_a_good_load(worker: Any) -> None:
 )
 def test_blocks_from_the_first_bad_chunk_on_are_reported(worker: Any, loaded: Any, skip: int, bad: set[int]) -> None:
     worker._store.loaded = loaded
-    worker.start_loads(step(1, load(skip=skip)))
+    begin(worker, step(1, load(skip=skip)))
     names, blocks, loads = outcome(worker)
     assert (names, blocks) == ({"request 1"}, bad)
     assert loads[1].chunks == (loaded if isinstance(loaded, int) else 0)
@@ -150,7 +52,7 @@ def test_blocks_from_the_first_bad_chunk_on_are_reported(worker: Any, loaded: An
 @pytest.mark.parametrize("error", [TypeError("a mistake"), OutOfResources("shared memory")])
 def test_an_error_of_any_kind_is_a_failed_load(worker: Any, caplog_vllm: pytest.LogCaptureFixture, error: Exception) -> None:
     worker._store.loaded = error
-    worker.start_loads(step(1, load()))
+    begin(worker, step(1, load()))
     assert outcome(worker) == ({"request 1"}, set(BLOCKS), {1: (1, 0, ())})
     eventually(lambda: "not foreseen" in caplog_vllm.text, what="the log")
     assert worker.take_stats().data["errors"] == 1
@@ -159,9 +61,10 @@ def test_an_error_of_any_kind_is_a_failed_load(worker: Any, caplog_vllm: pytest.
 def test_an_error_of_any_kind_within_a_step_does_not_reach_the_engine(worker: Any) -> None:
     """Only three kinds were caught: any other one ended the engine from within `start_load_kv`."""
     worker._store.loaded = OutOfResources("shared memory")
-    worker.start_loads(step(3, load(blocking=True)))
-    assert worker.finished().bad_blocks == set(BLOCKS)
-    report = worker.report()
+    begin(worker, step(3, load(blocking=True)))
+    assert worker.finished() == set()
+    assert worker.bad_blocks() == set(BLOCKS)
+    report = told(worker)
     assert (report.loads, report.failed_step) == ({1: (1, 0, ())}, 3)
 
 
@@ -177,70 +80,74 @@ def test_an_error_while_the_store_is_opened_turns_the_worker_off_and_it_says_so_
     monkeypatch.setattr(module, "this_rank", fail)
     for _ in range(2):
         worker.register({})
-    assert worker.report().off == 1
+    assert told(worker).off == 1
     worker.start_saves(step(1, save()))
-    report = worker.report()
+    report = told(worker)
     assert (report.saves[2].dropped, report.off) == (True, 0)
     monkeypatch.setattr(module, "this_rank", lambda group: worker._rank)
     monkeypatch.setattr(worker, "_open", lambda caches: Store())
     worker.register({})
-    assert worker.report().off == -1
+    assert told(worker).off == -1
 
 
-def test_work_that_cannot_follow_the_stream_is_reported_too(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+class NoStream:
+    """A side stream whose GPU failed."""
+
+    def __init__(self, *, events: bool) -> None:
+        self._events = events
+
+    def record(self) -> Any:
+        if not self._events:
+            raise OutOfResources("no event")
+        return SimpleNamespace(query=lambda: True)
+
+    def behind(self, event: Any) -> Any:
+        raise OutOfResources("no stream")
+
+
+@pytest.mark.parametrize("events", [True, False])
+def test_work_that_cannot_follow_the_stream_is_reported_too(worker: Any, events: bool) -> None:
     """A CUDA error in the thread before the work began, or in the runner's: blocks stayed held, and the request waited for
     ever."""
-    from vcache.integrations.vllm import worker as module
+    from vcache.integrations.vllm.step_events import StepEvents
 
-    class InThread:
-        def __init__(self, device: Any) -> None:
-            pass
+    worker._save_stream = stream = NoStream(events=events)
+    worker._events = StepEvents(stream)
+    worker._store.copies_beside = True
+    begin(worker, step(1, load()))
+    assert outcome(worker) == ({"request 1"}, set(BLOCKS), {1: (1, 0, ())})
+    worker.start_saves(step(1, save(2), save(3)))
+    saves: dict[int, Any] = {}
 
-        def run(self, work: Any) -> None:
-            raise OutOfResources("no stream")
+    def all_reported() -> bool:
+        report = told(worker)
+        saves.update(report.saves if report else {})
+        return len(saves) == 2
 
-    def in_runner(device: Any) -> None:
-        raise OutOfResources("no event")
-
-    for follower in (InThread, in_runner):
-        monkeypatch.setattr(module, "StreamFollower", follower)
-        worker.start_loads(step(1, load()))
-        assert outcome(worker) == ({"request 1"}, set(BLOCKS), {1: (1, 0, ())})
-        worker.start_saves(step(1, save(2), save(3)))
-        saves: dict[int, Any] = {}
-
-        def all_reported(saves: dict[int, Any] = saves) -> bool:
-            report = worker.report()
-            saves.update(report.saves if report else {})
-            return len(saves) == 2
-
-        eventually(all_reported, what="both")
-        assert all(each.dropped for each in saves.values())
+    eventually(all_reported, what="both")
+    assert all(each.dropped for each in saves.values())
     assert worker._store.saves == []
-    assert worker._loading == 0
+    assert not worker._loads.busy
 
 
 def test_work_whose_thread_cannot_be_started_is_reported_once(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`ThreadPoolExecutor` keeps the work all the same: another thread may come to it, when its blocks are long reused."""
-    late = []
-
-    def submit(run: Any, work: Any) -> None:
-        late.append(work)
+    def start(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(worker._savers._executor, "submit", submit)
-    worker.start_saves(step(1, save()))
-    assert worker.report().saves[2].dropped
-    late[0]()
-    assert worker.report() is None
-    assert worker._store.saves == []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        worker.start_saves(step(1, save()))
+    assert told(worker).saves[2].dropped
+    worker.start_saves(step(2, save(3)))
+    assert list(eventually(lambda: told(worker)).saves) == [3]
+    assert worker._store.saves == [3]
 
 
 def test_blocks_behind_the_last_chunk_are_reported_as_not_loaded(worker: Any) -> None:
-    worker.start_loads(step(1, load()._replace(blocks=[*BLOCKS, 8])))
+    begin(worker, step(1, load()._replace(blocks=[*BLOCKS, 8])))
     assert outcome(worker) == ({"request 1"}, {8}, {1: (1, 2, ())})
     worker._store.loaded = 0
-    worker.start_loads(step(1, load()._replace(digests=[], tokens=[], blocks=[4])))
+    begin(worker, step(1, load()._replace(digests=[], tokens=[], blocks=[4])))
     assert outcome(worker)[1] == {4}
 
 
@@ -248,37 +155,40 @@ def test_a_worker_of_another_namespace_takes_no_part(worker: Any) -> None:
     """Weights that were exchanged while the engine started: the names of one are not for what the other computes."""
     store, metadata = worker._store, step(1, load(), save())
     metadata.namespace = bytes(16)
-    worker.start_loads(metadata)
+    begin(worker, metadata)
     assert outcome(worker)[1] == set()
     metadata.namespace = b"another" + bytes(9)
-    worker.start_loads(metadata)
+    begin(worker, metadata)
     worker.start_saves(metadata)
     assert store.closed
     assert store.saves == []
-    report = eventually(worker.report)
+    report = eventually(lambda: told(worker))
     assert (report.off, report.saves[2].dropped) == (1, True)
-    eventually(lambda: worker.finished().bad_blocks == set(BLOCKS), what="the failed load")
+    assert worker.bad_blocks() == set(BLOCKS)
 
 
-def test_a_worker_that_declined_answers_all_the_same(caplog_vllm: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("late", [True, False])
+def test_a_worker_that_declined_answers_all_the_same(caplog_vllm: pytest.LogCaptureFixture, late: bool) -> None:
     """The scheduler's side had decided otherwise: its blocks stayed held, its requests waited, and an idle engine never came
     to rest."""
     from vcache.integrations.vllm.declined import DeclinedWorker
 
-    worker = DeclinedWorker("a reason")
-    worker.start_loads(step(0))
-    assert worker.report() is None
+    worker = DeclinedWorker("a reason", late=late)
+    begin(worker, step(0))
+    assert told(worker) is None
     assert caplog_vllm.text == "", "the scheduler's side declined as well, and said so"
     for number in (1, 2):
-        worker.start_loads(step(number, load(1), load(5, blocking=True)))
+        begin(worker, step(number, load(1), load(5, blocking=True)))
         worker.start_saves(step(number, save()))
-        assert worker.finished() == ({"request 1"}, set(BLOCKS))
-        assert worker.finished() == (set(), set())
-        report = worker.report()
+        assert worker.finished() == (set() if late else {"request 1"})
+        assert worker.finished() == set()
+        assert worker.bad_blocks() == set(BLOCKS)
+        assert worker.bad_blocks() == set()
+        report = told(worker)
         assert report.loads == {1: (1, 0, ()), 5: (1, 0, ())}
         assert report.saves == {2: (1, False, True)}
         assert (report.failed_step, report.off) == (number, number == 1)
-        assert worker.report() is None
+        assert told(worker) is None
     assert caplog_vllm.text.count("a reason") == 1
 
 
@@ -298,56 +208,56 @@ def test_what_vllm_wakes_up_with_is_what_it_had(one_layer: Any, monkeypatch: pyt
 
 def test_nothing_computed_from_a_failed_load_is_saved(worker: Any) -> None:
     worker._store.loaded = 1
-    worker.start_loads(step(5, load(blocking=True)))
-    assert worker.finished().bad_blocks == {6, 7}
+    begin(worker, step(5, load(blocking=True)))
+    assert worker.bad_blocks() == {6, 7}
     worker.start_saves(step(5, save(2)))
-    report = worker.report()
+    report = told(worker)
     assert report.failed_step == 5
     assert report.saves[2].dropped
     worker.start_saves(step(6, save(3), known=0))  # scheduled before the scheduler heard of it
-    assert worker.report().saves[3].dropped
+    assert told(worker).saves[3].dropped
     worker.start_saves(step(7, save(4), known=5))
-    assert not eventually(worker.report).saves[4].dropped
+    assert not eventually(lambda: told(worker)).saves[4].dropped
     assert worker._store.saves == [4]
 
 
 def test_what_failed_verification_is_reported_and_dropped_before_the_next_save(worker: Any) -> None:
     worker._store.loaded = 1
-    worker.start_loads(step(5, load()))
-    assert eventually(worker.report).loads == {1: (1, 1, (b"b" * 16,))}
+    begin(worker, step(5, load()))
+    assert outcome(worker).loads == {1: (1, 1, (b"b" * 16,))}
     metadata = step(6, save(3))
     metadata.broken = [b"b" * 16]
-    worker.start_loads(metadata)  # in a step without a forward pass, vLLM 0.26 does not call the other
+    begin(worker, metadata)  # in a step without a forward pass, vLLM 0.26 does not call the other
     worker.start_saves(metadata)
-    eventually(worker.report)
+    eventually(lambda: told(worker))
     assert worker._store.saves == [[b"b" * 16], 3]
 
 
 def test_storage_is_left_when_the_scheduler_says_so(worker: Any) -> None:
-    worker.start_loads(step(1))
+    begin(worker, step(1))
     assert worker._store.left_storage == 0
     metadata = step(2)
     metadata.storage = False
-    worker.start_loads(metadata)
+    begin(worker, metadata)
     assert worker._store.left_storage == 1
 
 
 def test_a_save_that_breaks_is_reported_or_its_blocks_would_be_held_forever(worker: Any) -> None:
     worker._store.saved = RuntimeError("out of memory")
     worker.start_saves(step(1, save()))
-    assert eventually(worker.report).saves[2].dropped
+    assert eventually(lambda: told(worker)).saves[2].dropped
 
 
 def test_all_saves_of_a_step_are_started_before_one_is_waited_for_and_each_is_reported_when_it_is_over(worker: Any) -> None:
     store = worker._store
     store.landing = {3: threading.Event(), 4: threading.Event()}
     worker.start_saves(step(1, save(3), save(4), save(2)))
-    assert list(eventually(worker.report, what="the one that has landed").saves) == [2]
+    assert list(eventually(lambda: told(worker), what="the one that has landed").saves) == [2]
     assert store.saves == [3, 4, 2]
-    assert worker.report() is None
+    assert told(worker) is None
     for job, landed in store.landing.items():
         landed.set()
-        assert list(eventually(worker.report, what="the next one").saves) == [job]
+        assert list(eventually(lambda: told(worker), what="the next one").saves) == [job]
     stats = worker.take_stats().data
     assert (stats["saves"], stats["save_bytes"], stats["save_seconds"]) == (3, 3 * 4096, 1.5)
 
@@ -368,7 +278,7 @@ def test_one_save_that_breaks_does_not_lose_the_report_of_another(
     found: dict[int, bool] = {}
 
     def all_reported() -> bool:
-        report = worker.report()
+        report = told(worker)
         found.update({job: saved.dropped for job, saved in report.saves.items()} if report else {})
         return len(found) == 3
 
@@ -387,37 +297,37 @@ def test_saves_whose_blocks_nobody_holds_are_waited_for(worker: Any) -> None:
     store.landing[3].set()
     runner.join(10)
     assert not runner.is_alive()
-    assert set(worker.report().saves) >= {3}
+    assert set(told(worker).saves) >= {3}
 
 
 def test_a_step_in_which_nothing_happens_makes_nothing(worker: Any) -> None:
-    """What the worker collects in is not replaced, and nothing that the runner gets is shared with it or with another step."""
-    report, stats, loaded, bad = worker._report, worker._stats, worker._loaded, worker._bad_blocks
-    worker.start_loads(step(1))
+    """What the worker counts in is not replaced, and nothing that the runner gets is shared with it or with another step."""
+    stats, loaded, failed = worker._stats, worker._loaded, worker._failed
+    begin(worker, step(1))
     worker.start_saves(step(1))
     one, two = worker.finished(), worker.finished(idle=True)
-    assert one == two == (set(), set())
-    assert len({id(each) for each in (*one, *two, loaded, bad)}) == 6
-    assert worker.report() is worker.take_stats() is None
-    assert worker._report is report
+    assert one == two == worker.bad_blocks() == set()
+    assert len({id(each) for each in (one, two, loaded)}) == 3
+    assert told(worker) is worker.take_stats() is None
+    assert (worker._stats, worker._loaded, worker._failed) == (stats, loaded, failed)
     assert worker._stats is stats
-    assert worker._loaded is loaded
-    assert worker._bad_blocks is bad
 
 
 def test_without_a_store_everything_fails_and_nothing_hangs(worker: Any) -> None:
     worker._store = None
-    worker.start_loads(step(1, load()))
+    begin(worker, step(1, load()))
     worker.start_saves(step(1, save()))
-    report = eventually(worker.report)
+    assert worker.finished() == (set() if worker._late else {"request 1"})
+    assert worker.bad_blocks() == set(BLOCKS)
+    report = told(worker)
     assert report.saves[2].dropped
-    eventually(lambda: worker.finished().bad_blocks == set(BLOCKS) or report.loads, what="the failed load")
+    assert report.loads == {1: (1, 0, ())}
 
 
 def test_a_worker_that_another_one_saves_for(worker: Any) -> None:
     worker._rank = worker._rank._replace(saves=False)
     worker.start_saves(step(1, save()))
-    assert worker.report().saves[2] == (1, True, False)
+    assert told(worker).saves[2] == (1, True, False)
     assert worker._store.saves == []
 
 

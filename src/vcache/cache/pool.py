@@ -135,10 +135,10 @@ class ChunkPool:
             self._manager_failed("tiers", error)
             return -1
 
-    def acquire(self, digests: Sequence[bytes]) -> Lease:
-        """Lease the longest present prefix. Blocks for one round trip."""
+    def acquire(self, digests: Sequence[bytes], within: float | None = None) -> Lease:
+        """Lease the longest present prefix. Blocks for one round trip; at most `within` seconds, where that is given."""
         try:
-            reply = self.manager.acquire(digests, self.spec.rank)
+            reply = self.manager.acquire(digests, self.spec.rank, within=within)
         except ManagerError as error:
             self._manager_failed("acquire", error)
             return Lease(0, [], failed=True)

@@ -58,7 +58,12 @@ class Tiers:
 
     def load(self, chunks: Chunks, rows: Rows) -> Presence:
         """Load the longest prefix of `chunks` into `rows`; how much of it is there and verified. Blocks until it is."""
-        return longest_prefix(chunks.length, partial(self._from_pool, chunks, rows), partial(self._from_storage, chunks, rows))
+        return self.start_load(chunks, rows).result()
+
+    def start_load(self, chunks: Chunks, rows: Rows, within: float | None = None) -> Loading:
+        """Start to load the longest prefix of `chunks` into `rows`: what the pool has of it is on its way then. Blocks for a
+        round trip, at most `within` seconds where that is given; on a CPU, for the copy. The result raises what breaks."""
+        return Loading(self, chunks, rows, within)
 
     def save(self, chunks: Sequence[Chunk], parent: bytes, rows: Rows) -> Saving:
         """Start storing those consecutive chunks that the pool does not have. `parent`: digest of the chunk before the first,
@@ -81,20 +86,8 @@ class Tiers:
         storage = self.storage
         return 0 if storage is None else storage.prefix(digests[begin:])
 
-    def _from_pool(self, chunks: Chunks, rows: Rows, begin: int) -> Presence:
-        under_way: list[PoolTransfer[list[bool]]] = []
-        failed = False
-        try:
-            for run in chunks.runs(begin, HEAD_CHUNKS):
-                lease = self._pool.acquire([chunk.digest for chunk in run])
-                failed = lease.failed
-                if lease.locations:
-                    under_way.append(self._pool.load(lease, run, rows))
-                if len(lease.locations) < len(run):
-                    break
-        finally:  # also after an error, or slots would stay pinned
-            flags = [flag for transfer in under_way for flag in transfer.result()]
-        return Presence(next((i for i, ok in enumerate(flags) if not ok), len(flags)), failed)
+    def _from_pool(self, chunks: Chunks, rows: Rows, begin: int, within: float | None = None) -> _FromPool:
+        return _FromPool(self._pool, chunks, rows, begin, within)
 
     def _from_storage(self, chunks: Chunks, rows: Rows, begin: int) -> int:
         storage = self.storage
@@ -102,6 +95,71 @@ class Tiers:
             return 0
         rest = [chunk for run in chunks.runs(begin, HEAD_CHUNKS) for chunk in run]
         return storage.load(rest, rows, chunks.parent(begin))
+
+
+class Loading:
+    """Chunks on their way into a paged cache: those that the pool has of a prefix, and then what storage has behind them."""
+
+    def __init__(self, tiers: Tiers, chunks: Chunks, rows: Rows, within: float | None) -> None:
+        """Made by `Tiers.start_load`."""
+        self._tiers = tiers
+        self._chunks = chunks
+        self._rows = rows
+        self._first = tiers._from_pool(chunks, rows, 0, within) if chunks.length else None
+
+    def done(self) -> bool:
+        """Whether what was started has landed. Does not block."""
+        return self._first is None or self._first.done()
+
+    def has_rest(self) -> bool:
+        """Once done: whether chunks are missing that may be in storage, so that `result` blocks."""
+        first = self._first
+        return first is not None and self._tiers.storage is not None and first.found() < self._chunks.length
+
+    def result(self) -> Presence:
+        """How much of the prefix is there and verified. To be called once; blocks until that is known. Raises what broke the
+        start; nothing is under way then."""
+        return longest_prefix(self._chunks.length, self._pool, self._storage)
+
+    def _pool(self, begin: int) -> Presence:
+        part = self._first if begin == 0 else None
+        return (part or self._tiers._from_pool(self._chunks, self._rows, begin)).result()
+
+    def _storage(self, begin: int) -> int:
+        return self._tiers._from_storage(self._chunks, self._rows, begin)
+
+
+class _FromPool:
+    """The pool's chunks from one of them on, on their way."""
+
+    def __init__(self, pool: ChunkPool, chunks: Chunks, rows: Rows, begin: int, within: float | None) -> None:
+        self._under_way: list[PoolTransfer[list[bool]]] = []
+        self._failed = False
+        self._error: BaseException | None = None
+        try:
+            for run in chunks.runs(begin, HEAD_CHUNKS):
+                lease = pool.acquire([chunk.digest for chunk in run], within)
+                self._failed = lease.failed
+                if lease.locations:
+                    self._under_way.append(pool.load(lease, run, rows))
+                if len(lease.locations) < len(run):
+                    break
+        except BaseException as error:  # noqa: BLE001 - raised by `result`, when what was started has landed and is unpinned
+            self._error = error
+
+    def done(self) -> bool:
+        return all(transfer.done() for transfer in self._under_way)
+
+    def found(self) -> int:
+        """Leading chunks that are there and verified. Blocks until they are."""
+        flags = [flag for transfer in self._under_way for flag in transfer.result()]
+        return next((i for i, ok in enumerate(flags) if not ok), len(flags))
+
+    def result(self) -> Presence:
+        found = self.found()
+        if self._error is not None:
+            raise self._error
+        return Presence(found, self._failed)
 
 
 class Saving:

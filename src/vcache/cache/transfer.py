@@ -28,10 +28,15 @@ class JoinedTransfer(Transfer):
         self._parts = [*mapped, remote] if remote is not None else list(mapped)
         self._mapped = len(mapped)
         self.mapped_at = 0.0
-        """When the mapped part had arrived, by `time.perf_counter`, once waited for."""
+        """When the mapped part had arrived, by `time.perf_counter`, once that was seen."""
 
     def done(self) -> bool:
-        return all(part.done() for part, _ in self._parts)
+        for number, (part, _) in enumerate(self._parts, start=1):
+            if not part.done():
+                return False
+            if number == self._mapped:
+                self.mapped_at = self.mapped_at or time.perf_counter()
+        return True
 
     def wait(self, timeout: float | None = None) -> bool:
         """All of them, also when one breaks: what is still under way writes to the paged cache."""

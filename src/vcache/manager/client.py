@@ -91,8 +91,9 @@ class Manager:
         """The keys must not be changed afterwards, here and in `acquire`: a manager in this process keeps them in its log."""
         return self.transport.call(Lookup(keys))
 
-    def acquire(self, keys: Sequence[bytes], shard: int = 0, *, lease: int = 0) -> AcquireReply:
-        return self.transport.call(Acquire(keys, shard, lease), None if lease else self._late_lease)
+    def acquire(self, keys: Sequence[bytes], shard: int = 0, *, lease: int = 0, within: float | None = None) -> AcquireReply:
+        """`within`: seconds, where they are fewer than the deadline."""
+        return self.transport.call(Acquire(keys, shard, lease), None if lease else self._late_lease, within)
 
     def release(self, lease: int) -> None:
         """Does not wait for an answer, and returns quietly without a session: its end has ended the lease."""

@@ -65,7 +65,7 @@ class Loopback:
     def set_write_gate(self, wait_idle: Callable[[float], bool]) -> None:
         """Nothing to do: this session is never lost, so it never says hello again."""
 
-    def call(self, verb: Verb[R], late: Callable[[R], None] | None = None) -> R:
+    def call(self, verb: Verb[R], late: Callable[[R], None] | None = None, within: float | None = None) -> R:
         """Never late, and has no deadline. `Remove` and `Clear` block at most `WIPE_TIMEOUT` for the lender in this process,
         but not inside a listener: it would wait for itself."""
         with self._lock:

@@ -407,8 +407,10 @@ class SocketTransport:
 
     # -- calls -----------------------------------------------------------------------------------------------------
 
-    def call(self, verb: Verb[R], late: Callable[[R], None] | None = None) -> R:
+    def call(self, verb: Verb[R], late: Callable[[R], None] | None = None, within: float | None = None) -> R:
         connection, timeout = self._live(), verb.deadline(self._config)
+        if within is not None:
+            timeout = min(timeout, within)
         *parts, last = wire.in_frames(verb, connection.max_frame)
         for part in parts:
             self._ask(connection, part, timeout)

@@ -30,9 +30,10 @@ class Transport(Protocol):
     def wait_connected(self, timeout: float) -> bool:
         """Block until there is a session, at most `timeout` seconds. Returns early, with False, when the manager refuses."""
 
-    def call(self, verb: Verb[R], late: Callable[[R], None] | None = None) -> R:
-        """Ask, and wait for the reply: at most for the verb's deadline, then raises `DeadlineExceededError`; without a session
-        raises `ManagerUnavailableError` at once. What the manager raises is raised here.
+    def call(self, verb: Verb[R], late: Callable[[R], None] | None = None, within: float | None = None) -> R:
+        """Ask, and wait for the reply: at most for the verb's deadline, or `within` seconds, then raises
+        `DeadlineExceededError`; without a session raises `ManagerUnavailableError` at once. What the manager raises is raised
+        here.
 
         `late` gets the reply that comes after the deadline, in a thread that may call the manager.
         """

@@ -21,7 +21,8 @@ from .metadata import VCacheMetadata, VCacheWorkerMetadata
 from .scheduler import Policy, SchedulerSide
 from .settings import Settings, read_settings
 from .stats import VCachePromMetrics, VCacheStats
-from .versions import peer_source, safe_sync_budget
+from .step_rule import StepRule
+from .versions import late_reports, peer_source, safe_sync_budget
 from .weights import of_model
 from .worker import WorkerSide
 
@@ -51,7 +52,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | DeclinedWorker | None = None
         self._kv_caches: dict[str, torch.Tensor] = {}
-        self._bad_blocks: set[int] = set()
+        self._late = late_reports()
         in_scheduler = role == KVConnectorRole.SCHEDULER
         try:
             if in_scheduler:
@@ -62,7 +63,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             if in_scheduler:
                 logger.warning("VCache does not share the KV cache of this model: %s. Every look-up is a miss.", error)
             else:
-                self._worker = DeclinedWorker(str(error))
+                self._worker = DeclinedWorker(str(error), late=self._late)
             return
         chunk = chunk_tokens(settings.config.cache.chunk_size, group.block_size)
         space = namespace(vllm_config, group, chunk, weights)
@@ -70,11 +71,13 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             ensure_manager(settings.config.manager.address)
         if in_scheduler:
             names = ChunkNames(space, chunk, group.block_size, group.hash_block_size)
-            self._scheduler = self._scheduler_side(settings, group, names)
+            zeroing = bool(getattr(kv_cache_config, "needs_kv_cache_zeroing", False))
+            self._scheduler = self._scheduler_side(settings, group, names, zeroing)
         else:
-            self._worker = WorkerSide(vllm_config, group, space, chunk, settings)
+            loads = self._kv_transfer_config.is_kv_consumer
+            self._worker = WorkerSide(vllm_config, group, space, chunk, settings, loads=loads, late=self._late)
 
-    def _scheduler_side(self, settings: Settings, group: KVGroup, names: ChunkNames) -> SchedulerSide:
+    def _scheduler_side(self, settings: Settings, group: KVGroup, names: ChunkNames, zeroing: bool) -> SchedulerSide:
         config, options, role = settings.config, settings.options, self._kv_transfer_config
         if role.kv_load_failure_policy != "recompute":
             logger.warning(
@@ -115,7 +118,7 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
             " and ".join(word for word, on in (("loads", policy.loads), ("saves", policy.saves)) if on),
             budget,
         )
-        return SchedulerSide(manager, group, names, policy, log, storage)
+        return SchedulerSide(manager, group, names, policy, log, storage, StepRule(zeroing))
 
     # -- class methods ---------------------------------------------------------------------------------------------
 
@@ -171,7 +174,9 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.kv_connector_worker_meta
         if self._scheduler is not None and isinstance(report, VCacheWorkerMetadata):
-            self._scheduler.report(report)
+            ended = self._scheduler.report(report.settled())
+            if self._late and ended:  # vLLM reads them behind this call
+                connector_output.finished_recving = ended.union(connector_output.finished_recving or ())
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self.request_finished_all_groups(request, (block_ids,))
@@ -209,12 +214,18 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         """vLLM woke up. It names its tensors when they are others than before only."""
         self.register_kv_caches(self._kv_caches if kv_caches is None else kv_caches)
 
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        """The first call of a step, and the only one before the step is launched in all versions of vLLM: loads start here."""
+        super().bind_connector_metadata(connector_metadata)
+        if self._worker is not None:
+            self._worker.begin_step(connector_metadata)
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         if self._worker is not None:
-            self._worker.start_loads(self._get_connector_metadata())
+            self._worker.load_within(self._get_connector_metadata())
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """Nothing to wait for: loads that a step needs are over when `start_load_kv` returns."""
+        """Nothing to wait for: loads that a step needs are over when `start_load_kv` returns, others are not its own."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
         """Saves are started once for all layers, by `wait_for_save`."""
@@ -228,13 +239,10 @@ class VCacheConnector(KVConnectorBase_V1, SupportsHMA):  # type: ignore[misc]
         if self._worker is None:
             return None, None
         metadata = self._connector_metadata
-        finished = self._worker.finished(idle=metadata is not None and metadata.idle)
-        self._bad_blocks |= finished.bad_blocks
-        return None, finished.loaded or None
+        return None, self._worker.finished(idle=metadata is not None and metadata.idle) or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        bad, self._bad_blocks = self._bad_blocks, set()
-        return bad
+        return self._worker.bad_blocks() if self._worker is not None else set()
 
     def build_connector_worker_meta(self) -> VCacheWorkerMetadata | None:
         return self._worker.report() if self._worker is not None else None

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...cache.opening import Cache
-from ...cache.tiers import Saving
+from ...cache.tiers import Loading, Saving
 from ...keys import Chunk
 from ...paged.mover import Rows, Target
 from .kv_group import KVGroup
@@ -114,10 +114,19 @@ class ShardStore:
         bytes have landed."""
         return self.cache.tiers.load(_Named(_chunks(job, job.skip)), self._rows(job.blocks)).found
 
+    def start_load(self, job: LoadJob, within: float) -> Loading:
+        """Start what `load` does. Where `copies_beside`, blocks only for the question to the manager, `within` seconds."""
+        return self.cache.tiers.start_load(_Named(_chunks(job, job.skip)), self._rows(job.blocks), within)
+
     def start_save(self, job: SaveJob) -> SaveUnderWay:
         """Start to store the chunks of a job that the pool does not have. Blocks for a round trip; on a CPU, for the copy."""
         saving = self.cache.tiers.save(_chunks(job), job.parent, self._rows(job.blocks))
         return SaveUnderWay(saving.landed, partial(_finish, saving))
+
+    @property
+    def copies_beside(self) -> bool:
+        """Whether copies run beside the thread that starts them. On a CPU they run in it."""
+        return self.target.cache.device.type == "cuda"
 
     def leave_storage(self) -> None:
         """Read nothing from the storage tier any more, and write nothing to it. Idempotent."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorWorkerMetadata
 
@@ -25,6 +26,8 @@ class LoadJob(NamedTuple):
     behind the last chunk, if any, are reported as not loaded."""
     blocking: bool
     """Load within the step, before its forward pass."""
+    after: int = 0
+    """Step whose beginning on the GPU the copy must wait for: see `step_rule.py`."""
 
 
 class SaveJob(NamedTuple):
@@ -100,9 +103,14 @@ class VCacheWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
         """Whether it says anything."""
         return bool(self.loads or self.saves or self.failed_step or self.off)
 
+    def settled(self) -> VCacheWorkerMetadata:
+        """What it says when it is read."""
+        return self
+
     def aggregate(self, other: KVConnectorWorkerMetadata) -> VCacheWorkerMetadata:
         """Add what another worker reports. Changes and returns `self`."""
         assert isinstance(other, VCacheWorkerMetadata)
+        other = other.settled()
         for job, load in other.loads.items():
             self.loads[job] = merge_loads(self.loads.get(job), load)
         for job, save in other.saves.items():
@@ -110,6 +118,36 @@ class VCacheWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
         self.failed_step = max(self.failed_step, other.failed_step)
         self.off += other.off
         return self
+
+
+class LateReport(VCacheWorkerMetadata):
+    """A worker's report on one step that also says what happens until it is read: until then the GPU computes.
+
+    vLLM reads it, or pickles it for another process, when the GPU has finished the step.
+    """
+
+    def __init__(self, said: VCacheWorkerMetadata, take: Callable[[], VCacheWorkerMetadata]) -> None:
+        """`said`: what belongs to this step and no other. `take`: takes what else there is to say; is called at most once, in
+        any thread."""
+        super().__init__(said.loads, said.saves, said.failed_step, said.off)
+        self._take: Callable[[], VCacheWorkerMetadata] | None = take
+
+    def __bool__(self) -> bool:
+        """True: vLLM leaves out what is not."""
+        return True
+
+    def settled(self) -> VCacheWorkerMetadata:
+        take, self._take = self._take, None
+        if take is not None:
+            super().aggregate(take())
+        return VCacheWorkerMetadata(self.loads, self.saves, self.failed_step, self.off)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> VCacheWorkerMetadata:
+        return self.settled().aggregate(other)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        report = self.settled()
+        return VCacheWorkerMetadata, (report.loads, report.saves, report.failed_step, report.off)
 
 
 def merge_loads(first: LoadOutcome | None, second: LoadOutcome) -> LoadOutcome:

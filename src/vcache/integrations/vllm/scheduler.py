@@ -22,6 +22,7 @@ from .kv_group import KVGroup
 from .metadata import LoadJob, LoadOutcome, SaveJob, SaveOutcome, VCacheMetadata, VCacheWorkerMetadata, merge_saves
 from .reset_state import ResetState
 from .stats import VCacheStats
+from .step_rule import StepRule
 from .weights import Adapters
 
 logger = logging.getLogger("vllm.vcache")
@@ -81,6 +82,7 @@ class _Request:
 
     __slots__ = (
         "adapter",
+        "admitted",
         "blocks",
         "delayed",
         "drops",
@@ -97,6 +99,8 @@ class _Request:
         self.request = request
         self.adapter = adapter
         """Of its LoRA adapter; None for one that cannot be told from others: its KV is not shared."""
+        self.admitted = False
+        """It has, or had, a load."""
         self.blocks: list[int] = []
         """Of its prompt at least, once it was scheduled; all of them while it is not settled."""
         self.found: _Found | None = None
@@ -125,6 +129,7 @@ class _Load(NamedTuple):
     digests: list[bytes]
     waiting: int
     """Workers yet to report."""
+    blocking: bool
     broken: frozenset[bytes] = frozenset()
     """Chunks that failed verification on those that have reported."""
 
@@ -176,6 +181,7 @@ class SchedulerSide:
         policy: Policy,
         events: EventLog,
         storage: StorageTier | None = None,
+        steps: StepRule | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.manager = manager
@@ -201,7 +207,7 @@ class SchedulerSide:
         """Chunks that the workers are to drop in the next step."""
         self._room: bool | None = None
         """Whether saves may begin in this step; None: not asked yet. What begins in a step changes nothing of it."""
-        self._step = 0
+        self._steps = steps or StepRule()
         self._failed_step = 0
         self._last_job = 0
 
@@ -305,7 +311,12 @@ class SchedulerSide:
                 blocking=self._within_step(found, request),
             )
         )
-        self._loading[job] = _Load(state, found.leases, found.epoch, digests, self._policy.workers)
+        blocking = self._loads[-1].blocking
+        self._loading[job] = _Load(state, found.leases, found.epoch, digests, self._policy.workers, blocking)
+        if not (request.num_preemptions or state.admitted):
+            state.admitted = True
+            self.stats.add("admissions")
+            self.stats.add("admission_seconds", max(0.0, time.time() - request.arrival_time))
         state.saved = max(state.saved, *ends, 0)
 
     def _within_step(self, found: _Found, request: Any) -> bool:
@@ -377,15 +388,25 @@ class SchedulerSide:
 
     def build(self, output: Any) -> VCacheMetadata:
         """Put together the work that goes with one step. `output`: vLLM's `SchedulerOutput`, not changed."""
-        self._step += 1
-        metadata = VCacheMetadata(self._step, self._failed_step, not output.num_scheduled_tokens, self._loads)
-        self._loads = []
+        self._steps.scheduled(self._last_sched_seq(output))
+        after = self._steps.after
+        loads, self._loads = [job._replace(after=after) for job in self._loads], []
+        metadata = VCacheMetadata(self._steps.step, self._failed_step, not output.num_scheduled_tokens, loads)
         metadata.broken, self._broken = self._broken, []
         metadata.storage = not self._reset.happened
         metadata.namespace = self._names.namespace
         if self._policy.saves:
             self._offer(metadata, output)
         return metadata
+
+    def _last_sched_seq(self, output: Any) -> int | None:
+        """vLLM's own mark on a request that was scheduled in an earlier step; 0 where it does not keep freed blocks back. None
+        when there is no such request, or the answer is known."""
+        if self._steps.fenced:
+            return None
+        states = (self._requests.get(name) for name in output.scheduled_cached_reqs.req_ids)
+        state = next((state for state in states if state is not None), None)
+        return int(getattr(state.request, "last_sched_seq", 0)) if state is not None else None
 
     def _offer(self, metadata: VCacheMetadata, output: Any) -> None:
         """Save the chunks that this step completes. For a request that has none left: one look-up and one comparison."""
@@ -427,7 +448,7 @@ class SchedulerSide:
         state.saved = min(state.saved, computed)
         if state.adapter is None or self._off or self._reset_owed():
             return
-        if self._step < state.wakes:
+        if self._steps.step < state.wakes:
             state.delayed = True
             return
         request = state.request
@@ -485,31 +506,32 @@ class SchedulerSide:
 
     # -- what workers report ---------------------------------------------------------------------------------------
 
-    def report(self, metadata: VCacheWorkerMetadata) -> None:
-        """Take in what the workers did since the last step."""
+    def report(self, metadata: VCacheWorkerMetadata) -> set[str]:
+        """Take in what the workers did since the last step. Requests whose load beside the steps is over on all workers."""
         self._failed_step = max(self._failed_step, metadata.failed_step)
         self._off += metadata.off
         if metadata.off:
             logger.warning(
                 "VCache is off on %d of %d workers: until none is, every look-up is a miss", self._off, self._policy.workers
             )
-        for job, outcome in metadata.loads.items():
-            self._load_report(job, outcome)
+        ended = {name for job, outcome in metadata.loads.items() if (name := self._load_report(job, outcome))}
         for job, saved in metadata.saves.items():
             total = merge_saves(self._outcomes.pop(job, None), saved)
             if total.workers < self._policy.workers:
                 self._outcomes[job] = total
             else:
                 self._save_over(job, total)
+        return ended
 
     def busy(self) -> bool:
         """Whether a save is under way, so that vLLM must keep stepping to hear of its end."""
         return bool(self._saves)
 
-    def _load_report(self, job: int, outcome: LoadOutcome) -> None:
+    def _load_report(self, job: int, outcome: LoadOutcome) -> str:
+        """The request whose load beside the steps is over with this; empty for none."""
         load = self._loading.pop(job, None)
         if load is None:
-            return
+            return ""
         if outcome.chunks < len(load.digests):
             load.state.load_failed = True
             self._chunks.missed(load.digests[outcome.chunks :])
@@ -517,11 +539,12 @@ class SchedulerSide:
         broken = load.broken.union(outcome.broken)
         if load.waiting > outcome.workers:
             self._loading[job] = load._replace(waiting=load.waiting - outcome.workers, broken=broken)
-        else:
-            self._release(load.leases, load.epoch)  # before they are dropped: what is leased stays
-            if broken:
-                self._await_releases()
-                self._broken += sorted(broken)
+            return ""
+        self._release(load.leases, load.epoch)  # before they are dropped: what is leased stays
+        if broken:
+            self._await_releases()
+            self._broken += sorted(broken)
+        return "" if load.blocking else str(load.state.request.request_id)
 
     def _save_over(self, job: int, outcome: SaveOutcome) -> None:
         self.block_refs.release(job)
@@ -532,9 +555,9 @@ class SchedulerSide:
             self._remove(save.digests)
         elif outcome.dropped:
             save.state.saved, save.state.settled = min(save.state.saved, save.start), UNSETTLED
-            if save.state.wakes <= self._step:
+            if save.state.wakes <= self._steps.step:
                 # In the next step, then after 2, 4, 8 ...: a worker that always drops must not cost a look at each step.
-                save.state.wakes = self._step + 2**save.state.drops
+                save.state.wakes = self._steps.step + 2**save.state.drops
                 save.state.drops += 1
         elif outcome.complete:
             save.state.drops = 0
@@ -580,7 +603,8 @@ class SchedulerSide:
         return self._reset.owed
 
     def take_events(self) -> list[Any]:
-        """Take the KV cache events since the last call."""
+        """Take the KV cache events since the last call. vLLM asks once for each step whose output it takes in."""
+        self._steps.processed()
         return self._events.take()
 
     def take_stats(self) -> VCacheStats | None:

@@ -43,12 +43,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     reset: Literal["clear", "keep"] = "clear"
     """What `reset_prefix_cache(reset_connector=True)`, and going to sleep, do with the shared chunks of this model."""
     load_threads: int = 2
-    save_threads: int = 1
+    """Threads of a worker for loads that block: from a storage tier, and all of them on a CPU."""
     vram_reserve: ByteSize = ByteSize(1 * 2**30)
     """Bytes of free VRAM that lending leaves alone, for CUDA graphs and the like."""
 
     def __post_init__(self) -> None:
-        for name, low in (("load_threads", 1), ("save_threads", 1), ("min_load_tokens", 1)):
+        for name, low in (("load_threads", 1), ("min_load_tokens", 1)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name}: must be at least {low}, got {getattr(self, name)}")
         if not 0 < self.lookup_deadline_ms < 1e6:

@@ -51,12 +51,12 @@ class Threads:
         future.add_done_callback(over)
         return future
 
-    def drain(self) -> None:
-        """Wait for all work that was submitted."""
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait for all work that was submitted; False on timeout (seconds)."""
         with self._lock:
             pending = set(self._pending)
-        wait(pending)
+        return not wait(pending, timeout).not_done
 
     def close(self) -> None:
-        """Wait for all work, end the threads. Idempotent."""
-        self._executor.shutdown(wait=True)
+        """Let the threads end when their work is done; refuse more. Idempotent. Does not block."""
+        self._executor.shutdown(wait=False)

@@ -4,75 +4,80 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import wait
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ...cache.opening import open_cache
-from ...cache.transfer import StreamFollower
 from ...errors import VCacheError
-from .jobs import Rank, Saved, SaveUnderWay, ShardStore, own_caches, this_rank
+from .jobs import Rank, Saved, ShardStore, own_caches, this_rank
 from .keys import worker_spec
 from .kv_group import KVGroup
 from .lend_size import lendable
-from .metadata import LoadJob, LoadOutcome, SaveJob, SaveOutcome, VCacheMetadata, VCacheWorkerMetadata
+from .loads import Landed, Loads
+from .metadata import LateReport, LoadOutcome, SaveJob, VCacheMetadata, VCacheWorkerMetadata
+from .saver import DROPPED, Saver
 from .settings import Settings
 from .stats import VCacheStats
-from .threads import Run, Threads, Work
+from .step_events import SideStream, StepEvents, after_now, side_stream
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger("vllm.vcache")
 
-T = TypeVar("T")
-DROPPED = Saved(SaveOutcome(1, False, True))
 IDLE_WAIT = 1e-3
-"""Seconds that an engine with nothing to compute waits for a load before it looks again. It must not spin: the threads that
-load need the interpreter."""
+"""Seconds that an engine with nothing to compute waits for a load before it looks again."""
+END_WAIT = 5.0
+"""Seconds that loads, and then saves, get to end when the KV cache goes away."""
 KNOWN = (VCacheError, OSError)
 """Errors whose text says enough. Any other (torch, Triton and CUDA have several of their own) is logged with its traceback."""
 
 
-class Finished(NamedTuple):
-    """What ended since the last call."""
-
-    loaded: set[str]
-    """Requests whose load is over, well or badly."""
-    bad_blocks: set[int]
-    """Blocks that were to be loaded and hold something else."""
-
-
 class WorkerSide:
-    """Loads and saves one worker's shard. Called by the model runner's thread; the work is done by a few threads of its own.
+    """Loads and saves one worker's shard. Called by the model runner's thread, but for what a `LateReport` takes.
 
     A broken set-up (an unknown layout, no memory to lend) does not stop the engine: it is logged, and everything is a miss.
     """
 
-    def __init__(self, vllm_config: Any, group: KVGroup, namespace: bytes, chunk_tokens: int, settings: Settings) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        group: KVGroup,
+        namespace: bytes,
+        chunk_tokens: int,
+        settings: Settings,
+        *,
+        loads: bool = True,
+        late: bool = True,
+    ) -> None:
+        """`loads`: whether the scheduler's side may ask for any. `late`: whether reports may say what landed after they were
+        made (`late_reports`); they then stand for what `finished` tells."""
         self._vllm_config = vllm_config
         self._group = group
         self._namespace = namespace
         self._chunk_tokens = chunk_tokens
         self._settings = settings
+        self._may_load = loads
+        self._late = loads and late
         self._store: ShardStore | None = None
         self._rank = Rank(0, True)
-        self._loaders = Threads("vcache-load", settings.options.load_threads, self._log)
-        self._savers = Threads("vcache-save", settings.options.save_threads, self._log)
+        self._loads = Loads(settings.options.load_threads, settings.options.lookup_deadline_ms / 1e3, self._log)
+        self._saver = Saver(self._saved, self._log)
+        self._events = StepEvents(None)
+        self._save_stream: SideStream | None = None
         self._failed_step = 0
         self._off = False
         self._lock = threading.Lock()
-        """Guards what follows: written by the threads, emptied by the runner's."""
+        """Guards what follows."""
         self._report = VCacheWorkerMetadata()
-        self._load_ended = threading.Condition(self._lock)
-        self._loading = 0
-        """Loads beside the steps that are not reported yet."""
+        self._failed: list[Landed] = []
+        """Loads with bad blocks that vLLM has not heard of."""
+        self._told: dict[int, LoadOutcome] = {}
+        """By job: loads whose bad blocks vLLM hears of in this step. They must not be reported in another one before."""
         self._loaded: set[str] = set()
-        self._bad_blocks: set[int] = set()
+        """Requests whose load is over, where `finished` tells."""
         self._stats = VCacheStats()
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
@@ -80,88 +85,110 @@ class WorkerSide:
         self.unregister()
         try:
             self._rank = this_rank(self._group)
-            self._store = self._open(own_caches(kv_caches, self._group))
+            self._use(self._open(own_caches(kv_caches, self._group)))
         except Exception as error:  # noqa: BLE001 - whatever it is, the engine can do without
             self._turn_off(error)
         else:
             self._tell_off(False)
 
     def unregister(self) -> None:
-        """Let go of the KV cache: wait for transfers, give back what was lent."""
+        """Let go of the KV cache: wait for transfers, give back what was lent. Bounded."""
         if self._store is not None:
-            self._loaders.drain()
-            self._savers.drain()
             store, self._store = self._store, None
+            self._events, self._save_stream = StepEvents(None), None
+            ended = self._loads.drain(END_WAIT)
+            if not (self._saver.drain(END_WAIT) and ended):
+                logger.error("transfers did not end within %g s; what they use is left behind", END_WAIT)
+                return
             try:
                 store.close()
             except Exception as error:  # noqa: BLE001 - vLLM goes to sleep, or ends
                 self._log("the pool was not left in order", error)
 
-    def start_loads(self, metadata: VCacheMetadata) -> None:
-        """Start the loads of a step; returns when those are done that the step itself needs. Broken chunks are dropped beside
-        them, and before the saves of the step."""
+    def begin_step(self, metadata: VCacheMetadata) -> None:
+        """Start the loads of a step that run beside it. Broken chunks are dropped before the saves of the step.
+
+        To be called before anything of the step is launched: it is told here where the step begins on the GPU. Blocks for the
+        questions to the manager, at most `lookup_deadline_ms` for all loads of the step.
+        """
+        store = self._store
+        if self._may_load and store is not None:
+            try:
+                self._events.record(metadata.step)
+            except Exception as error:  # noqa: BLE001 - the GPU failed: nothing can follow this step
+                self._log("a step was not followed, its loads fail", error)
+                store = None
         if metadata.namespace not in (b"", self._namespace) and self._store is not None:
             self.unregister()
             self._turn_off("the scheduler sees another model, other weights or other settings than this worker")
-        store = self._store
+            store = None
         if store is not None and not metadata.storage:
             store.leave_storage()
         if store is not None and metadata.broken:
-            self._savers.submit(partial(store.drop, metadata.broken), _nothing, _at_once)
-        if not metadata.loads:
-            return
-        beside = [job for job in metadata.loads if not job.blocking]
+            self._saver.drop(store, metadata.broken)
+        if metadata.loads:
+            self._loads.launch([job for job in metadata.loads if not job.blocking], store, self._events)
+
+    def load_within(self, metadata: VCacheMetadata) -> None:
+        """Do the loads that the step itself needs. Blocks until they are over."""
         for job in metadata.loads:
-            if job.blocking and not self._load(job, store):
-                self._failed_step = metadata.step
-                with self._lock:
-                    self._report.failed_step = metadata.step
-        if beside:
-            run = self._follower()
-            with self._lock:
-                self._loading += len(beside)
-            for job in beside:
-                load = partial(self._load_beside, job)
-                self._loaders.submit(partial(load, store), partial(load, None), run)
+            if job.blocking:
+                landed = self._loads.load(job, self._store)
+                if landed.bad:
+                    self._failed_step = metadata.step
+                self._record(landed)
 
     def start_saves(self, metadata: VCacheMetadata) -> None:
         """Start the saves of a step, after its forward pass was launched. Blocks only for jobs that say so."""
-        if not metadata.saves:
+        jobs, store = metadata.saves, self._store
+        if not jobs:
             return
-        store = self._store
         if store is None or not self._rank.saves or self._failed_step > metadata.failures_known:
-            outcome = DROPPED.outcome if self._rank.saves else SaveOutcome(1, True, False)
+            outcome = DROPPED.outcome._replace(complete=not self._rank.saves, dropped=self._rank.saves)
             with self._lock:
-                self._report.saves |= {job.job: outcome for job in metadata.saves}
-                self._stats.add("save_drops", len(metadata.saves) if outcome.dropped else 0)
+                self._report.saves |= {job.job: outcome for job in jobs}
+                self._stats.add("save_drops", len(jobs) if outcome.dropped else 0)
             return
-        # One piece of work for all of them: threads that wake up for each contend with the runner for the interpreter.
-        jobs = metadata.saves
-        future = self._savers.submit(partial(self._save, store, jobs), partial(self._refuse, jobs), self._follower())
-        if future is not None and any(job.blocking for job in jobs):
-            wait([future])
+        try:
+            after = after_now(self._save_stream)
+        except Exception as error:  # noqa: BLE001 - work that cannot follow the step must not be done
+            self._log("a transfer was not started", error)
+            for job in jobs:
+                self._saved(job, DROPPED)
+            return
+        over = self._saver.save(jobs, store, after)
+        if any(job.blocking for job in jobs):
+            over.wait()
 
-    def finished(self, *, idle: bool = False) -> Finished:
-        """Take what ended since the last call. Does not block; in an idle step, up to `IDLE_WAIT` for a load that ends."""
-        if not self._loading and not self._bad_blocks:
-            return Finished(set(), set())
+    def finished(self, *, idle: bool = False) -> set[str]:
+        """See which loads have landed; take the requests of those, unless reports tell of them. Does not block; in an idle
+        step, up to `IDLE_WAIT` for a load that lands."""
+        if idle:
+            self._loads.wait(IDLE_WAIT)
+        self._collect()
+        if not self._loaded:
+            return set()
         with self._lock:
-            if idle and self._loading:
-                self._load_ended.wait_for(lambda: self._loaded, IDLE_WAIT)
-            if not self._loaded and not self._bad_blocks:
-                return Finished(set(), set())
-            result = Finished(self._loaded, self._bad_blocks)
-            self._loading -= len(self._loaded)
-            self._loaded, self._bad_blocks = set(), set()
-        return result
+            loaded, self._loaded = self._loaded, set()
+        return loaded
+
+    def bad_blocks(self) -> set[int]:
+        """Take the blocks that were to be loaded and hold something else. To be called in each step before `report`."""
+        if not self._failed:
+            return set()
+        with self._lock:
+            failed, self._failed = self._failed, []
+            self._told |= {landed.job.job: landed.outcome for landed in failed}
+        return {block for landed in failed for block in landed.bad}
 
     def report(self) -> VCacheWorkerMetadata | None:
-        """Take what the scheduler's side has to hear since the last call; None when there is nothing to say."""
-        if not self._report:
-            return None  # what comes in this moment is said in the next step
-        with self._lock:
-            report, self._report = self._report, VCacheWorkerMetadata()
-        return report
+        """Make the report of a step. One that is late says what lands until it is read; any other says what happened since the
+        last one, and is None when that is nothing."""
+        told, self._told = self._told, {}
+        said = VCacheWorkerMetadata(told)
+        if self._late:
+            return LateReport(said, self._take)
+        return said.aggregate(self._take()) or None
 
     def take_stats(self) -> VCacheStats | None:
         """Take the counters since the last call; None when nothing happened."""
@@ -172,71 +199,42 @@ class WorkerSide:
         return stats
 
     def close(self) -> None:
-        """Finish what was started, give back what was lent. Idempotent."""
-        self._loaders.close()
-        self._savers.close()
+        """Finish what was started, give back what was lent. Bounded. Idempotent."""
         self.unregister()
+        self._loads.close()
+        self._saver.close()
 
-    # -- in the threads --------------------------------------------------------------------------------------------
+    # -- what is over, in any thread -------------------------------------------------------------------------------
 
-    def _load_beside(self, job: LoadJob, store: ShardStore | None) -> None:
-        try:
-            self._load(job, store)
-        finally:
-            with self._lock:
-                self._loaded.add(job.request)
-                self._load_ended.notify_all()
+    def _take(self) -> VCacheWorkerMetadata:
+        """Take what there is to say, but for loads with bad blocks: those are told in the step that tells of the blocks."""
+        self._collect()
+        with self._lock:
+            report, self._report = self._report, VCacheWorkerMetadata()
+        return report
 
-    def _load(self, job: LoadJob, store: ShardStore | None) -> bool:
-        """Whether all blocks of the job were loaded; none are without a store."""
-        began = time.perf_counter()
-        loaded, bad = 0, job.blocks
-        broken: tuple[bytes, ...] = ()
-        try:
-            if store is not None:
-                loaded = store.load(job)
-                bad = store.failed_blocks(job, loaded)
-                broken = store.broken(job)
-        except Exception as error:  # noqa: BLE001 - the request waits for its blocks, and can be recomputed
-            self._log(f"load of request {job.request} failed, it is recomputed", error)
-        finally:  # whatever happened, the blocks hold what is reported here, or nothing that counts
-            tokens = sum(job.tokens[:loaded]) - (job.skip if loaded else 0)
-            with self._lock:
-                self._report.loads[job.job] = LoadOutcome(1, loaded, broken)
-                if bad:
-                    self._bad_blocks.update(bad)
-                    self._stats.add("load_failures")
-                self._stats.add("loads")
-                self._stats.add("load_tokens", tokens)
-                self._stats.add("load_bytes", tokens * self._group.token_bytes)
-                self._stats.add("load_seconds", time.perf_counter() - began)
-        return not bad
+    def _collect(self) -> None:
+        for landed in self._loads.take():
+            self._record(landed)
 
-    def _save(self, store: ShardStore, jobs: list[SaveJob]) -> None:
-        """Start all of them, then wait for each. Each is reported as soon as it is over, whatever becomes of the others."""
-        started: list[tuple[SaveJob, SaveUnderWay]] = []
-        for job in jobs:
-            save = self._guarded(job, partial(store.start_save, job))
-            if save is None:
-                self._saved(job, DROPPED)
-            elif self._guarded(job, save.landed):
-                self._saved(job, self._guarded(job, save.finish) or DROPPED)
+    def _record(self, landed: Landed) -> None:
+        job, outcome = landed.job, landed.outcome
+        tokens = sum(job.tokens[: outcome.chunks]) - (job.skip if outcome.chunks else 0)
+        with self._lock:
+            if landed.bad:
+                self._failed.append(landed)
+                self._stats.add("load_failures")
+                if job.blocking:
+                    self._report.failed_step = self._failed_step
             else:
-                started.append((job, save))
-        for job, save in started:
-            self._saved(job, self._guarded(job, save.finish) or DROPPED)
-
-    def _guarded(self, job: SaveJob, work: Callable[[], T]) -> T | None:
-        """The result of a part of a save; None, and a line in the log, when it breaks."""
-        try:
-            return work()
-        except Exception as error:  # noqa: BLE001 - the scheduler waits for all of them to free their blocks
-            self._log(f"save of request {job.request} failed", error)
-        return None
-
-    def _refuse(self, jobs: list[SaveJob]) -> None:
-        for job in jobs:
-            self._saved(job, DROPPED)
+                self._report.loads[job.job] = outcome
+            if not (job.blocking or self._late):
+                self._loaded.add(job.request)
+            self._stats.add("loads")
+            self._stats.add("load_tokens", tokens)
+            self._stats.add("load_bytes", tokens * self._group.token_bytes)
+            self._stats.add("load_seconds", landed.seconds)
+            self._stats.add("load_waits", landed.waited)
 
     def _saved(self, job: SaveJob, saved: Saved) -> None:
         with self._lock:
@@ -276,15 +274,9 @@ class WorkerSide:
         )
         return ShardStore(target, opened, self._group.block_size)
 
-    def _follower(self) -> Run:
-        """How to run work in a thread, after what the current stream has queued."""
-        store = self._store
-        if store is None:
-            return _at_once
-        try:
-            return StreamFollower(store.target.cache.device).run
-        except Exception as error:  # noqa: BLE001 - work that cannot follow the stream must not be done
-            return partial(_fail, error)
+    def _use(self, store: ShardStore) -> None:
+        device = store.target.cache.device
+        self._store, self._events, self._save_stream = store, StepEvents(side_stream(device)), side_stream(device)
 
     def _turn_off(self, error: Exception | str) -> None:
         text = "VCache is off on this worker, every look-up of this instance is a miss: %s"
@@ -309,15 +301,3 @@ class WorkerSide:
 
 def _traceback(error: BaseException | str) -> BaseException | None:
     return None if isinstance(error, (str, *KNOWN)) else error
-
-
-def _at_once(work: Work) -> None:
-    work()
-
-
-def _fail(error: Exception, work: Work) -> None:
-    raise error
-
-
-def _nothing() -> None:
-    """Nobody waits for it."""
