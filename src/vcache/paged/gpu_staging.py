@@ -11,7 +11,7 @@ import torch
 
 from ..errors import DeviceUnavailableError
 from .checksum import BLOCK
-from .kernels import CHUNK, PARAMS
+from .kernels import CHUNK, CHUNK_PAYLOAD, PARAMS
 from .mover import SlotTransfer
 
 _PARAMS = Struct("<6q16s")
@@ -56,7 +56,8 @@ class Table:
         self._upload = _upload() if pinned else None
         self._host_address, self._device_address = self.host.data_ptr(), self.device.data_ptr()
         self._results_address = self.results.data_ptr()
-        self._bytes = self.host.numpy().data.cast("B")
+        self._words = self.host.numpy()
+        self._bytes = self._words.data.cast("B")
         self._results = self.results.numpy()
         self.event: Any = None
         """CUDA event behind the last use; None where work is done at once."""
@@ -99,11 +100,26 @@ class Table:
         trailers += [0] * (len(transfers) - len(trailers)) if trailers else []
         return Extent(len(transfers), longest, addresses, devices, trailers, -(-longest_bytes // (8 * BLOCK)))
 
+    def divert(self, first: int, payloads: Sequence[int]) -> None:
+        """After `fill`: let the kernels move the chunks from `first` on to or from these addresses, instead of their slots."""
+        begin, step = PARAMS.value + CHUNK.value * first + CHUNK_PAYLOAD.value, CHUNK.value
+        self._words[begin : begin + step * len(payloads) : step] = payloads
+
     def finish(
-        self, extent: Extent, slot_mapping: torch.Tensor, *, tiles: int, num_slots: int, writer: bytes, stream: int
+        self,
+        extent: Extent,
+        slot_mapping: torch.Tensor,
+        *,
+        tiles: int,
+        num_slots: int,
+        writer: bytes,
+        stream: int,
+        homes: Sequence[int] = (),
     ) -> None:
         """Write the parameters, and the slot mapping if it lies in host memory, and bring all of it to the device, on the
-        stream of that handle, whose device must be current. Does not wait. Raises `DeviceUnavailableError`."""
+        stream of that handle, whose device must be current. Does not wait. Raises `DeviceUnavailableError`.
+
+        `homes`: empty, or the addresses that `kernels.keep` needs, one for each chunk."""
         used: int = PARAMS.value + CHUNK.value * extent.chunks
         address = slot_mapping.data_ptr()
         if slot_mapping.device.type == "cpu":
@@ -116,7 +132,12 @@ class Table:
             words = [extent.blocks, *(word for at in extent.trailers for word in (at, 0))]
             self.host[used : used + len(words)] = torch.tensor(words)
             used += len(words)
-        _PARAMS.pack_into(self._bytes, 0, extent.chunks, tiles, address, num_slots, self._results_address, trailers, writer)
+        home = 0
+        if homes:
+            home = self._device_address + used * _WORD
+            self._words[used : used + len(homes)] = homes
+            used += len(homes)
+        _PARAMS.pack_into(self._bytes, 0, home, tiles, address, num_slots, self._results_address, trailers, writer)
         if self._upload is not None:
             self._upload(self._device_address, self._host_address, used * _WORD, stream)
 
