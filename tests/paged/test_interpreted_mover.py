@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 
-def test_kernels_move_the_right_bytes_when_interpreted() -> None:
+@pytest.mark.parametrize("name", ["interpreted_suite.py", "interpreted_ring_suite.py"])
+def test_kernels_move_the_right_bytes_when_interpreted(name: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    suite = Path(__file__).with_name("interpreted_suite.py")
+    suite = Path(__file__).with_name(name)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(suite)],
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -5,7 +5,6 @@ Moves the same bytes between the same places as the mover does, for whole blocks
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,12 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-_STREAM_ORDER = 1
-"""CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: the source is read in the stream's order."""
 _ENTRIES = 1024
 """Of one call: so that the host is ready with the next call while the first one runs."""
-_SINCE = 12080
-"""The CUDA version whose signature of cuMemcpyBatchAsync is called, the one with `failIdx`; later drivers keep it."""
 
 
 class BatchPlan(NamedTuple):
@@ -59,14 +54,6 @@ def plan(cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[Slot
     return BatchPlan(np.concatenate(here), np.concatenate(there), sizes)
 
 
-class _Location(ctypes.Structure):
-    _fields_ = (("type", ctypes.c_uint), ("id", ctypes.c_int))
-
-
-class _Attributes(ctypes.Structure):
-    _fields_ = (("order", ctypes.c_uint), ("source", _Location), ("target", _Location), ("flags", ctypes.c_uint))
-
-
 class BatchCopier:
     """Queues plans on a stream of its own. Thread-safe as far as the driver is."""
 
@@ -76,15 +63,14 @@ class BatchCopier:
 
         try:
             from cuda.bindings import driver
+
+            from ..paged.copy_engine import batch_function
         except ImportError:
             raise DeviceUnavailableError("copy engines over pages need the package cuda-bindings") from None
-        error, address, _ = driver.cuGetProcAddress(b"cuMemcpyBatchAsync", _SINCE, 0)
-        if int(error) or not address:
-            raise DeviceUnavailableError(f"the driver has no cuMemcpyBatchAsync ({error!r})")
-        word, size = ctypes.c_void_p, ctypes.c_size_t
-        kind = ctypes.CFUNCTYPE(ctypes.c_uint, word, word, word, size, word, word, size, word, word)
-        self._function = kind(int(address))
-        self._attributes = _Attributes(order=_STREAM_ORDER)
+        function = batch_function()
+        if function is None:
+            raise DeviceUnavailableError("the driver has no cuMemcpyBatchAsync")
+        self._function = function
         make: Any = torch.cuda.Stream
         self.device, self.stream = device, make(device)
         self._driver = driver
@@ -96,27 +82,18 @@ class BatchCopier:
         """Queue the copies on `stream`: from the cache to the slots, or back. Raises `DeviceUnavailableError` when the driver
         refuses."""
         target, source = (entries.slots, entries.cache) if store else (entries.cache, entries.slots)
-        first, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
         # A thread that has not used torch has no context, and the driver says no more than "invalid value".
         self._driver.cuCtxPushCurrent(self._context)
         try:
             for begin in range(0, len(entries.sizes), _ENTRIES):
                 part = slice(begin, begin + _ENTRIES)
-                code = self._function(
+                self._function(
                     target[part].ctypes.data,
                     source[part].ctypes.data,
                     entries.sizes[part].ctypes.data,
                     len(entries.sizes[part]),
-                    ctypes.addressof(self._attributes),
-                    ctypes.addressof(first),
-                    1,
-                    ctypes.addressof(failed),
                     self.stream.cuda_stream,
                 )
-                if code:
-                    raise DeviceUnavailableError(
-                        f"cuMemcpyBatchAsync: error {code} at entry {failed.value} of {len(entries.sizes[part])}"
-                    )
         finally:
             self._driver.cuCtxPopCurrent()
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import checksum
-from .kernels import CHUNK, CHUNK_LIVE, CHUNK_PAYLOAD, CHUNK_WANTED, GENERATION, PARAM_CHUNKS, PARAM_TRAILERS, PARAMS
+from .kernels import CHUNK, CHUNK_LIVE, CHUNK_PAYLOAD, CHUNK_WANTED, GENERATION, PARAM_TRAILERS, PARAMS, PAYLOAD_BYTES
 
 DAMAGED = tl.constexpr(2)
 """What `compare` makes of CHUNK_LIVE when the payload is not what its trailer says."""
@@ -24,8 +24,6 @@ _BLOCK = tl.constexpr(checksum.BLOCK)
 _STEP = tl.constexpr(checksum.STEP)
 _FIRST = tl.constexpr(checksum.FIRST)
 _SECOND = tl.constexpr(checksum.SECOND)
-_PAYLOAD_BYTES = tl.constexpr(6)
-"""Word of a slot header."""
 
 
 @triton.jit
@@ -35,21 +33,22 @@ def _mixed(value):
     return value ^ (value >> 33)
 
 
-@triton.jit
-def add_up(table):
-    """Add the blocks of all payloads to their chunks' checksums. Any number of programs shares the blocks."""
+@triton.jit(do_not_specialize=["first", "count"])
+def add_up(table, first, count):
+    """Add the blocks of the payloads of the chunks `[first, first + count)` to their checksums. Any number of programs shares
+    the blocks."""
     area = tl.load(table + PARAM_TRAILERS).to(tl.pointer_type(tl.int64))
     blocks = tl.load(area).to(tl.int32)
-    total = tl.load(table + PARAM_CHUNKS).to(tl.int32) * blocks
+    total = count * blocks
     word = tl.arange(0, _BLOCK)
     key = _mixed((word + 1).to(tl.uint64) * _STEP)
     low_key, high_key = key & 0xFFFFFFFF, key >> 32
     item = tl.program_id(0)
     while item < total:
-        chunk = item // blocks
+        chunk = first + item // blocks
         number = item % blocks
         row = table + PARAMS + chunk * CHUNK
-        nbytes = tl.load(row + CHUNK_WANTED + _PAYLOAD_BYTES)
+        nbytes = tl.load(row + CHUNK_WANTED + PAYLOAD_BYTES)
         begin = number.to(tl.int64) * (8 * _BLOCK)
         if (begin < nbytes) & (tl.load(row + CHUNK_LIVE) != 0) & (tl.load(area + 1 + 2 * chunk) != 0):
             left = nbytes - begin - 8 * word.to(tl.int64)

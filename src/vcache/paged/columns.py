@@ -82,6 +82,18 @@ class SlotColumns(Sequence[SlotTransfer]):
         tokens: NDArray[np.int64] = self.headers["tokens"].astype(np.int64)
         return tokens
 
+    @property
+    def devices(self) -> set[str]:
+        """Where the slots lie."""
+        return {self.slabs[number].device for number in set(self.slab.tolist())}
+
+    @property
+    def in_host_memory(self) -> NDArray[np.bool_]:
+        """Of each slot."""
+        kinds = np.array([slab.kind == "host" for slab in self.slabs], bool)
+        chosen: NDArray[np.bool_] = kinds[self.slab]
+        return chosen
+
     def take(self, places: NDArray[Any]) -> SlotColumns:
         """Those at these places (indices, or a mask), in that order."""
         return SlotColumns(

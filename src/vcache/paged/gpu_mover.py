@@ -1,4 +1,5 @@
-"""The mover for paged caches on a GPU: three kernel launches per request, whatever its size and the mix of its slots.
+"""The mover for paged caches on a GPU: three kernel launches per request, whatever its size and the mix of its slots, and some
+more for each batch of slots in host memory, which go through a ring (`host_ring.py`) when they are many bytes.
 
 A store waits for the caller's current stream and runs on a low-priority stream of the mover; a load waits likewise and runs on
 a second one. The host never waits for the device, except in `Transfer.wait`. Under TRITON_INTERPRET=1 the same kernels serve
@@ -7,6 +8,7 @@ CPU tensors, one call at a time, which is how they are tested without a GPU.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -24,7 +26,9 @@ from ..segment.slots import HEADER_BYTES, SlotHeader, align_up
 from . import checksum_kernels, kernels
 from .checks import check_transfers
 from .columns import SlotColumns
+from .copy_engine import Copies, InstantQueue, StreamQueue, WorkQueue
 from .gpu_staging import Table, TablePool
+from .host_ring import HostRing
 from .launch import CacheLaunches, Launch
 from .layout import PagedCache
 from .mover import Mover, Outcome, SlotTransfer, Transfer
@@ -38,12 +42,20 @@ HOST_STORE_PROGRAMS = 32
 """More than PCIe takes; more would only disturb what else the GPU does."""
 HOST_LOAD_PROGRAMS = 16
 """Likewise: on an H200, 16 / 32 / 64 programs read 51 GB/s, and decoding beside them loses 12 / 18 / 21%."""
+RING_FROM = 2**20
+"""Bytes of a request in host memory from which on they go through a ring: less is over within a time slice. To be measured."""
+STORE_SHARE = 4
+"""A quarter of the staging memory is for stores, for which nobody waits; the rest for loads. To be measured."""
 TILE_UNITS = 1024
 """With units of 16 bytes, a tile is 16 KiB, of which each thread moves 64 bytes."""
 INTERPRETED_PROGRAMS = 2
 INTERPRETED_TILE_UNITS = 128
 """So that even the small caches of tests take several tiles."""
+_KEEP_PROGRAMS = 16
+"""Of the kernel that has nothing to do."""
 _NOBODY = bytes(16)
+
+logger = logging.getLogger(__name__)
 
 
 class _Lane:
@@ -89,10 +101,12 @@ class _Lane:
 
 class GpuMover(Mover):
     """Reads and writes slots in place through `MappedSlab.device_address`: own VRAM, peer VRAM and pinned host memory, in any
-    mix. Thread-safe. One per cache; holds three streams and a few small buffers."""
+    mix. Thread-safe. One per cache; holds three streams and a few small buffers, and from the first larger transfer of slots in
+    host memory on, rings of VRAM with a stream each."""
 
-    def __init__(self, device: torch.device, *, grid: int = 0) -> None:
-        """`grid`: programs of the moving kernel's launch; 0 = chosen by where the slots lie.
+    def __init__(self, device: torch.device, *, grid: int = 0, staging: int = 0, ring_from: int = RING_FROM) -> None:
+        """`grid`: programs of the moving kernel's launch; 0 = chosen by where the slots lie. `staging`: bytes of the
+        rings, 0 for none. `ring_from`: bytes of a request in host memory from which on they go through a ring.
 
         Raises `DeviceUnavailableError` for a CPU device unless Triton runs interpreted.
         """
@@ -114,6 +128,11 @@ class GpuMover(Mover):
         self._lock = threading.Lock()
         self._add_up = Launch(checksum_kernels.add_up, {}, warps=4)
         self._compare = {store: Launch(checksum_kernels.compare, {"STORE": store}, warps=1) for store in (True, False)}
+        self._keep = Launch(kernels.keep, {}, warps=8)
+        self._ring_bytes = {True: staging // STORE_SHARE, False: staging - staging // STORE_SHARE}
+        self._ring_from = max(1, ring_from)
+        self._rings: dict[bool, HostRing | None] = {}
+        """By direction, from the first use on; None where there was no memory for one."""
         self._shapes: WeakKeyDictionary[PagedCache, dict[int, CacheLaunches]] = WeakKeyDictionary()
 
     def reaches(self, slab: MappedSlab) -> bool:
@@ -133,6 +152,10 @@ class GpuMover(Mover):
         transfer = SlotTransfer(PinnedSlot(slab, 0, HEADER_BYTES), ticket, 0)
         for started in (self.store(cache, mapping, [transfer], _NOBODY), self.load(cache, mapping, [transfer])):
             started.wait()
+        if self._ring_bytes[True]:
+            with self._on_device(), self._setup.current():
+                table = torch.zeros(kernels.PARAMS.value, dtype=torch.int64, device=self.device)
+                self._keep(1, self._setup.handle, table, 0, 0)
 
     def store(
         self, cache: PagedCache, slot_mapping: torch.Tensor, transfers: Sequence[SlotTransfer], writer: bytes
@@ -158,36 +181,107 @@ class GpuMover(Mover):
             except BaseException:
                 # Some kernels may be queued, and whoever hears of the failure takes all as ended.
                 self._lanes[store].drain()
+                ring = self._rings.get(store)
+                if ring is not None:
+                    ring.drain()
                 raise
 
     def _enqueue(
         self, cache: PagedCache, slot_mapping: torch.Tensor, slots: SlotColumns, writer: bytes, store: bool
     ) -> GpuTransfer:
         lane, count = self._lanes[store], len(slots)
+        ring = self._ring(slots, store)
+        route = None if ring is None else ring.route(slots)
+        if route is not None:
+            slots = slots.take(route.order)
         lane.follow()
         begin = lane.mark() if store else None
-        table = lane.tables.take(count, kernels.PARAMS.value + (kernels.CHUNK.value + 2) * count + 1 + len(slot_mapping))
+        table = lane.tables.take(count, kernels.PARAMS.value + (kernels.CHUNK.value + 3) * count + 1 + len(slot_mapping))
         extent = table.fill(slots, store)
         shape = self._shape(cache, extent.addresses)
         tiles = shape.tiling.tiles(extent.tokens)
-        table.finish(extent, slot_mapping, tiles=tiles, num_slots=cache.num_slots, writer=writer, stream=lane.handle)
-        most = self._programs(extent.devices, store)
-        programs = min(most, tiles * len(cache.regions) * count)
+        if route is not None:
+            table.divert(route.direct, route.places)
+        table.finish(
+            extent,
+            slot_mapping,
+            tiles=tiles,
+            num_slots=cache.num_slots,
+            writer=writer,
+            stream=lane.handle,
+            homes=route.homes if route is not None and store else (),
+        )
         narrow = slot_mapping.dtype == torch.int32 and slot_mapping.device.type != "cpu"
         launches = shape.launches(store, narrow)
-        with nullcontext() if launches.warm else lane.current():
-            launches.announce(count, lane.handle, table.device)
-            launches.move(programs, lane.handle, table.device, shape.regions)
+        warm = launches.warm and (route is None or not store or self._keep.warm)
+
+        def move(first: int, chunks: int, devices: set[str]) -> None:
+            most = self._programs(devices, store)
+            launches.move(
+                min(most, tiles * len(cache.regions) * chunks), lane.handle, table.device, shape.regions, first, chunks
+            )
             if extent.trailers:
                 with lane.current():
-                    self._add_up(min(most, extent.blocks * count), lane.handle, table.device)
+                    self._add_up(min(most, extent.blocks * chunks), lane.handle, table.device, first, chunks)
+
+        with nullcontext() if warm else lane.current():
+            launches.announce(count, lane.handle, table.device)
+            if route is None:
+                move(0, count, extent.devices)
+            else:
+                assert ring is not None
+                if route.direct:
+                    move(0, route.direct, slots[: route.direct].devices)
+                for batch in route.batches:
+                    ring.begin(batch)
+                    move(batch.first, batch.chunks, {self._uuid})
+                    if store:
+                        self._keep(_KEEP_PROGRAMS, lane.handle, table.device, batch.first, batch.chunks)
+                    ring.end(batch)
+                ring.settle()
+            if extent.trailers:
+                with lane.current():
                     self._compare[store](count, lane.handle, table.device)
             launches.publish(count, lane.handle, table.device)
         table.event = lane.mark()
-        transfer = GpuTransfer(table, table.event, count, cache.num_slots, begin)
-        table.owner, table.keep = weakref.ref(transfer), (cache, slot_mapping, shape)
+        transfer = GpuTransfer(
+            table, table.event, count, cache.num_slots, begin, None if route is None else route.order.tolist()
+        )
+        table.owner, table.keep = weakref.ref(transfer), (cache, slot_mapping, shape, ring)
         lane.tables.put(table)
         return transfer
+
+    def _ring(self, slots: SlotColumns, store: bool) -> HostRing | None:
+        """The ring for a request; None when kernels are to move all of it in place."""
+        nbytes = self._ring_bytes[store]
+        if not nbytes or int(slots.headers["payload_bytes"][slots.in_host_memory].sum()) < self._ring_from:
+            return None
+        if store not in self._rings:
+            self._rings[store] = self._make_ring(nbytes, store)
+        return self._rings[store]
+
+    def _make_ring(self, nbytes: int, store: bool) -> HostRing | None:
+        lane: WorkQueue = InstantQueue()
+        copies: WorkQueue = InstantQueue()
+        stream = None
+        if self._system:
+            stream = torch.cuda.Stream(self.device, priority=0 if store else -1)
+            lane, copies = StreamQueue(self._lanes[store].stream), StreamQueue(stream, Copies())
+        try:
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            logger.warning(
+                "no %.0f MiB of VRAM for %s of host memory by copy engines, kernels move them in place: %s",
+                nbytes / 2**20,
+                "stores" if store else "loads",
+                str(error).partition(". ")[0],
+            )
+            return None
+        if stream is not None:
+            # Whoever gets this memory after the ring is gone comes after what is queued on either stream.
+            memory.record_stream(self._lanes[store].stream)
+        return HostRing(lane, copies, memory.data_ptr(), nbytes, store=store, owner=memory)
 
     def _on_device(self) -> Any:
         """Context in which this mover's GPU is current, as launches and copies by handle need."""
@@ -223,14 +317,24 @@ class GpuMover(Mover):
 class GpuTransfer(Transfer):
     """A request on its way. `event`: the `torch.cuda.Event` behind its last kernel; None when there is nothing to wait for."""
 
-    def __init__(self, table: Table | None, event: Any, count: int, num_slots: int, begin: Any = None) -> None:
-        """`begin`: an event before its first kernel, when both were made to take times."""
+    def __init__(
+        self,
+        table: Table | None,
+        event: Any,
+        count: int,
+        num_slots: int,
+        begin: Any = None,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        """`begin`: an event before its first kernel, when both were made to take times. `order`: which of the request's
+        transfers each row of the table is; None when they are the same."""
         self.event = event
         self._begin = begin
         self._lock = threading.Lock()
         self._table = table
         self._count = count
         self._num_slots = num_slots
+        self._order = order
         self._results: list[tuple[int, int]] = []
         self._failure: BaseException | None = None
         if event is None:
@@ -294,7 +398,10 @@ class GpuTransfer(Transfer):
         """Fetch the results; only after the event. The mover calls it before it reuses the table."""
         with self._lock:
             if self._table is not None:
-                self._results, self._table = self._table.read(self._count), None
+                rows, self._table = self._table.read(self._count), None
+                self._results = rows
+                if self._order is not None:
+                    self._results = [row for _, row in sorted(zip(self._order, rows, strict=True))]
 
     def _synchronize(self) -> None:
         try:

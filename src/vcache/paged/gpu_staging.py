@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Any, NamedTuple, Protocol
 
@@ -107,16 +107,31 @@ class Table:
             count,
             int((tokens - slots.skip).max()),
             int(np.bitwise_or.reduce(rows[:, CHUNK_PAYLOAD.value])),
-            {slots.slabs[number].device for number in set(slots.slab.tolist())},
+            slots.devices,
             trailers,
             blocks,
         )
 
+    def divert(self, first: int, payloads: Sequence[int]) -> None:
+        """After `fill`: let the kernels move the chunks from `first` on to or from these addresses, instead of their slots."""
+        begin, step = PARAMS.value + CHUNK.value * first + CHUNK_PAYLOAD.value, CHUNK.value
+        self._words[begin : begin + step * len(payloads) : step] = payloads
+
     def finish(
-        self, extent: Extent, slot_mapping: torch.Tensor, *, tiles: int, num_slots: int, writer: bytes, stream: int
+        self,
+        extent: Extent,
+        slot_mapping: torch.Tensor,
+        *,
+        tiles: int,
+        num_slots: int,
+        writer: bytes,
+        stream: int,
+        homes: Sequence[int] = (),
     ) -> None:
         """Write the parameters, and the slot mapping if it lies in host memory, and bring all of it to the device, on the
-        stream of that handle, whose device must be current. Does not wait. Raises `DeviceUnavailableError`."""
+        stream of that handle, whose device must be current. Does not wait. Raises `DeviceUnavailableError`.
+
+        `homes`: empty, or the addresses that `kernels.keep` needs, one for each chunk."""
         used: int = PARAMS.value + CHUNK.value * extent.chunks
         address = slot_mapping.data_ptr()
         if slot_mapping.device.type == "cpu":
@@ -129,7 +144,12 @@ class Table:
             words = [extent.blocks, *(word for at in extent.trailers for word in (at, 0))]
             self.host[used : used + len(words)] = torch.tensor(words)
             used += len(words)
-        _PARAMS.pack_into(self._bytes, 0, extent.chunks, tiles, address, num_slots, self._results_address, trailers, writer)
+        home = 0
+        if homes:
+            home = self._device_address + used * _WORD
+            self._words[used : used + len(homes)] = homes
+            used += len(homes)
+        _PARAMS.pack_into(self._bytes, 0, home, tiles, address, num_slots, self._results_address, trailers, writer)
         if self._upload is not None:
             self._upload(self._device_address, self._host_address, used * _WORD, stream)
 

@@ -1,4 +1,5 @@
-"""Triton kernels: check and write slot headers, move rows. One launch of each serves a whole request.
+"""Triton kernels: check and write slot headers, move rows. One launch of each serves a whole request, or, of those that touch
+payloads, the part of it that lies in a ring.
 
 Everything that changes from call to call is in one table of 64-bit words, so that a launch has the same few arguments, and
 the compiled kernel fits, whatever the request:
@@ -21,7 +22,8 @@ import triton.language as tl
 from ..segment.slots import SLAB_MAGIC, SLOT_MAGIC
 
 PARAMS = tl.constexpr(8)
-PARAM_CHUNKS = tl.constexpr(0)
+PARAM_HOMES = tl.constexpr(0)
+"""Address of a word per chunk: where the payload is at home that `move` writes elsewhere (`keep`); 0 when there is none."""
 PARAM_TILES = tl.constexpr(1)
 """Tiles of the longest chunk, per region."""
 PARAM_MAPPING = tl.constexpr(2)
@@ -37,6 +39,7 @@ PARAM_WRITER = tl.constexpr(6)
 
 CHUNK = tl.constexpr(24)
 CHUNK_PAYLOAD = tl.constexpr(0)
+"""Address of the bytes that `move` reads or writes: in the slot, or in a ring that copy engines serve (`host_ring.py`)."""
 CHUNK_HEADER = tl.constexpr(1)
 """Address of the slot header."""
 CHUNK_SLAB = tl.constexpr(2)
@@ -58,6 +61,8 @@ REGION = tl.constexpr(5)
 
 GENERATION = tl.constexpr(1)
 """Index of the word that holds the generation, in slot headers and slab headers."""
+PAYLOAD_BYTES = tl.constexpr(6)
+"""Likewise, in slot headers: the bytes of the payload."""
 _SLAB_MAGIC = tl.constexpr(SLAB_MAGIC)
 _SLOT_MAGIC = tl.constexpr(SLOT_MAGIC)
 
@@ -180,10 +185,35 @@ def publish(table, STORE: tl.constexpr, SYSTEM: tl.constexpr):
     tl.store(results + 1, errors.to(tl.int32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "count"])
+def keep(table, first, count):
+    """After `move` of a store that goes through a ring: give the place of each chunk that `announce` refused the bytes that lie
+    in its slot, so that the copy which follows, and cannot be called off, changes nothing there. Serves the chunks
+    `[first, first + count)`; any number of programs shares them."""
+    piece: tl.constexpr = 4096
+    homes = tl.load(table + PARAM_HOMES).to(tl.pointer_type(tl.int64))
+    program = tl.program_id(0)
+    item = first
+    while item < first + count:
+        row = table + PARAMS + item * CHUNK
+        if tl.load(row + CHUNK_LIVE) == 0:
+            nbytes = tl.load(row + CHUNK_WANTED + PAYLOAD_BYTES)
+            home = tl.load(homes + item).to(tl.pointer_type(tl.int8))
+            place = tl.load(row + CHUNK_PAYLOAD).to(tl.pointer_type(tl.int8))
+            begin = program.to(tl.int64) * piece
+            while begin < nbytes:
+                byte = begin + tl.arange(0, piece)
+                tl.store(place + byte, tl.load(home + byte, mask=byte < nbytes, other=0), mask=byte < nbytes)
+                begin += tl.num_programs(0) * piece
+        item += 1
+
+
+@triton.jit(do_not_specialize=["first", "count"])
 def move(
     table,
     regions,
+    first,
+    count,
     REGIONS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROW: tl.constexpr,
@@ -195,7 +225,7 @@ def move(
     NARROW: tl.constexpr,
     STORE: tl.constexpr,
 ):
-    """Payload `[region][token][row]` <-> paged rows.
+    """Payload `[region][token][row]` <-> paged rows, of the chunks `[first, first + count)`.
 
     The payload of a region is cut into units of VECTOR words of the Triton integer type WORD, which one thread moves at once;
     all addresses and strides are aligned by a unit. ROW, PIECE: units of a row, of one piece of it. BLOCK: tokens of a block.
@@ -203,7 +233,7 @@ def move(
     """
     align: tl.constexpr = VECTOR * WORD.primitive_bitwidth // 8
     tiles = tl.load(table + PARAM_TILES).to(tl.int32)
-    total = tl.load(table + PARAM_CHUNKS).to(tl.int32) * tiles * REGIONS
+    total = count * tiles * REGIONS
     slots = tl.load(table + PARAM_SLOTS)
     mapping = tl.load(table + PARAM_MAPPING)
     mapping = mapping.to(tl.pointer_type(tl.int32 if NARROW else tl.int64))
@@ -212,7 +242,7 @@ def move(
     while item < total:  # not a range: the interpreter cannot count to a tensor with recent versions of NumPy
         tile = item % tiles
         region = (item // tiles) % REGIONS
-        row = table + PARAMS + (item // (tiles * REGIONS)) * CHUNK
+        row = table + PARAMS + (first + item // (tiles * REGIONS)) * CHUNK
         skip = tl.load(row + CHUNK_SKIP)
         tokens = tl.load(row + CHUNK_TOKENS)
         unit = tile * UNITS + tl.arange(0, UNITS)

@@ -26,6 +26,6 @@ def mover_for(cache: PagedCache, config: TransferConfig) -> Mover:
         raise DeviceUnavailableError("kvcaches on a GPU need Triton, which is not installed: pip install 'vcache[cuda]'")
     from .gpu_mover import GpuMover
 
-    mover = GpuMover(cache.device, grid=config.grid)
+    mover = GpuMover(cache.device, grid=config.grid, staging=config.staging)
     mover.prepare(cache)
     return mover
