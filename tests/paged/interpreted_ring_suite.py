@@ -15,6 +15,7 @@ from paged_world import ORDERS, WRITER, Case, Model, Slots, make_spec, make_tens
 from protocol_suite import SUITE, Bench
 
 from vcache.paged import kernels
+from vcache.paged.columns import SlotColumns
 from vcache.paged.gpu_mover import GpuMover
 from vcache.paged.layout import PagedCache
 from vcache.segment.mapping import MappedSlab
@@ -197,7 +198,7 @@ def test_kernels_move_what_is_small_or_too_large_for_the_ring(
     tickets = [bench.slots.transfer(slot, 8, 8 * slot) for slot in range(4)]
     before = Model(bench.spec, ORDERS[0][0], bench.tensors)
     for store in (True, False):
-        bench.mover._ring(tickets, store)
+        bench.mover._ring(SlotColumns.of(tickets), store)
     assert set(bench.mover._rings) == set(rings)
     counts = batches(bench.mover, monkeypatch)
     assert bench.store(*tickets) == [True] * 4
