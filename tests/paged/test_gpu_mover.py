@@ -17,6 +17,7 @@ from protocol_suite import SUITE, Bench
 
 from vcache.config import TransferConfig
 from vcache.errors import ArgumentError
+from vcache.paged.gpu_mover import GpuMover
 from vcache.paged.layout import PagedCache
 from vcache.paged.mover import SlotTransfer
 from vcache.paged.select import mover_for
@@ -277,3 +278,112 @@ def test_results_survive_the_reuse_of_their_table(mover: Any) -> None:
     assert transfers[-1].wait(30)
     assert [transfer.verified() for transfer in transfers] == [[True, False], [False, True]] * 150
     assert len(mover._lanes[False].tables._busy) < 300
+
+
+# -- host memory through a ring ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ringed() -> Any:
+    """Six chunks of `Bench` at a time on their way in, two on their way out."""
+    mover = GpuMover(torch.device("cuda", 0), staging=8 * 1024, ring_from=0)
+    spec = make_spec()
+    mover.prepare(PagedCache.bind(make_tensors(spec, *ORDERS[0], 4, 4, device="cuda"), spec))
+    return mover
+
+
+@pytest.mark.parametrize("rule", SUITE)
+def test_protocol_through_a_ring(rule: Callable[[Bench], None], ringed: Any) -> None:
+    rule(Bench(ringed, pinned_slots(make_spec(), 8), "cuda"))
+    assert ringed._rings
+
+
+@pytest.mark.parametrize("layout", ORDERS + MLA_ORDERS)
+def test_every_layout_through_a_ring(layout: tuple[str, str]) -> None:
+    row_format = "mla" if layout in MLA_ORDERS else "planes"
+    spec = make_spec("bfloat16", heads=2, head_size=16, row_format=row_format)
+    most = -(-spec.payload_bytes(16) // 256) * 256
+    mover = GpuMover(torch.device("cuda", 0), staging=8 * most, ring_from=0)
+    case = Case(spec, layout, layout, 4, 4, (16, 16, 5, 16, 16, 1, 16), 3, 2, 0, "random", 7)
+    round_trip(case, mover, pinned_slots(spec, 16, 7), "cuda")
+    assert set(mover._rings) == {True, False}
+
+
+def test_requests_larger_than_the_ring_follow_each_other_without_the_host(no_device_wide_wait: None) -> None:
+    """Dozens of batches in flight, of several requests, while the caller's stream sleeps."""
+    spec = make_spec("bfloat16", layers=4, heads=4, head_size=64)
+    tokens, chunks = 64, 48
+    tensors = make_tensors(spec, *ORDERS[0], num_blocks=2 * tokens * chunks // 16, block_size=16, device="cuda")
+    cache = PagedCache.bind(tensors, spec)
+    mover = GpuMover(torch.device("cuda", 0), staging=16 * spec.payload_bytes(tokens), ring_from=0)
+    slots = pinned_slots(spec, tokens, chunks)
+    mapping = torch.randperm(tokens * chunks, generator=torch.Generator().manual_seed(3)).cuda()
+    there = tokens * chunks + torch.randperm(tokens * chunks, generator=torch.Generator().manual_seed(4)).cuda()
+    for _ in range(2):
+        tickets = [slots.transfer(slot, tokens, tokens * slot) for slot in range(chunks)]
+        stored = mover.store(cache, mapping, tickets, WRITER)
+        assert stored.wait(30)
+        assert stored.verified() == [True] * chunks
+    for tensor in tensors:
+        tensor.flatten(1, 2)[:, tokens * chunks :].zero_()
+    halves = [tickets[: chunks // 2], tickets[chunks // 2 :]]
+    mover.load(cache, there, tickets[:1]).wait(30)
+    caller = torch.cuda.Stream()
+    caller.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(caller):
+        torch.cuda._sleep(LONG)
+        loads = [mover.load(cache, there, half) for half in halves]
+    assert not loads[-1].done()
+    for load, half in zip(loads, halves, strict=True):
+        assert load.wait(30)
+        assert load.verified() == [True] * len(half)
+    for tensor in tensors:
+        rows = tensor.flatten(1, 2).view(torch.int16)
+        assert torch.equal(rows[:, mapping], rows[:, there])
+
+
+def test_a_host_slot_rewritten_while_a_load_is_in_flight_is_found(ringed: Any, no_device_wide_wait: None) -> None:
+    """Its payload is in the ring by then; the scatter waits for the caller's stream."""
+    bench = Bench(ringed, pinned_slots(make_spec(), 8), "cuda")
+    tickets = [bench.slots.transfer(slot, 8, 8 * slot) for slot in range(4)]
+    assert bench.store(*tickets) == [True] * 4
+    assert bench.load(*tickets) == [True] * 4
+    before = [bytes_of(tensor) for tensor in bench.tensors]
+    caller = torch.cuda.Stream()
+    caller.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(caller):
+        torch.cuda._sleep(LONG)
+        loaded = ringed.load(bench.cache, bench.mapping, tickets)
+    again = bench.slots.transfer(1, 8, 0)
+    bench.slots.write(again.slot.header_offset, again.header.writing(WRITER).pack())
+    bench.slots.write(again.slot.payload_offset, bytes(again.header.payload_bytes))
+    bench.slots.write(again.slot.header_offset, again.header.pack())
+    assert not loaded.done(), "the test was too slow"
+    assert loaded.wait(30)
+    assert loaded.verified() == [True, False, True, True]
+    assert all((bytes_of(tensor) == old).all() for tensor, old in zip(bench.tensors, before, strict=True))
+
+
+def test_a_refused_host_slot_keeps_its_bytes(ringed: Any) -> None:
+    bench = Bench(ringed, pinned_slots(make_spec(), 8), "cuda")
+    assert bench.store(*(bench.slots.transfer(slot, 8, 8 * slot) for slot in range(4))) == [True] * 4
+    tickets = [bench.slots.transfer(slot, 8, 24 - 8 * slot) for slot in range(4)]
+    bench.slots.write(tickets[1].slot.header_offset, tickets[1].header._replace(generation=10**6).pack())
+    old = [bench.slots.payload_at(slot, 8) for slot in range(4)]
+    assert bench.store(*tickets) == [True, False, True, True]
+    assert [bench.slots.payload_at(slot, 8) == old[slot] for slot in range(4)] == [False, True, False, False]
+
+
+def test_one_call_mixes_vram_and_a_ring(ringed: Any) -> None:
+    spec = make_spec()
+    bench = Bench(ringed, CudaSlots.make(spec, 8), "cuda")
+    host = pinned_slots(spec, 8)
+    tickets = [(host if number % 2 else bench.slots).transfer(number // 2, 8, 8 * number) for number in range(4)]
+    old = [bytes_of(tensor) for tensor in bench.tensors]
+    assert bench.store(*tickets) == [True] * 4
+    for tensor in bench.tensors:
+        tensor.view(torch.uint8).fill_(0)
+    assert bench.load(*tickets) == [True] * 4
+    assert all((bytes_of(tensor) == before).all() for tensor, before in zip(bench.tensors, old, strict=True))
+    tickets[2] = tickets[2]._replace(header=tickets[2].header._replace(generation=500))
+    assert bench.load(*tickets) == [True, True, False, True]

@@ -15,7 +15,9 @@ pytest.importorskip("torch", reason="needs torch")
 
 from paged_world import host_slab
 
+from vcache.errors import DeviceUnavailableError
 from vcache.paged.columns import SlotColumns
+from vcache.paged.copy_engine import Copies
 from vcache.paged.host_ring import BATCH_BYTES, HostRing, Route
 from vcache.paged.mover import SlotTransfer
 from vcache.segment.mapping import MappedSlab, PinnedSlot
@@ -180,3 +182,43 @@ def test_only_host_memory_that_fits_twice_goes_through() -> None:
     assert [batch.first for batch in route.batches] == [2, 3]
     assert route.homes == [0, 0, host.address, host.address]
     assert len(route.places) == 2
+
+
+CALL = ctypes.CFUNCTYPE(
+    ctypes.c_uint, *[ctypes.c_void_p] * 3, ctypes.c_size_t, *[ctypes.c_void_p] * 2, ctypes.c_size_t, *[ctypes.c_void_p] * 2
+)
+
+
+def test_copies_are_one_call_of_the_driver_where_it_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("cuda.bindings.driver", reason="needs cuda-bindings")
+    seen: list[tuple[Any, ...]] = []
+    codes = [0, 700]
+
+    def batch(
+        targets: int, sources: int, sizes: int, count: int, attributes: int, first: int, kinds: int, failed: int, stream: int
+    ) -> int:
+        words = ctypes.c_uint64 * count
+        seen.append((*(list(words.from_address(each)) for each in (targets, sources, sizes)), kinds, stream))
+        ctypes.c_size_t.from_address(failed).value = 1
+        assert ctypes.c_uint.from_address(attributes).value == 1
+        assert ctypes.c_size_t.from_address(first).value == 0
+        return codes.pop(0)
+
+    call = CALL(batch)
+    address = ctypes.cast(call, ctypes.c_void_p).value
+    monkeypatch.setattr(driver, "cuGetProcAddress", lambda *_: (0, address, None))
+    monkeypatch.setattr(driver, "cuMemcpyAsync", lambda *arguments: (seen.append(arguments), (0,))[1])
+    copies = Copies()
+    copies([2**40, 2], [3, 4], [5, 6], 7)
+    copies([1], [2], [3], 7)
+    assert seen == [([2**40, 2], [3, 4], [5, 6], 1, 7), (1, 2, 3, 7)]
+    with pytest.raises(DeviceUnavailableError, match="error 700 at entry 1 of 2"):
+        copies([1, 2], [3, 4], [5, 6], 7)
+
+    monkeypatch.setattr(driver, "cuGetProcAddress", lambda *_: (500, 0, None))
+    seen.clear()
+    Copies()([1, 2], [3, 4], [5, 6], 7)
+    assert seen == [(1, 3, 5, 7), (2, 4, 6, 7)]
+    monkeypatch.setattr(driver, "cuMemcpyAsync", lambda *_: (700,))
+    with pytest.raises(DeviceUnavailableError, match="cuMemcpyAsync of 5 bytes"):
+        Copies()([1, 2], [3, 4], [5, 6], 7)

@@ -29,6 +29,8 @@ class Mutant(NamedTuple):
 LANDED = ("no gate", "identity before the odd generation", "unknown signer taken for ended")
 """Headers alone, as they were before there was a gate."""
 
+CLOCK = "the clock alone says where generations start"
+
 SC, TSO, WEAK = World(), World(memory="TSO"), World(memory="WEAK")
 
 
@@ -72,6 +74,11 @@ MUTANTS: dict[str, Mutant] = dict(
         _one("wrong", 20, SC, "even generation before the payload"),
         _one("wrong", 29, WEAK, "no fence between the payload and the even generation", TSO),
         _one("wrong", 10, World(managers=1, reader=True), "reader looks at the header once"),
+        # A ring before the slots.
+        (
+            "refused slot overwritten",
+            Mutant("wrong", 40, World(managers=3, floors=(20, 4, 4), ring=True), (CLOCK, "refused slot overwritten")),
+        ),
         # What was there before the gate: headers alone, each fault by itself.
         ("headers alone: F1", Mutant("wrong", 27, SC, ("no gate",))),
         ("headers alone: torn announcement", Mutant("wrong", 9, SC, LANDED)),
@@ -107,6 +114,9 @@ WORLDS: dict[str, World] = {
     "close and death, clock goes back, WEAK": World(
         memory="WEAK", kill=True, close=True, lapse=True, fail=True, floors=(10, 4), formats=True
     ),
+    "ring, clock goes back": World(managers=3, floors=(20, 4, 4), ring=True, kill=True, lapse=True, formats=True),
+    "ring, TSO": World(memory="TSO", ring=True, reader=True, lapse=True),
+    "ring, WEAK": World(memory="WEAK", managers=1, puts=(2, 1), ring=True, reader=True),
     "two restarts, WEAK": World(memory="WEAK", managers=3, relink=True),
 }
 """All together well under a minute."""

@@ -58,6 +58,9 @@ class World(NamedTuple):
     """Each grant formats the slab anew."""
     late: bool = False
     """Two segments whose numbers are swapped by the second manager, and clients that hear of it late."""
+    ring: bool = False
+    """Payloads are moved by copies that are queued before anybody has looked at the header: of a slot that turns out to be
+    refused they write what lies there, and a reader has the payload before it looks at the header (decision 0009)."""
     settled: bool = False
     """The manager restarts only while no announcement is half written, and it counts as wrong that two write in one slot: shows
     what is wrong behind a fault in announcing."""
@@ -91,6 +94,8 @@ class Client(NamedTuple):
     life: str = "alive"
     """Or "closed", "stopped", "dead" (killed or exited), "gone" (and the lender knows)."""
     relinked: bool = False
+    kept: tuple[int, ...] = ()
+    """Payload words of a refused slot, to be written again."""
     buffer: tuple[tuple[int, int], ...] = ()
 
     @property
@@ -176,6 +181,8 @@ def write_program(deviations: frozenset[str], formats: bool) -> list[str]:
     return [*gate, *formatting, "G?", *body, *leave, "put_end"]
 
 
+KEEP = ["keep P0", "keep P1", "P0=kept", "P1=kept"]
+"""What a copy that cannot be called off does in a refused slot, before the writer gives up."""
 GIVE_UP = ["fence", "leave", "put_revoke"]
 """What follows when a word was not what it must be, or a copy raised."""
 
@@ -229,13 +236,16 @@ class Model:
         self.gate = "no gate" not in deviations
         self.segments = range(2 if world.late else 1)
         self.program = write_program(self.deviations, world.formats)
-        self.give_up = len(self.program)
+        self.refused = self.give_up = len(self.program)
+        if world.ring:
+            self.program += KEEP
+            self.give_up = len(self.program)
         self.program += GIVE_UP
         self.raised = self.give_up + (2 if "U not cleared after an exception" in deviations else 0)
         self.read_words = [s * SIZE + F + w for s in self.segments for w in CLIENTS if self.gate]
         self.read_words += [s * SIZE + word for s in self.segments for word in (G, K, N)]
         self.mount_program = self.mount_steps()
-        self.groups = ((G, K, N), (P0, P1), (G, K, N))
+        self.groups = ((P0, P1), (G, K, N), (G, K, N)) if world.ring else ((G, K, N), (P0, P1), (G, K, N))
         self.client, self.lender, self.reader = cache(self._client), cache(self._lender), cache(self._reader)
         self.wrong_bytes = cache(self._wrong_bytes)
 
@@ -356,7 +366,9 @@ class Model:
             me = me._replace(segment=1 - ticket.slab if moved else ticket.slab)
         base, op = me.segment * SIZE, self.program[pc]
         word = base + WORDS.index(op.rstrip("?").partition("=")[0]) if "=" in op or op in ("F?", "H?", "G?") else -1
+        kept = ticket.key if self.deviates("refused slot overwritten") else me.kept[int(op[1])] if op.endswith("kept") else 0
         value = {
+            "kept": kept,
             "odd": ticket.generation - 1,
             "even": ticket.generation,
             "key": ticket.key,
@@ -364,7 +376,7 @@ class Model:
             "namespace": NAMESPACE,
             "format": ticket.format,
         }.get(op.rpartition("=")[2], 0)
-        text, ok = op, True
+        text, ok, otherwise = op, True, self.refused if op in ("G?", "H?") else self.give_up
         if op in ("enter", "leave"):
             gate = base + F + me.number
             alone = me.visitor != "inside" or (op == "leave" and self.deviates("U cleared while another thread writes"))
@@ -377,7 +389,10 @@ class Model:
                 return
             if me.session == ticket.epoch == manager.epoch:
                 manager = self.finish(manager, me, published=op == "put_end")
-            me, pc = me._replace(ticket=None), IDLE - 1
+            me, pc = me._replace(ticket=None, kept=()), IDLE - 1
+        elif op.startswith("keep "):
+            found = self.load(memory, me, base + WORDS.index(op[5:]))
+            text, me = f"keeps {op[5:]}={found}", me._replace(kept=(*me.kept, found))
         elif op == "session?":
             ok = me.session == ticket.epoch
             text = f"its session is still that of its ticket{'' if ok else ' no more: gives up'}"
@@ -393,7 +408,7 @@ class Model:
             text = f"{name(word)}={value}"
             if op[0] == "P" and me.number == 1 and self.world.fail:
                 steps.append(Step("its copy raises", "fault", memory, manager, me._replace(pc=self.raised)))
-        steps.append(Step(text, "", memory, manager, me._replace(pc=pc + 1 if ok else self.give_up)))
+        steps.append(Step(text, "", memory, manager, me._replace(pc=pc + 1 if ok else otherwise)))
 
     def finish(self, manager: Manager, me: Client, published: bool) -> Manager:
         """`put_end` or `put_revoke` as the manager takes it."""
@@ -565,7 +580,7 @@ class Model:
             if value != expected.get(word, value):
                 text, after = f"{text}: a miss", "done"
             elif None not in after.seen:
-                payload = after.seen if me.group == 1 else me.payload
+                payload = after.seen if words == (P0, P1) else me.payload
                 if me.group + 1 < (2 if self.deviates("reader looks at the header once") else 3):
                     after = me._replace(group=me.group + 1, payload=payload, seen=(None,) * len(self.groups[me.group + 1]))
                 else:

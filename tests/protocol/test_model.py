@@ -5,7 +5,7 @@ from pathlib import Path
 
 import model
 import pytest
-from cases import MUTANTS, WORLDS
+from cases import CLOCK, MUTANTS, WORLDS
 from model import Model, World
 
 
@@ -49,6 +49,14 @@ def test_an_unknown_signer_that_is_waited_for_does_no_harm():
     """The other half of "headers alone: torn publication": where the signer is waited for, nobody else writes there."""
     verdict = Model(World(settled=True), "no gate").check()
     assert not verdict.wrong, str(verdict)
+
+
+def test_a_refused_slot_that_keeps_its_bytes_does_no_harm():
+    """The other half of "refused slot overwritten": where generations go back, puts are refused for good, no byte is wrong."""
+    mutant = MUTANTS["refused slot overwritten"]
+    verdict = Model(mutant.world, CLOCK).check()
+    assert not verdict.wrong, str(verdict)
+    assert "is refused" in verdict.stuck
 
 
 def test_every_deviation_is_known():
