@@ -81,6 +81,7 @@ class World:
         )
         from vllm.utils.hashing import sha256
         from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.core.sched.async_scheduler import AsyncScheduler
         from vllm.v1.core.sched.scheduler import Scheduler
         from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
         from vllm.v1.structured_output import StructuredOutputManager
@@ -91,6 +92,7 @@ class World:
         self.manager = Manager()
         monkeypatch.setattr(connector, "connect", lambda *args, **kwargs: self.manager)
         role = extra.pop("kv_role", "kv_both")
+        ahead = extra.pop("ahead", False)
         budget = extra.pop("sync_load_budget", 0)
         policy = extra.pop("kv_load_failure_policy", "recompute")
         cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=extra.pop("prefix_caching", True))
@@ -102,6 +104,7 @@ class World:
             scheduler_config=SchedulerConfig(
                 max_num_seqs=8,
                 max_num_batched_tokens=extra.pop("batched", 512),
+                async_scheduling=False,
                 max_model_len=1024,
                 enable_chunked_prefill=True,
                 is_encoder_decoder=False,
@@ -114,11 +117,12 @@ class World:
                 kv_connector_extra_config={"address": "unix:///nowhere", "cache.chunk_size": CHUNK} | extra,
             ),
         )
+        config.scheduler_config.async_scheduling = ahead  # as a GPU gets it by default
         group = KVCacheGroupSpec(
             ["layer.0"], FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         )
         cache.num_gpu_blocks = blocks
-        self.scheduler = Scheduler(
+        self.scheduler = (AsyncScheduler if ahead else Scheduler)(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[group]),
             log_stats=True,
