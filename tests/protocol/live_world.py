@@ -18,6 +18,7 @@ from vcache.config import ManagerConfig
 from vcache.errors import ManagerUnavailableError
 from vcache.keys import Chunk
 from vcache.lender.lender import Lender
+from vcache.lender.orphans import Orphans
 from vcache.lender.slabs import LentSlab, LentSlabs
 from vcache.manager.api import (
     Acquire,
@@ -116,8 +117,8 @@ class Process:
     def mount(self, info: SegmentInfo, inventory: Any, report: Any) -> int:
         return self.ask(Mount(info, list(inventory), report))
 
-    def writers_left(self, uuid: bytes, writers: Any) -> None:
-        self.ask(WritersLeft(uuid, list(writers)))
+    def writers_left(self, uuid: bytes, writers: Any, undone: Any) -> None:
+        self.ask(WritersLeft(uuid, list(writers), list(undone)))
 
     def importer_gone(self, uuid: bytes, importer: bytes) -> None:
         self.ask(ImporterGone(uuid, importer))
@@ -276,6 +277,8 @@ class SteppedLender(Lender):
         self._gone: set[bytes] = set()
         self._wipes: list[Any] = []
         self._awaited: set[tuple[bytes, int]] = set()
+        self._undone: list[Any] = []
+        self._orphans = Orphans(self._lent)
         self._floor = 0
         self._looked = 0.0
         self._work = queue.SimpleQueue()
