@@ -302,7 +302,7 @@ DECODERS: list[Callable[[bytes], object]] = [
 ]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(raw=st.binary(max_size=200))
 def test_random_payloads_raise_nothing_but_protocol_errors(raw: bytes) -> None:
     for decode in DECODERS:
@@ -310,7 +310,7 @@ def test_random_payloads_raise_nothing_but_protocol_errors(raw: bytes) -> None:
             decode(raw)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_mutated_requests_raise_nothing_but_protocol_errors(data: st.DataObject) -> None:
     raw = bytearray(wire.encode_verb(data.draw(st.sampled_from(CALLS)))[1])
