@@ -240,6 +240,18 @@ class World(MakingRoom):
         if client.uuid:
             self.mount(client)
 
+    def at_risk(self) -> set[bytes]:
+        """Visible chunks over which a void ticket's writer may go: the manager before had evicted them."""
+        void = [f for f in self.flights if f.under_way and (lender := self.lender_of(f.uuid)) and f.fence != lender.fence]
+        found = set()
+        for key, record in self.directory._state.chunks.visible.items():
+            for (uuid, slab, _), spans in self.places_of(record).items():
+                there = [flight for flight in void if (flight.uuid, flight.slab) == (uuid, slab)]
+                formats = SlabHeader.unpack(self.lender_of(uuid).slabs[slab][:HEADER_BYTES])
+                if any(flight.slab_header != formats or overlap(flight.spans, spans) for flight in there):
+                    found.add(key)
+        return found
+
     def mount(self, lender: Client) -> None:
         self.void_memory(lender.uuid)
         lender.wipes.clear()

@@ -367,7 +367,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(order=st.randoms(use_true_random=False), everybody=st.booleans())
     def restart(self, order, everybody) -> None:
         """The manager. If everybody comes back, nothing is lost."""
-        before = list(self.world.directory._state.chunks.visible)
+        before = list(self.world.directory._state.chunks.visible.keys() - self.world.at_risk())
         wiping = any(lender.wipes for lender in self.lenders())
         self.world.restart_manager()
         clients = self.world.living
