@@ -175,6 +175,37 @@ def test_nobody_gets_a_slot_that_a_ticket_of_an_earlier_manager_may_still_write(
     other.check(prompt(2, 16 * capacity))
 
 
+@pytest.mark.parametrize("first", [("slot", 0), ("payload", 0)], ids=["before-the-first-header", "amid-a-payload"])
+def test_what_was_cleared_while_an_old_ticket_was_written_does_not_come_back(
+    cluster: Cluster, host: Callable[[], Host], first: tuple[str, int]
+) -> None:
+    """A write of an earlier manager's ticket ended after the new one had read the headers: a chunk that this one did not know,
+    so that `clear` passed it by, and the manager after showed it: KV of old weights under a live key."""
+    cluster.lend(size="256KiB", slab="256KiB")
+    writer, other = host(), host()
+    other.store(prompt(0))
+    with held_store(writer, prompt(1), first) as old:
+        assert old.reached(0)
+        cluster._commands[0].kill()
+        cluster.serve()
+        eventually(other.connected, what="the lender mounts again")
+        other.engine.manager.clear()
+        assert other.check(prompt(0)) == 0
+    eventually(writer.connected, what="the writer says hello again")
+
+    def stored() -> bool:
+        other.store(prompt(7))
+        return other.check(prompt(7)) == 16 * CHUNKS
+
+    eventually(stored, what="the slab is given out again")
+    assert other.check(prompt(1)) == 0
+    cluster._commands[-1].kill()
+    cluster.serve()
+    eventually(lambda: other.connected() and writer.connected(), what="the lender mounts once more")
+    eventually(lambda: other.check(prompt(7)) == 16 * CHUNKS, what="the headers are read")
+    assert other.check(prompt(1)) == 0, "cleared before, and back"
+
+
 def test_closing_beside_a_running_store_frees_no_slot_that_it_writes(
     cluster: Cluster, host: Callable[[], Host], monkeypatch: pytest.MonkeyPatch
 ) -> None:

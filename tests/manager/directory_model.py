@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
+from vcache.lender.orphans import Orphans
 from vcache.manager.api import GateWriter, Ticket, WipeSlots
-from vcache.segment.slots import HEADER_BYTES, SlabHeader, SlotHeader, slab_bytes_for, slab_geometry
+from vcache.segment.slots import HEADER_BYTES, SlabHeader, SlabInventory, SlotHeader, slab_bytes_for, slab_geometry
 
 SLAB_BYTES = slab_bytes_for(256, 4)
 TOKENS = 4
@@ -127,6 +129,30 @@ class Client:
     """Of a lender's write gate, as of its last mount."""
     awaited: set[GateWriter] = field(default_factory=set)
     """Who was amid a write then, as far as the manager has not heard that they have left."""
+    orphans: Orphans = field(init=False)
+    """As of a lender: what it undoes when they have."""
     next_slab: int = 0
     wipes: list[WipeSlots] = field(default_factory=list)
     lost: dict[bytes, None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.orphans = Orphans(self)  # type: ignore[arg-type]
+
+    # What a lender does with its memory, as `LentSlabs` does.
+
+    def inventory(self, indices: Iterable[int]) -> list[SlabInventory]:
+        found = []
+        for index in indices:
+            if index in self.slabs:
+                memory = self.slabs[index]
+                header = SlabHeader.unpack(memory[:HEADER_BYTES])
+                slots = header.slots if header is not None else 0
+                headers = bytes(memory[HEADER_BYTES : HEADER_BYTES * (1 + slots)])
+                found.append(SlabInventory(index, bytes(memory[:HEADER_BYTES]), headers))
+        return found
+
+    def wipe(self, index: int, offset: int) -> None:
+        self.slabs[index][offset : offset + HEADER_BYTES] = bytes(HEADER_BYTES)
+
+    def put_slab_header(self, index: int, header: bytes) -> None:
+        self.slabs[index][:HEADER_BYTES] = header

@@ -42,7 +42,6 @@ from vcache.segment.slots import (
     SegmentInfo,
     SlabHeader,
     SlabInfo,
-    SlabInventory,
     SlotHeader,
     SlotLocation,
     slab_geometry,
@@ -79,8 +78,9 @@ class World(MakingRoom):
         self.banned: dict[bytes, bool] = {}
         self.gone: list[Flight] = []
         """Unfinished writes of dead clients."""
-        self.unheard: dict[tuple[bytes, int, int], bytes] = {}
-        """Place -> key that was written there, since this manager began, with a ticket of an earlier one."""
+        self.unheard: set[tuple[bytes, int, int]] = set()
+        """Places that were written, since this manager began, with a ticket of an earlier one, and whose lender has not told
+        yet."""
         self.lazy = False
         """Whether mounts and removals are left unfinished, for `work` to go on with."""
         self.removing: list[Removing] = []
@@ -155,16 +155,6 @@ class World(MakingRoom):
     def foreign(self, client: Client) -> list[int]:
         """Numbers of segments that the client cannot map."""
         return [info.number for info in self.directory.segments() if info.host != client.host]
-
-    def inventory(self, lender: Client) -> list[SlabInventory]:
-        found = []
-        for index, memory in lender.slabs.items():
-            header = SlabHeader.unpack(memory[:HEADER_BYTES])
-            slots = header.slots if header is not None else 0
-            found.append(
-                SlabInventory(index, bytes(memory[:HEADER_BYTES]), bytes(memory[HEADER_BYTES : HEADER_BYTES * (1 + slots)]))
-            )
-        return found
 
     # Manager and sessions
 
@@ -250,6 +240,18 @@ class World(MakingRoom):
         if client.uuid:
             self.mount(client)
 
+    def at_risk(self) -> set[bytes]:
+        """Visible chunks over which a void ticket's writer may go: the manager before had evicted them."""
+        void = [f for f in self.flights if f.under_way and (lender := self.lender_of(f.uuid)) and f.fence != lender.fence]
+        found = set()
+        for key, record in self.directory._state.chunks.visible.items():
+            for (uuid, slab, _), spans in self.places_of(record).items():
+                there = [flight for flight in void if (flight.uuid, flight.slab) == (uuid, slab)]
+                formats = SlabHeader.unpack(self.lender_of(uuid).slabs[slab][:HEADER_BYTES])
+                if any(flight.slab_header != formats or overlap(flight.spans, spans) for flight in there):
+                    found.add(key)
+        return found
+
     def mount(self, lender: Client) -> None:
         self.void_memory(lender.uuid)
         lender.wipes.clear()
@@ -257,7 +259,8 @@ class World(MakingRoom):
         lender.fence = self.serial
         lender.awaited = self.writers(lender)
         report = GateReport(fence=lender.fence, writers=tuple(lender.awaited))
-        job = self.directory.begin_mount(lender.id, self.info(lender), self.inventory(lender), self.now, report)
+        inventory = lender.orphans.inventory(list(lender.slabs), {writer.slab for writer in lender.awaited})
+        job = self.directory.begin_mount(lender.id, self.info(lender), inventory, self.now, report)
         if not self.lazy:
             assert job.finish() > 0
         self.settle()
@@ -267,11 +270,19 @@ class World(MakingRoom):
         return {GateWriter(f.client, f.slab) for f in self.flights if f.uuid == lender.uuid and f.under_way}
 
     def look_at_gates(self) -> None:
-        """Lenders report who has left."""
+        """Lenders undo what old tickets wrote, and report who has left. Now and then they do so twice."""
         for lender in self.living:
-            if lender.connected and (left := lender.awaited - self.writers(lender)):
-                self.directory.writers_left(lender.id, lender.uuid, list(left), self.now)
-                lender.awaited -= left
+            busy = {writer.slab for writer in self.writers(lender)}
+            left = {writer for writer in lender.awaited if writer.slab not in busy}
+            if not left or not lender.connected:
+                continue
+            slabs = {writer.slab for writer in left}
+            undone = [slots for slab in slabs for slots in lender.orphans.undo(slab)]
+            for _ in range(1 + len(left) % 2):
+                self.directory.writers_left(lender.id, lender.uuid, list(left), self.now, undone)
+            lender.awaited -= left
+            # From now on what the manager says of these slabs is what stands there.
+            self.unheard = {place for place in self.unheard if place[0] != lender.uuid or place[1] not in slabs}
 
     def work(self, slices: int | None = None) -> None:
         """Go on with mounts and removals, to their end without a number."""
@@ -391,7 +402,7 @@ class World(MakingRoom):
         for other in self.flights:
             if (other.uuid, other.slab) != (flight.uuid, flight.slab):
                 continue
-            assert other.epoch == self.epoch or not other.under_way, "I3: granted where an old ticket is written"
+            assert other.fence == lender.fence or not other.under_way, "I3: granted where an old ticket is written"
             if other.epoch == self.epoch and (other.entered or other.fence == lender.fence):
                 assert not overlap(other.spans, flight.spans), "I3: granted while another client may write there"
         for _, _, chunks in self.leases.values():
@@ -435,8 +446,7 @@ class World(MakingRoom):
                 raise AssertionError("a higher generation stands where we may write")
             memory[at : at + HEADER_BYTES] = odd
             if flight.epoch != self.epoch:
-                self.unheard[flight.uuid, flight.slab, flight.slot] = flight.header.key
-                self.banned.pop(flight.header.key, None)
+                self.unheard.add((flight.uuid, flight.slab, flight.slot))
         elif flight.phase == 1:
             memory[payload : payload + half] = content[:half]
         elif flight.phase == 2:
@@ -555,16 +565,14 @@ class World(MakingRoom):
     # Removing and resizing
 
     def written(self) -> set[bytes]:
-        """Keys that somebody writes: a removal may pass them by. A move that the manager knows of is no write: its copy must
-        not come back either."""
-        flights = {flight.header.key for flight in self.flights if flight.source is None or flight.epoch != self.epoch}
-        # Nor does the manager know, before it reads the headers again, what was written behind its back (docs/limits.md).
-        return flights | set(self.unheard.values())
+        """Keys that somebody writes with a ticket of this manager: a removal may pass them by. A move is no write: its copy
+        must not come back either. Nor must what is written with older tickets."""
+        return {flight.header.key for flight in self.flights if flight.source is None and flight.epoch == self.epoch}
 
     def all_read(self) -> bool:
         """Whether the manager knows what is in all memory there is."""
         slabs = self.directory._state.allocator.slabs.values()
-        return not any(slab.closed for slab in slabs) and all(client.connected for client in self.living if client.uuid)
+        return not any(slab.unread for slab in slabs) and all(client.connected for client in self.living if client.uuid)
 
     def begin_removal(self, job: Job, keys: list[bytes], clears: bool, since: int) -> None:
         removing = Removing(job, set(keys) - self.written(), clears, self.all_read(), since)

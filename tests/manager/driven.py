@@ -31,6 +31,7 @@ from vcache.manager.api import (
     SpillPlan,
     Ticket,
     Tiers,
+    UndoneSlots,
     Unmount,
     Verb,
     Wiped,
@@ -118,8 +119,10 @@ class Driven(Directory):
     ) -> Job[int]:
         return self.begun(client, Mount(info, list(inventory), gate or GateReport()), now)
 
-    def writers_left(self, client: bytes, uuid: bytes, writers: Sequence[GateWriter], now: float) -> None:
-        self.done(client, WritersLeft(uuid, list(writers)), now)
+    def writers_left(
+        self, client: bytes, uuid: bytes, writers: Sequence[GateWriter], now: float, undone: Sequence[UndoneSlots] = ()
+    ) -> None:
+        self.done(client, WritersLeft(uuid, list(writers), list(undone)), now)
 
     def unmount(self, client: bytes, uuid: bytes, now: float) -> None:
         self.done(client, Unmount(uuid), now)

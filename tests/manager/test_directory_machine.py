@@ -263,6 +263,54 @@ class DirectoryMachine(RuleBasedStateMachine):
         elif len(lender.slabs) < 4:
             self.world.grow(lender)
 
+    @precondition(lambda self: any(not client.uuid for client in self.connected()))
+    @rule(
+        who=picks,
+        variant=st.sampled_from(VARIANTS),
+        prompt=st.integers(0, 2),
+        steps=st.integers(0, 4),
+        renewal=st.sampled_from(["manager", "manager", "lenders"]),
+        removal=st.sampled_from(["clear", "remove", None]),
+        rest=st.integers(0, 4),
+        told=st.booleans(),
+        again=st.sampled_from(["manager", "lenders", None]),
+    )
+    def outlive(self, who, variant, prompt, steps, renewal, removal, rest, told, again) -> None:
+        """Writes have passed the gate when the manager is replaced, or lenders mount again; something is removed, the writes go
+        on, and perhaps the headers are read once more."""
+        world = self.world
+        client = pick([client for client in self.connected() if not client.uuid], who)
+        before = list(client.flights)
+        for shard in range(variant.num_shards):
+            world.put(client, variant, prompt, 0, 3, shard)
+        flights = [flight for flight in client.flights if flight not in before]
+
+        def go_on(steps: int) -> None:
+            for flight in flights:
+                world.enter(flight)
+                for _ in range(steps):
+                    world.write(flight)
+
+        def renew(what: str | None) -> None:
+            if what == "manager":
+                world.restart_manager()
+            for other in world.living:
+                if what and other is not client and (what == "manager" or other.uuid):
+                    world.connect(other)
+            world.work()
+
+        go_on(steps)
+        renew(renewal)
+        if self.connected() and removal == "clear":
+            world.clear(pick(self.connected(), who), variant)
+        elif self.connected() and removal == "remove":
+            world.remove(pick(self.connected(), who), variant, prompt, 0)
+        self.wipe_all()
+        go_on(rest)
+        if told:
+            world.look_at_gates()
+        renew(again)
+
     @precondition(lambda self: self.connected())
     @rule(who=picks, variant=st.sampled_from(VARIANTS), prompt=st.integers(0, 2), start=st.integers(0, 4), wipe=st.booleans())
     def remove(self, who, variant, prompt, start, wipe) -> None:
@@ -319,7 +367,7 @@ class DirectoryMachine(RuleBasedStateMachine):
     @rule(order=st.randoms(use_true_random=False), everybody=st.booleans())
     def restart(self, order, everybody) -> None:
         """The manager. If everybody comes back, nothing is lost."""
-        before = list(self.world.directory._state.chunks.visible)
+        before = list(self.world.directory._state.chunks.visible.keys() - self.world.at_risk())
         wiping = any(lender.wipes for lender in self.lenders())
         self.world.restart_manager()
         clients = self.world.living

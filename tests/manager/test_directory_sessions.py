@@ -336,7 +336,7 @@ def test_check_integrity_sees_what_a_session_left_behind(world):
 
 def test_mounting_announces_to_everybody(world):
     lender = world.clients[2]
-    world.directory.mount(lender.id, world.info(lender), world.inventory(lender), world.now)
+    world.directory.mount(lender.id, world.info(lender), lender.inventory(lender.slabs), world.now)
     assert [(target, type(push)) for target, push in world.directory.take_instructions()] == [(None, SegmentMounted)]
 
 

@@ -54,6 +54,7 @@ from vcache.manager.api import (
     Story,
     Ticket,
     Tiers,
+    UndoneSlots,
     Unmount,
     Verb,
     Wiped,
@@ -93,7 +94,7 @@ REQUESTS: list[Verb[Any]] = [
     Clear(b"n" * 16),
     InventoryPart(b"u" * 16, [SlabInventory(0, b"s" * 64, b"h" * 128)]),
     Mount(INFO, [SlabInventory(0, b"s" * 64, b"")], GateReport(fence=7, writers=(GateWriter(b"w" * 16, 0),), floor=5)),
-    WritersLeft(b"u" * 16, [GateWriter(b"w" * 16, 0)]),
+    WritersLeft(b"u" * 16, [GateWriter(b"w" * 16, 0)], [UndoneSlots(0, 3, 2)]),
     Unmount(b"u" * 16),
     AddSlabs(b"u" * 16, [SlabInfo(3, 4096, 2**47)]),
     Demote(4096, [1, 2]),
@@ -301,7 +302,7 @@ DECODERS: list[Callable[[bytes], object]] = [
 ]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(raw=st.binary(max_size=200))
 def test_random_payloads_raise_nothing_but_protocol_errors(raw: bytes) -> None:
     for decode in DECODERS:
@@ -309,7 +310,7 @@ def test_random_payloads_raise_nothing_but_protocol_errors(raw: bytes) -> None:
             decode(raw)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_mutated_requests_raise_nothing_but_protocol_errors(data: st.DataObject) -> None:
     raw = bytearray(wire.encode_verb(data.draw(st.sampled_from(CALLS)))[1])

@@ -144,7 +144,7 @@ def test_a_slab_that_waits_for_a_writer_gets_its_new_address():
     world, near, _, lender = two_hosts("h:1")
     world.put(near, ONE, 0, 0, 1)
     info = msgspec.structs.replace(world.info(lender), slabs=(SlabInfo(0, SLAB_BYTES, 12288),))
-    world.directory.mount(lender.id, info, world.inventory(lender), world.now)
+    world.directory.mount(lender.id, info, lender.inventory(lender.slabs), world.now)
     assert [slab.address for slab in world.directory.segments()[0].slabs] == [12288]
 
 

@@ -48,6 +48,7 @@ from vcache.manager.api import (
     SegmentMounted,
     Segments,
     Stats,
+    UndoneSlots,
     Unmount,
     Wiped,
     WipeSlots,
@@ -186,6 +187,7 @@ def typed_requests() -> st.SearchStrategy[Any]:
         number=number,
     )
     writers = st.lists(st.builds(GateWriter, ident, number), max_size=3).map(tuple)
+    undone = st.lists(st.builds(UndoneSlots, number, number, number), max_size=2)
     gate = st.builds(GateReport, fence=number, writers=writers, floor=number)
     inventory = st.lists(st.builds(SlabInventory, number, st.binary(max_size=70), st.binary(max_size=130)), max_size=3)
     tickets = st.lists(st.tuples(st.one_of(ident, small), number, number), max_size=3)
@@ -204,7 +206,7 @@ def typed_requests() -> st.SearchStrategy[Any]:
     )
     return st.one_of(
         st.builds(Mount, info, inventory, gate),
-        st.builds(WritersLeft, ident, st.lists(st.builds(GateWriter, ident, number), max_size=2)),
+        st.builds(WritersLeft, ident, st.lists(st.builds(GateWriter, ident, number), max_size=2), undone),
         st.builds(InventoryPart, ident, inventory),
         put.map(lambda fields: ["PutStart", fields]),
         st.tuples(st.sampled_from(["PutEnd", "PutRevoke"]), tickets).map(list),

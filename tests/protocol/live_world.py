@@ -19,6 +19,7 @@ from vcache.config import ManagerConfig
 from vcache.errors import ManagerUnavailableError
 from vcache.keys import Chunk
 from vcache.lender.lender import Lender
+from vcache.lender.orphans import Orphans
 from vcache.lender.slabs import LentSlab, LentSlabs
 from vcache.manager.api import (
     Acquire,
@@ -100,7 +101,11 @@ class Process:
         return answer
 
     def put_start(self, request: PutRequest) -> list[PutGrant]:
-        return self.ask(PutStart(request))
+        grants = self.ask(PutStart(request))
+        for key, grant in zip(request.keys, grants, strict=True):
+            if grant.location is not None:
+                self.world.tickets[key] = self.epoch
+        return grants
 
     def put_end(self, tickets: list[Ticket]) -> list[bool]:
         return self.ask(PutEnd(tickets))
@@ -117,8 +122,8 @@ class Process:
     def mount(self, info: SegmentInfo, inventory: Any, report: Any) -> int:
         return self.ask(Mount(info, list(inventory), report))
 
-    def writers_left(self, uuid: bytes, writers: Any) -> None:
-        self.ask(WritersLeft(uuid, list(writers)))
+    def writers_left(self, uuid: bytes, writers: Any, undone: Any) -> None:
+        self.ask(WritersLeft(uuid, list(writers), list(undone)))
 
     def importer_gone(self, uuid: bytes, importer: bytes) -> None:
         self.ask(ImporterGone(uuid, importer))
@@ -277,6 +282,8 @@ class SteppedLender(Lender):
         self._gone: set[bytes] = set()
         self._wipes: list[Any] = []
         self._awaited: set[tuple[bytes, int]] = set()
+        self._undone: list[Any] = []
+        self._orphans = Orphans(self._lent)
         self._floor = 0
         self._looked = 0.0
         self._work = queue.SimpleQueue()
@@ -324,6 +331,10 @@ class World:
         self.now = 100.0
         self.slots = slots
         self.values: dict[bytes, int] = {}
+        self.tickets: dict[bytes, int] = {}
+        """Key -> epoch of the manager that granted it."""
+        self.void: set[bytes] = set()
+        """Keys that were still being written, or about to be, when all memory was mounted by a later manager."""
         self.living: set[bytes] = set()
         self.epoch = 0
         self.lenders = [SteppedLender(self, number) for number in range(segments)]
@@ -432,8 +443,12 @@ class World:
             self.step(agent)
 
     def check(self) -> None:
-        """No chunk that the manager knows has other bytes than its own, where its header is what a reader demands."""
+        """No chunk that the manager knows has other bytes than its own, where its header is what a reader demands; and none was
+        written by a ticket that was void."""
         which = self.numbers()
+        if self.mounted:
+            late = [key for key, epoch in self.tickets.items() if epoch != self.epoch and key not in self.void]
+            self.void.update(set(late) - self.complete() if late else ())
         for record in self.directory._state.chunks.visible.values():
             for place in record.places():
                 raw = self.lenders[which[place.segment]].raw
@@ -442,11 +457,22 @@ class World:
                 header = SlotHeader.unpack(bytes(raw[at : at + HEADER_BYTES]))
                 if header is None or (header.key, header.generation) != (record.key, place.generation):
                     continue
+                if record.key in self.void:
+                    raise AssertionError(f"{record.key!r} is the chunk of a void ticket\n" + self.story())
                 start = geometry.payload_offset(place.slot)
                 payload = bytes(raw[start : start + header.payload_bytes])
                 assert record.namespace is not None
                 if header.namespace == record.namespace.name and payload != bytes([self.values[record.key]]) * len(payload):
                     raise AssertionError(f"{record.key!r} has the bytes of {sorted(set(payload))}\n" + self.story())
+
+    def complete(self) -> set[bytes]:
+        """Keys of all complete headers that there are."""
+        raws = [bytes(lender.raw[at : at + HEADER_BYTES]) for lender in self.lenders for at in self.header_offsets()]
+        headers = [SlotHeader.unpack(raw) for raw in raws]
+        return {header.key for header in headers if header is not None and not header.is_writing}
+
+    def header_offsets(self) -> range:
+        return range(HEADER_BYTES, HEADER_BYTES * (1 + self.slots), HEADER_BYTES)
 
     def story(self) -> str:
         """What happened, an agent's steps of one kind in a line."""

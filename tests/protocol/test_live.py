@@ -9,6 +9,8 @@ from live_world import World, Writer
 from stepping import Agent
 
 from vcache.cache.pool import ChunkPool
+from vcache.lender import orphans
+from vcache.lender.orphans import Orphans
 from vcache.manager.directory.allocator import Allocator
 from vcache.paged import cpu_mover
 from vcache.segment import slot_protocol
@@ -196,7 +198,32 @@ def map_of_segments_is_late(make_world):
     world.check_alive()
 
 
-SCENARIOS = [stopped_anywhere, entered_amid_a_mount, closed_amid_a_write, map_of_segments_is_late]
+def read_again_and_again(make_world):
+    """A writer is stopped after each of its steps in turn; the manager is replaced, the writer does as many steps more, the
+    manager is replaced once more before or after it ends, and again."""
+    number, going = 0, True
+    while going:
+        for more in (3, 20, 1000):
+            world, first, _ = two_writers(make_world, slots=2)
+            first.budget = 1
+            for _ in range(number):
+                if first.agent.ready:
+                    world.step(first.agent)
+            going = first.agent.ready
+            others = [agent for agent in world.scheduler.agents if agent is not first.agent]
+            for _ in range(2):
+                world.start_manager()
+                world.settle(*others)
+                for _ in range(more):
+                    if first.agent.ready and not first.pool.no_writes():
+                        world.step(first.agent)
+            world.start_manager()
+            world.check_alive()
+        number += 4
+    assert number > 40
+
+
+SCENARIOS = [read_again_and_again, stopped_anywhere, entered_amid_a_mount, closed_amid_a_write, map_of_segments_is_late]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -297,5 +324,37 @@ def test_fault_is_found(make_world, monkeypatch, fault, scenario):
 @pytest.mark.parametrize("fault", [no_gate, identity_before_the_odd_generation])
 def test_random_orders_find_faults(make_world, monkeypatch, fault):
     fault(monkeypatch)
+    monkeypatch.setattr(World, "complete", lambda world: set(world.values))  # what counts here is bytes, not whose they are
     with pytest.raises(AssertionError, match="has the bytes of"):
         run_all(make_world, range(60))
+
+
+def nothing_is_undone(patch):
+    patch.setattr(Orphans, "undo", lambda self, slab: [])
+    patch.setattr(Orphans, "inventory", lambda self, indices, busy: self._lent.inventory(indices))
+
+
+def undone_at_mounts_only(patch):
+    patch.setattr(Orphans, "undo", lambda self, slab: [])
+
+
+def later_mounts_tell_all(patch):
+    patch.setattr(orphans, "undisturbed", lambda told, found: found)
+
+
+def told_before_it_is_undone(patch):
+    undo = Orphans.undo
+
+    def late(self, slab):
+        due, self.due = vars(self).get("due"), slab
+        return undo(self, due) if due is not None else []
+
+    patch.setattr(Orphans, "undo", late)
+
+
+@pytest.mark.parametrize("fault", [nothing_is_undone, undone_at_mounts_only, later_mounts_tell_all, told_before_it_is_undone])
+def test_chunks_of_void_tickets_are_found(make_world, monkeypatch, fault):
+    """Nobody could remove them while they were unknown."""
+    fault(monkeypatch)
+    with pytest.raises(AssertionError, match="chunk of a void ticket"):
+        read_again_and_again(make_world)

@@ -47,6 +47,7 @@ class FakeManager:
         self.session: SessionInfo | None = None
         self.gates: list[Any] = []
         self.left: list[Any] = []
+        self.undone: list[Any] = []
         self.mounts: list[tuple[SegmentInfo, list[SlabInventory]]] = []
         self.slabs: dict[int, int] = {}
         self.gone: list[tuple[bytes, bytes]] = []
@@ -90,9 +91,10 @@ class FakeManager:
         self.slabs = {slab.index: slab.nbytes for slab in info.slabs}
         return 1
 
-    def writers_left(self, uuid: bytes, writers: Any) -> None:
+    def writers_left(self, uuid: bytes, writers: Any, undone: Any = ()) -> None:
         self._call("writers_left")
         self.left.extend(writers)
+        self.undone.extend(undone)
 
     def unmount(self, uuid: bytes) -> None:
         self._call("unmount")

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from segment_support import CLIENT, FakeManager, MiB, eventually, segment_config
 
-from vcache.errors import DeadlineExceededError, ManagerRefusedError, SegmentError
+from vcache.errors import DeadlineExceededError, ManagerRefusedError, ManagerUnavailableError, SegmentError
 from vcache.lender.lender import Lender
 from vcache.lender.slabs import slab_bytes
-from vcache.manager.api import ResizeRequested, SegmentGone, WipeSlots, WriterLost
+from vcache.manager.api import ResizeRequested, SegmentGone, UndoneSlots, WipeSlots, WriterLost
 from vcache.segment import host
 from vcache.segment.backing import OwnedSlab
 from vcache.segment.host import HostBacking
@@ -244,6 +244,91 @@ def test_who_is_amid_a_write_is_said_at_the_mount_and_when_it_is_over(manager: F
     assert manager.left == []
     slab.gate.leave(0)
     eventually(lambda: [writer.slab for writer in manager.left] == [0])
+
+
+def left_headers(lender: Lender, count: int) -> list[bytes]:
+    raw = lender.backing.read(memory(lender, 0), 0, HEADER_BYTES * (1 + count))
+    return [bytes(raw[at : at + HEADER_BYTES]) for at in range(0, len(raw), HEADER_BYTES)]
+
+
+@pytest.mark.parametrize(("restarts", "seen"), [(1, True), (2, True), (3, True), (2, False), (3, False)])
+def test_what_an_old_ticket_wrote_is_undone_before_anybody_hears_of_it(
+    manager: FakeManager, lender: Lender, restarts: int, seen: bool
+) -> None:
+    """`seen`: the writer is still there at the last mount."""
+    slab, backing = memory(lender, 0), lender.backing
+    assert slab.gate is not None
+    formatted = SlabHeader(2, 4096, 3).pack()
+    stood = [slot_header(8).pack(), slot_header(10, b"l" * 16).pack(), bytes(HEADER_BYTES)]
+    backing.write(slab, 0, b"".join([formatted, *stood]))
+    fence = manager.gates[-1].fence
+    assert slab.gate.enter(0, fence)
+    for number in range(restarts):
+        manager.stop()
+        if number == restarts - 1 and not seen:
+            slab.gate.leave(0)
+        manager.start()
+        assert lender.wait_mounted(5)
+        inventory = next(item for item in manager.mounts[-1][1] if item.slab == 0)
+        told = [inventory.slot_headers[at : at + HEADER_BYTES] for at in range(0, 3 * HEADER_BYTES, HEADER_BYTES)]
+        assert (inventory.slab_header, told) == (formatted, stood if number == 0 else [stood[0], *[bytes(HEADER_BYTES)] * 2])
+        if number == 0:
+            # It goes over a chunk of which nobody but the first manager knew that it was evicted, and writes a new one.
+            backing.write(slab, 2 * HEADER_BYTES, slot_header(12).pack() + slot_header(14).pack())
+    assert manager.left == []
+    if seen:
+        slab.gate.leave(0)
+        eventually(lambda: [writer.slab for writer in manager.left] == [0])
+        assert manager.undone == [UndoneSlots(0, 1, 2)]
+    assert left_headers(lender, 3) == [formatted, stood[0], *[bytes(HEADER_BYTES)] * 2]
+
+
+def test_a_slab_that_an_old_ticket_formatted_is_empty_in_the_format_that_was_told(manager: FakeManager, lender: Lender) -> None:
+    slab, backing = memory(lender, 0), lender.backing
+    assert slab.gate is not None
+    formatted = SlabHeader(2, 4096, 3).pack()
+    backing.write(slab, 0, formatted + slot_header(8).pack() + bytes(HEADER_BYTES) + slot_header(10).pack())
+    assert slab.gate.enter(0, manager.gates[-1].fence)
+    for number in range(2):
+        manager.stop()
+        manager.start()
+        assert lender.wait_mounted(5)
+        inventory = next(item for item in manager.mounts[-1][1] if item.slab == 0)
+        assert inventory.slab_header == formatted
+        assert any(inventory.slot_headers) == (number == 0), "old headers say nothing: other payloads may be there"
+        backing.write(slab, 0, SlabHeader(20, 6144, 2).pack() + slot_header(22).pack())
+    slab.gate.leave(0)
+    eventually(lambda: manager.left)
+    assert manager.undone == [UndoneSlots(0, 0, 3)]
+    assert left_headers(lender, 3) == [formatted, *[bytes(HEADER_BYTES)] * 3]
+
+
+def test_what_was_undone_is_told_again_when_the_report_failed_and_not_undone_again(
+    manager: FakeManager, lender: Lender
+) -> None:
+    """The manager may have heard it, though the lender did not hear so: then others write there."""
+    slab, backing = memory(lender, 0), lender.backing
+    assert slab.gate is not None
+    backing.write(slab, 0, SlabHeader(2, 4096, 3).pack())
+    assert slab.gate.enter(0, manager.gates[-1].fence)
+    manager.stop()
+    manager.start()
+    assert lender.wait_mounted(5)
+    backing.write(slab, HEADER_BYTES, slot_header(8).pack())
+    report, reports = manager.writers_left, []
+
+    def lost(uuid: bytes, writers: Any, undone: Any = ()) -> None:
+        reports.append(list(undone))
+        if len(reports) == 1:
+            backing.write(slab, HEADER_BYTES, slot_header(12).pack())  # By a ticket of this manager, which did hear it.
+            raise ManagerUnavailableError("no answer")
+        report(uuid, writers, undone)
+
+    manager.writers_left = lost  # type: ignore[method-assign]
+    slab.gate.leave(0)
+    eventually(lambda: manager.left)
+    assert reports == [[UndoneSlots(0, 0, 1)]] * 2
+    assert left_headers(lender, 1)[1] == slot_header(12).pack()
 
 
 # -- importers that end -------------------------------------------------------------------------------------------------

@@ -12,7 +12,16 @@ from typing import NamedTuple
 
 from ..config import SegmentConfig
 from ..errors import ManagerError, ManagerRefusedError, SegmentError
-from ..manager.api import GateReport, GateWriter, Push, ResizeRequested, SessionInfo, WipeSlots, WriterLost
+from ..manager.api import (
+    GateReport,
+    GateWriter,
+    Push,
+    ResizeRequested,
+    SessionInfo,
+    UndoneSlots,
+    WipeSlots,
+    WriterLost,
+)
 from ..manager.client import Manager
 from ..segment.backing import OwnedSlab, SlabBacking
 from ..segment.gate import Gate
@@ -21,6 +30,7 @@ from ..segment.hostinfo import host_id, raise_file_limit
 from ..segment.slots import SegmentInfo
 from .broker import Broker
 from .export import RemoteExport
+from .orphans import Orphans
 from .slabs import LentSlab, LentSlabs, unfinished_writers
 
 logger = logging.getLogger(__name__)
@@ -88,6 +98,8 @@ class Lender:
         self._resizes: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._awaited: set[tuple[bytes, int]] = set()
         """Writers that the manager was told of at the last mount, (client id, slab), and waits for."""
+        self._undone: list[UndoneSlots] = []
+        """What they left, and the manager was not told of."""
         self._floor = 0
         """Highest epoch heard of."""
         raise_file_limit()
@@ -104,6 +116,7 @@ class Lender:
             self._broker.close()
             self._gate.close()
             raise
+        self._orphans = Orphans(self._lent)
         self._threads = [
             threading.Thread(target=self._run_work, name="vcache-lender", daemon=True),
             threading.Thread(target=self._run_resizes, name="vcache-resize", daemon=True),
@@ -294,27 +307,35 @@ class Lender:
                 self._gone.discard(client)
 
     def _tell_of_writers(self) -> None:
-        """Tell who has left the gate, of those that the manager waits for."""
-        left = self._awaited - self._gate.writers({slab for _, slab in self._awaited}) if self._awaited else set()
+        """Tell who has left the gate, of those that the manager waits for, once the last one of a slab has, and undo what they
+        left behind. In this order: when the manager has heard of it, others write there."""
+        if not self._awaited:
+            return
+        busy = {slab for _, slab in self._gate.writers({slab for _, slab in self._awaited})}
+        left = sorted(writer for writer in self._awaited if writer[1] not in busy)
         if left:
-            self._manager.writers_left(self.uuid, [GateWriter(client, slab) for client, slab in sorted(left)])
-            self._awaited -= left
+            for slab in sorted({slab for _, slab in left}):
+                self._undone += self._orphans.undo(slab)
+            self._manager.writers_left(self.uuid, [GateWriter(*writer) for writer in left], self._undone)
+            self._awaited.difference_update(left)
+            self._undone = []
 
     def _mount(self) -> None:
         session = self._session
         info = self.info
         indices = [slab.index for slab in info.slabs]
         # In this order: from the new fence word on no earlier ticket passes the gate; then who has; then what they wrote.
+        # What they write from now on, no manager shall ever see.
         fence = self._gate.renew()
         writers = self._gate.writers(indices)
-        inventory = self._lent.inventory(indices)
+        inventory = self._orphans.inventory(indices, {slab for _, slab in writers})
         ended = {writer for writer in unfinished_writers(inventory) if self._ended(writer)}
         report = GateReport(fence=fence, writers=tuple(GateWriter(*writer) for writer in sorted(writers)), floor=self._floor)
         self._manager.mount(info, inventory, report)
         with self._changed:
             if session is None or self._session is not session:
                 return
-            self._awaited = writers
+            self._awaited, self._undone = writers, []
             self._mounted = True
             self._announced = {slab.index for slab in info.slabs}
             self._gone |= ended

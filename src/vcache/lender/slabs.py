@@ -183,9 +183,17 @@ class LentSlabs:
         memory = self.find(index)
         if memory is None or offset < HEADER_BYTES or offset % HEADER_BYTES or offset + HEADER_BYTES > memory.nbytes:
             return
-        if memory.pin():
+        self._write(index, offset, bytes(HEADER_BYTES))
+
+    def put_slab_header(self, index: int, header: bytes) -> None:
+        """Replace the slab header (`HEADER_BYTES` bytes). Ignored when the slab is gone."""
+        self._write(index, 0, header)
+
+    def _write(self, index: int, offset: int, data: bytes) -> None:
+        memory = self.find(index)
+        if memory is not None and memory.pin():
             try:
-                self._backing.write(memory, offset, bytes(HEADER_BYTES))
+                self._backing.write(memory, offset, data)
             finally:
                 memory.unpin()
 

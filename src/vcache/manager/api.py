@@ -17,7 +17,7 @@ from ..segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlabInventory, 
 
 R = TypeVar("R")
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 
 WIPE_TIMEOUT = 2.0
 """Seconds that the manager waits for lenders before it answers `remove` and `clear`."""
@@ -104,7 +104,8 @@ class GateReport(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     fence: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] = 0
     """The new fence word. 0: the segment has no gate, and no ticket for it will be honoured."""
     writers: tuple[GateWriter, ...] = ()
-    """Who may be amid a write of an earlier ticket. The lender reports them again when they are done (`writers_left`)."""
+    """Who may be amid a write of an earlier ticket. The lender reports them again when they are done (`writers_left`); nothing
+    else says so, because it undoes what they wrote first."""
     floor: Annotated[int, msgspec.Meta(ge=0, lt=2**62)] = 0
     """Highest epoch that this lender ever heard of: generations start above it, though the wall clock was set back."""
 
@@ -114,6 +115,14 @@ class GateWriter(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
 
     client: bytes
     slab: Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
+
+
+class UndoneSlots(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Slots of a slab, one after the other, whose headers were zeroed because a void ticket's writer had changed them."""
+
+    slab: Annotated[int, msgspec.Meta(ge=0, lt=2**16)]
+    first: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+    count: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
 
 
 class Move(msgspec.Struct, frozen=True, array_like=True):
@@ -346,7 +355,7 @@ class Mount(Verb[int], frozen=True):
     info: SegmentInfo
     inventory: list[SlabInventory]
     gate: GateReport
-    """Was read before `inventory`: while its writers are amid a write, nobody is granted a slot in their slabs."""
+    """Was read before `inventory`: until all its writers of a slab have left, nobody is granted a slot there."""
 
     def deadline(self, config: ManagerConfig) -> float:
         headers = sum(len(slab.slot_headers) for slab in self.inventory) // HEADER_BYTES
@@ -355,10 +364,12 @@ class Mount(Verb[int], frozen=True):
 
 class WritersLeft(Verb[None], frozen=True):
     """Told by the lender of segment `uuid`: these writers of its `GateReport` have left their slabs, or are dead and the
-    quarantine has passed. Idempotent."""
+    quarantine has passed; whatever they wrote since the mount is undone. Idempotent."""
 
     uuid: Id
     writers: list[GateWriter]
+    undone: list[UndoneSlots]
+    """In slabs that all of them have left: chunks that the manager believes to be there are gone."""
 
 
 class Unmount(Verb[None], frozen=True):

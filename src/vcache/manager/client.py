@@ -39,6 +39,7 @@ from .api import (
     StoryEntry,
     Ticket,
     Tiers,
+    UndoneSlots,
     Unmount,
     Wiped,
     WritersLeft,
@@ -138,8 +139,8 @@ class Manager:
     def mount(self, info: SegmentInfo, inventory: Sequence[SlabInventory] = (), gate: GateReport | None = None) -> int:
         return self.transport.call(Mount(info, list(inventory), gate or GateReport()))
 
-    def writers_left(self, uuid: bytes, writers: Sequence[GateWriter]) -> None:
-        self.transport.call(WritersLeft(uuid, list(writers)))
+    def writers_left(self, uuid: bytes, writers: Sequence[GateWriter], undone: Sequence[UndoneSlots] = ()) -> None:
+        self.transport.call(WritersLeft(uuid, list(writers), list(undone)))
 
     def unmount(self, uuid: bytes) -> None:
         self.transport.call(Unmount(uuid))

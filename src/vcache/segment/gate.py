@@ -173,11 +173,14 @@ class Gate:
 
     def writers(self, slabs: Iterable[int]) -> set[tuple[bytes, int]]:
         """Who may be amid a write in which of these slabs: (client id, slab index). Those who have ended count for
-        `QUARANTINE` seconds more. O(processes x slabs)."""
+        `QUARANTINE` seconds more. What is read after this call has all that those wrote who are not named any more.
+        O(processes x slabs)."""
         with self._lock:
             self._sweep()
             indices = list(slabs)
-            return {(client, slab) for client, row in self._rows.items() for slab in indices if self._word(row, slab)}
+            inside = {(client, slab) for client, row in self._rows.items() for slab in indices if self._word(row, slab)}
+        self._order()
+        return inside
 
     def close(self) -> None:
         """Close the descriptor; mappings stay. Idempotent."""

@@ -28,8 +28,6 @@ class Allocator:
         """Grows whenever slabs come or go, or can be read by others than before."""
         self.floor = floor
         self._last_number = first_segment - 1
-        self.awaiting: dict[Slab, None] = {}
-        """Attached slabs that wait for writers."""
         self.closed: set[bytes] = set()
         """Attached slabs that are closed, by `slab_id`."""
 
@@ -116,13 +114,11 @@ class Allocator:
         slab.segment = None
         # The next mount of this memory says who is in it then.
         slab.writers.clear()
-        self.awaiting.pop(slab, None)
         self.closed.discard(slab_id(segment.number, slab.index))
 
     def await_writer(self, slab: Slab, client: bytes) -> None:
         """Give nobody a slot in this attached slab before `writer_left`."""
         slab.writers.add(client)
-        self.awaiting[slab] = None
         self.refresh(slab)
 
     def writer_left(self, slab: Slab, client: bytes) -> None:
@@ -130,12 +126,7 @@ class Allocator:
         if client in slab.writers:
             slab.writers.discard(client)
             if not slab.writers:
-                self.awaiting.pop(slab, None)
                 self.refresh(slab)
-
-    def awaited(self, client: bytes) -> list[Slab]:
-        """List the slabs that wait for this client."""
-        return [slab for slab in self.awaiting if client in slab.writers]
 
     def raise_floor(self, floor: int) -> None:
         """Start generations of slabs that are attached from now on above `floor`, too."""

@@ -115,7 +115,6 @@ class Directory:
         if client in state.sessions:
             self.close_session(client, now, goodbye=False)
         self._writing.writer_idle(client)
-        self._lending.writer_idle(client)
         state.sessions[client] = Session(client, name, role, now, host, remote)
         state.counters.sessions += 1
         for segment in state.allocator.segments.values():
@@ -135,7 +134,6 @@ class Directory:
         state.unleased(state.leases.drop_client(client))
         if goodbye:
             self._writing.writer_idle(client)
-            self._lending.writer_idle(client)
         self._lending.lender_gone(client, goodbye=goodbye)
         if not goodbye:
             self._lending.writer_lost(client)

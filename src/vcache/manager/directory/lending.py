@@ -114,8 +114,8 @@ class Lending:
         for slab in away.slabs.values():
             self._void(slab)
         for writer in gate.writers:
-            # What a client with a session writes is known: it had nothing in flight when it said hello.
-            if writer.client not in state.sessions and writer.slab in segment.slabs:
+            # Those with a session as well: the lender undoes all that is written there until they have left.
+            if writer.slab in segment.slabs:
                 state.allocator.await_writer(segment.slabs[writer.slab], writer.client)
         self._announce(segment)
         job = self._reading[info.uuid] = state.jobs.begin(self._read(segment, headers, away.event))
@@ -128,15 +128,15 @@ class Lending:
 
     def writers_left(self, session: Session, verb: WritersLeft) -> None:
         segment = self._owned(session.client, verb.uuid)
+        for undone in verb.undone:
+            slab = segment.slabs.get(undone.slab)
+            # What is said of a slab that is open already is a repetition: other chunks may be there by now.
+            if slab is not None and slab.writers:
+                self._overwritten(slab, range(undone.first, min(undone.first + undone.count, slab.slots)))
         for writer in verb.writers:
             slab = segment.slabs.get(writer.slab)
             if slab is not None:
                 self._state.allocator.writer_left(slab, writer.client)
-
-    def writer_idle(self, client: bytes) -> None:
-        """Wait no longer for a client that says that it has no writes in flight (hello or goodbye)."""
-        for slab in self._state.allocator.awaited(client):
-            self._state.allocator.writer_left(slab, client)
 
     def unmount(self, session: Session, verb: Unmount) -> None:
         client, uuid = session.client, verb.uuid
@@ -299,6 +299,17 @@ class Lending:
         if quiet:
             state.allocator.blank(slab)
         return clean
+
+    def _overwritten(self, slab: Slab, slots: Iterable[int]) -> None:
+        """Drop the complete shards that these slots held when their headers were read."""
+        why = "a write from before the mount went over it"
+        for slot in slots:
+            owner = slab.owners[slot]
+            if isinstance(owner, Record):
+                self._state.evict(owner, why)
+            elif isinstance(owner, Write) and owner.state == USED:
+                self._state.log.happened(self._state.now, "dropped", (owner.key,), why, owner.packed)
+                self._writing.release(owner)
 
     def _void(self, slab: Slab) -> None:
         """End the unfinished writes of a detached slab whose memory is gone."""

@@ -169,8 +169,8 @@ class Slab:
         self.buried: dict[int, Traces] = {}
         """The same from before the slab was formatted anew; they count only until somebody wrote the new slab header."""
         self.writers: set[bytes] = set()
-        """Clients that may be amid a write of a ticket that an earlier manager gave: until they have left, no slot of the slab
-        is given to anybody (rule I3)."""
+        """Clients that may be amid a write of a ticket from before the mount: until the lender says that they have left, and
+        that what they wrote is undone, no slot of the slab is given to anybody (rule I3)."""
 
     @property
     def slots(self) -> int:
