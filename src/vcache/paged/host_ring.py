@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..segment.slots import align_up
 from .copy_engine import WorkQueue
 from .mover import SlotTransfer
 
@@ -81,6 +80,8 @@ class HostRing:
         self._nbytes = nbytes
         self._store = store
         self._owner = owner
+        self._most = nbytes // 2 // _ALIGN * _ALIGN
+        """Bytes of a chunk that comes through, at most: two must fit, so that one is copied while the other one is moved."""
         self._batch_bytes = min(BATCH_BYTES, nbytes // _IN_FLIGHT)
         self._at = 0
         self._busy: deque[tuple[int, int, Any]] = deque()
@@ -90,35 +91,39 @@ class HostRing:
         """Events to be used again: a wait is for what an event stands for when the wait is queued."""
         self._handed: Any = None
 
-    def takes(self, nbytes: int) -> bool:
-        """Whether chunks of `nbytes` may come through: two must fit, so that one is copied while the other one is moved."""
-        return align_up(nbytes, _ALIGN) <= self._nbytes // 2
-
     def route(self, transfers: Sequence[SlotTransfer]) -> Route | None:
         """The ways of these chunks; None when none of them comes through the ring. Takes the places for those that do."""
         direct: list[int] = []
         staged: list[int] = []
         for position, (slot, header, *_) in enumerate(transfers):
-            through = slot.slab.kind == "host" and self.takes(header.payload_bytes)
+            through = slot.slab.kind == "host" and header.payload_bytes <= self._most
             (staged if through else direct).append(position)
         if not staged:
             return None
         batches: list[Batch] = []
-        batch: Batch | None = None
-        for row, position in enumerate(staged, len(direct)):
+        at, begin, first = self._at, -1, len(direct)
+        limit = 0
+        places: list[int] = []
+        homes: list[int] = []
+        sizes: list[int] = []
+        for row, position in enumerate(staged, first):
             (slab, _, payload_offset), header, *_ = transfers[position]
-            room = align_up(header.payload_bytes, _ALIGN)
-            if batch is None or self._at + room > min(self._nbytes, batch.begin + self._batch_bytes):
-                # At the end of a batch that is full, or of the ring: a batch lies in one piece.
-                if self._at + room > self._nbytes or (batch is None and self._at + self._batch_bytes > self._nbytes):
-                    self._at = 0
-                batch = Batch(row, self._at, self._at, [], [], [])
-                batches.append(batch)
-            batch.places.append(self._address + self._at)
-            batch.homes.append(slab.device_address + payload_offset)
-            batch.sizes.append(header.payload_bytes)
-            self._at += room
-            batch = batches[-1] = batch._replace(end=self._at)
+            size = header.payload_bytes
+            end = at + -(-size // _ALIGN) * _ALIGN
+            if end > limit:  # always so for the first one
+                if sizes:
+                    batches.append(Batch(first, begin, at, places, homes, sizes))
+                    places, homes, sizes = [], [], []
+                # A batch lies in one piece. A request begins where a whole batch has room.
+                if end > self._nbytes or (begin < 0 and at + self._batch_bytes > self._nbytes):
+                    at, end = 0, end - at
+                first, begin, limit = row, at, min(self._nbytes, at + self._batch_bytes)
+            places.append(self._address + at)
+            homes.append(slab.device_address + payload_offset)
+            sizes.append(size)
+            at = end
+        batches.append(Batch(first, begin, at, places, homes, sizes))
+        self._at = at
         return Route(direct + staged, len(direct), batches)
 
     def begin(self, batch: Batch) -> None:
