@@ -27,4 +27,4 @@ def test_kernels_move_the_right_bytes_when_interpreted(name: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None
-    assert int(passed[1]) > 30
+    assert int(passed[1]) >= 30

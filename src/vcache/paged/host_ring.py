@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..segment.slots import align_up
 from .columns import SlotColumns
 from .copy_engine import WorkQueue
 
@@ -85,6 +84,8 @@ class HostRing:
         self._nbytes = nbytes
         self._store = store
         self._owner = owner
+        self._most = nbytes // 2 // _ALIGN * _ALIGN
+        """Bytes of a chunk that comes through, at most: two must fit, so that one is copied while the other one is moved."""
         self._batch_bytes = min(BATCH_BYTES, nbytes // _IN_FLIGHT)
         self._at = 0
         self._busy: deque[tuple[int, int, Any]] = deque()
@@ -95,31 +96,37 @@ class HostRing:
         self._handed: Any = None
 
     def route(self, slots: SlotColumns) -> Route | None:
-        """The ways of these chunks; None when none of them comes through the ring: two must fit, so that one is copied while
-        the other one is moved. Takes the places for those that do."""
+        """The ways of these chunks; None when none of them comes through the ring. Takes the places for those that do."""
         payload_bytes = slots.headers["payload_bytes"].astype(np.int64)
-        through = slots.in_host_memory & (payload_bytes <= self._nbytes // 2 // _ALIGN * _ALIGN)
+        through = slots.in_host_memory & (payload_bytes <= self._most)
         staged = np.flatnonzero(through)
         if not len(staged):
             return None
-        direct = len(slots) - len(staged)
         bases = np.array([slab.device_address for slab in slots.slabs], np.int64)[slots.slab]
-        homes = (bases + slots.payload_offset)[staged].tolist()
+        payloads = zip((bases + slots.payload_offset)[staged].tolist(), payload_bytes[staged].tolist(), strict=True)
+        direct = len(slots) - len(staged)
         batches: list[Batch] = []
-        batch: Batch | None = None
-        for row, (home, nbytes) in enumerate(zip(homes, payload_bytes[staged].tolist(), strict=True), direct):
-            room = align_up(nbytes, _ALIGN)
-            if batch is None or self._at + room > min(self._nbytes, batch.begin + self._batch_bytes):
-                # At the end of a batch that is full, or of the ring: a batch lies in one piece.
-                if self._at + room > self._nbytes or (batch is None and self._at + self._batch_bytes > self._nbytes):
-                    self._at = 0
-                batch = Batch(row, self._at, self._at, [], [], [])
-                batches.append(batch)
-            batch.places.append(self._address + self._at)
-            batch.homes.append(home)
-            batch.sizes.append(nbytes)
-            self._at += room
-            batch = batches[-1] = batch._replace(end=self._at)
+        at, begin, first = self._at, -1, direct
+        limit = 0
+        places: list[int] = []
+        homes: list[int] = []
+        sizes: list[int] = []
+        for row, (home, size) in enumerate(payloads, first):
+            end = at + -(-size // _ALIGN) * _ALIGN
+            if end > limit:  # always so for the first one
+                if sizes:
+                    batches.append(Batch(first, begin, at, places, homes, sizes))
+                    places, homes, sizes = [], [], []
+                # A batch lies in one piece. A request begins where a whole batch has room.
+                if end > self._nbytes or (begin < 0 and at + self._batch_bytes > self._nbytes):
+                    at, end = 0, end - at
+                first, begin, limit = row, at, min(self._nbytes, at + self._batch_bytes)
+            places.append(self._address + at)
+            homes.append(home)
+            sizes.append(size)
+            at = end
+        batches.append(Batch(first, begin, at, places, homes, sizes))
+        self._at = at
         return Route(np.concatenate((np.flatnonzero(~through), staged)), direct, batches)
 
     def begin(self, batch: Batch) -> None:
