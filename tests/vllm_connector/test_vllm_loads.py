@@ -63,6 +63,19 @@ def test_a_report_that_is_pickled_says_what_has_landed_by_then(worker: Any) -> N
     assert list(worker.report().settled().loads) == [2]
 
 
+def test_reports_that_are_added_up_in_one_process_say_what_has_landed_by_then() -> None:
+    one, two = make_worker(), make_worker()
+    for each in (one, two):
+        each._store.copies_beside = True
+        begin(each, step(1, load()))
+    reports = one.report(), two.report()
+    for each in (one, two):
+        each._store.under_way[1].landed = True
+    assert reports[0].aggregate(reports[1]).loads == {1: (2, 2, ())}
+    for each in (one, two):
+        each.close()
+
+
 def test_two_workers_are_counted_by_vllms_aggregator_and_by_the_scheduler() -> None:
     """One tells of its part a step before the other one, by way of another process; bad blocks of one come with its part."""
     from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
