@@ -63,6 +63,19 @@ def test_a_report_that_is_pickled_says_what_has_landed_by_then(worker: Any) -> N
     assert list(worker.report().settled().loads) == [2]
 
 
+def test_reports_that_are_added_up_in_one_process_say_what_has_landed_by_then() -> None:
+    one, two = make_worker(), make_worker()
+    for each in (one, two):
+        each._store.copies_beside = True
+        begin(each, step(1, load()))
+    reports = one.report(), two.report()
+    for each in (one, two):
+        each._store.under_way[1].landed = True
+    assert reports[0].aggregate(reports[1]).loads == {1: (2, 2, ())}
+    for each in (one, two):
+        each.close()
+
+
 def test_two_workers_are_counted_by_vllms_aggregator_and_by_the_scheduler() -> None:
     """One tells of its part a step before the other one, by way of another process; bad blocks of one come with its part."""
     from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
@@ -281,7 +294,8 @@ def test_the_loads_of_a_step_share_the_time_that_the_manager_gets(worker: Any, m
 
     monkeypatch.setattr(worker._store, "start_load", slow)
     begin(worker, step(1, *(load(job) for job in (1, 2, 3))))
-    assert [round(each.within, 6) for each in worker._store.under_way.values()] == [0.1, 0.03, 0.0]
+    assert [round(each.within, 6) for each in worker._store.under_way.values()] == [0.1, 0.03]
+    assert outcome(worker).names == {"request 3"}, "asks in a thread: nothing is lost where the manager is only slow"
     begin(worker, step(2, load(4)))
     assert worker._store.under_way[4].within == pytest.approx(0.1)
     for loading in worker._store.under_way.values():

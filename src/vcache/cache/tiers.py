@@ -8,7 +8,7 @@ from typing import Protocol
 
 from ..keys import Chunk
 from ..paged.mover import Rows
-from .pool import HEAD_CHUNKS, ChunkPool, Presence, PutReport
+from .pool import HEAD_CHUNKS, ChunkPool, Lease, Presence, PutReport
 from .storage_tier import ChunkStorage
 from .transfer import PoolTransfer
 
@@ -62,7 +62,9 @@ class Tiers:
 
     def start_load(self, chunks: Chunks, rows: Rows, within: float | None = None) -> Loading:
         """Start to load the longest prefix of `chunks` into `rows`: what the pool has of it is on its way then. Blocks for a
-        round trip, at most `within` seconds where that is given; on a CPU, for the copy. The result raises what breaks."""
+        round trip; on a CPU, for the copy. The result raises what breaks.
+
+        `within`: the round trip may take so many seconds, and what would block for a lender besides is left to the result."""
         return Loading(self, chunks, rows, within)
 
     def save(self, chunks: Sequence[Chunk], parent: bytes, rows: Rows) -> Saving:
@@ -112,9 +114,12 @@ class Loading:
         return self._first is None or self._first.done()
 
     def has_rest(self) -> bool:
-        """Once done: whether chunks are missing that may be in storage, so that `result` blocks."""
+        """Once done: whether `result` blocks, because chunks are missing that may be in storage, or that a lender must be asked
+        for."""
         first = self._first
-        return first is not None and self._tiers.storage is not None and first.found() < self._chunks.length
+        if first is None:
+            return False
+        return first.held or (self._tiers.storage is not None and first.found() < self._chunks.length)
 
     def result(self) -> Presence:
         """How much of the prefix is there and verified. To be called once; blocks until that is known. Raises what broke the
@@ -133,7 +138,11 @@ class _FromPool:
     """The pool's chunks from one of them on, on their way."""
 
     def __init__(self, pool: ChunkPool, chunks: Chunks, rows: Rows, begin: int, within: float | None) -> None:
+        self._pool = pool
+        self._rows = rows
         self._under_way: list[PoolTransfer[list[bool]]] = []
+        self._held: list[tuple[Lease, list[Chunk]]] = []
+        """Leased, and left to whoever waits."""
         self._failed = False
         self._error: BaseException | None = None
         try:
@@ -141,17 +150,34 @@ class _FromPool:
                 lease = pool.acquire([chunk.digest for chunk in run], within)
                 self._failed = lease.failed
                 if lease.locations:
-                    self._under_way.append(pool.load(lease, run, rows))
+                    waits = within is not None and (self._held or pool.segments.would_wait(lease.locations))
+                    self._held.append((lease, run))
+                    if not waits:
+                        self._launch()
                 if len(lease.locations) < len(run):
                     break
         except BaseException as error:  # noqa: BLE001 - raised by `result`, when what was started has landed and is unpinned
             self._error = error
 
+    @property
+    def held(self) -> bool:
+        """Whether a part was not started."""
+        return bool(self._held)
+
     def done(self) -> bool:
         return all(transfer.done() for transfer in self._under_way)
 
+    def _launch(self) -> None:
+        while self._held:
+            lease, run = self._held.pop(0)
+            self._under_way.append(self._pool.load(lease, run, self._rows))
+
     def found(self) -> int:
         """Leading chunks that are there and verified. Blocks until they are."""
+        try:
+            self._launch()
+        except BaseException as error:  # noqa: BLE001 - as above
+            self._error = error
         flags = [flag for transfer in self._under_way for flag in transfer.result()]
         return next((i for i, ok in enumerate(flags) if not ok), len(flags))
 

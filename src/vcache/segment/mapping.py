@@ -210,6 +210,14 @@ class SegmentMap:
             return None
         return PinnedSlab(slab, geometry)
 
+    def would_wait(self, locations: Sequence[SlotLocation]) -> bool:
+        """Whether to pin these may mean to wait for a lender, because a slab is not mapped yet. Does not block."""
+        for number, index in {(location.segment, location.slab) for location in locations}:
+            segment = self._segments.get(number)
+            if segment is None or (segment.find(index) is None and segment.link is not None):
+                return True
+        return False
+
     def remote(self, location: SlotLocation) -> RemoteSlot | None:
         """Where a transfer engine finds the slot, when it is in memory of another host that exports it; None for all others,
         and for a location that lies in no known slab. Waits for moments when the segment has not been announced yet."""

@@ -79,17 +79,17 @@ class Loads:
     def launch(self, jobs: Sequence[LoadJob], store: ShardStore | None, events: StepEvents) -> None:
         """Start the loads of a step, each behind the step that it names. Without a store they land at once, with nothing.
 
-        Blocks for the questions to the manager, at most `patience` seconds in all.
+        Blocks for the questions to the manager, at most `patience` seconds in all: what is left then asks in a thread.
         """
         until = time.monotonic() + self._patience
         for job in jobs:
             began = time.perf_counter()
             if store is None:
                 self._land(job, None, None, began)
-            elif store.copies_beside:
-                self._start(job, store, events, until, began)
             else:
-                self._hand_over(job, store, After(), began, partial(store.load, job))
+                self._start(job, store, events, until - time.monotonic(), began)
+        with self._changed:
+            self._look()
 
     def take(self) -> list[Landed]:
         """Take what has landed since the last call. Does not block."""
@@ -125,11 +125,14 @@ class Loads:
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 
-    def _start(self, job: LoadJob, store: ShardStore, events: StepEvents, until: float, began: float) -> None:
+    def _start(self, job: LoadJob, store: ShardStore, events: StepEvents, left: float, began: float) -> None:
         load: _UnderWay | None = None
         try:
             load = _UnderWay(job, store, events.after(job.after), began)
-            load.after.run(partial(load.start, max(0.0, until - time.monotonic())))
+            if not store.copies_beside or left <= 0:
+                self._hand_over(job, store, load.after, began, partial(store.load, job))
+                return
+            load.after.run(partial(load.start, left))
         except Exception as error:  # noqa: BLE001 - the request waits for its blocks, and can be recomputed
             self._failed(job, error)
         if load is None or load.loading is None:
