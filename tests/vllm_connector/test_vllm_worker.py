@@ -40,6 +40,9 @@ class Store:
     def drop(self, digests: list[bytes]) -> None:
         self.saves.append(digests)
 
+    def take_loaded_bytes(self) -> dict[str, int]:
+        return {"vram": 3000, "dram": 1000}
+
     def leave_storage(self) -> None:
         self.left_storage += 1
 
@@ -126,7 +129,9 @@ def outcome(worker: Any) -> tuple[set[str], set[int], Any]:
 def test_a_good_load(worker: Any) -> None:
     worker.start_loads(step(1, load()))
     assert outcome(worker) == ({"request 1"}, set(), {1: (1, 2, ())})
-    assert worker.take_stats().data["load_tokens"] == 64
+    stats = worker.take_stats().data
+    assert stats["load_tokens"] == 64
+    assert (stats["load_bytes_vram"], stats["load_bytes_dram"], stats["load_bytes_storage"]) == (3000, 1000, 0)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,17 @@ class Fake:
             for word, value in self.bytes.items():
                 name = PREFIX[self.connector].format(WORDS[word].get(self.connector, word))
                 lines.append(f'{name}{{engine="0"}} {float(value)}')
+        if self.connector == "VCacheConnector":  # a quarter of what it loads comes from VRAM
+            for tier, share in (("vram", 0.25), ("dram", 0.75)):
+                lines.append(f'vllm:vcache_load_bytes_{tier}_total{{engine="0"}} {self.bytes["load"] * share}')
+            loads = self.counters["external_prefix_cache_hits"] // BLOCK
+            lines += [f"vllm:vcache_loads_total {loads}.0", f"vllm:vcache_load_seconds_total {loads * 0.004}"]
+        for name, seconds in (("request_queue_time", 0.01), ("request_prefill_time", 0.02), ("time_to_first_token", 0.03)):
+            lines += [f"# TYPE vllm:{name}_seconds histogram", f'vllm:{name}_seconds_bucket{{le="+Inf"}} {len(self.prompts)}']
+            lines += [
+                f"vllm:{name}_seconds_sum {len(self.prompts) * seconds}",
+                f"vllm:{name}_seconds_count {len(self.prompts)}",
+            ]
         return "\n".join(lines) + "\n"
 
 
