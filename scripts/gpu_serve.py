@@ -34,7 +34,7 @@ from vcache.bench.serve import Loads, bench_ways, describe, find_devices
 from vcache.bench.serve_load import Load, Routing, Shape
 from vcache.bench.serve_ways import WAYS, Setup, Way, option
 from vcache.children.stops import stop_signals
-from vcache.cli.options import parse_size
+from vcache.config import ByteSize
 from vcache.errors import VCacheError
 
 MIB, GIB = 2**20, 2**30
@@ -49,7 +49,6 @@ _SERVE = ("--load-format", "dummy", "--skip-tokenizer-init")
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
     "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 """For the servers, unless the user set it. The sampler would be compiled at the start."""
@@ -84,7 +83,7 @@ class Case(NamedTuple):
 CASES = {
     "loaded": Case(2, 64 * GIB, 48 * GIB, 32 * GIB, Shape(48, 5, 12, 6000, 1500, 64, concurrency=12)),
     "single": Case(1, 16 * GIB, 48 * GIB, 0, Shape(32, 5, 12, 6000, 1500, 64, concurrency=6)),
-    "fits": Case(2, 64 * GIB, 48 * GIB, 0, Shape(24, 5, 4, 6000, 1500, 64, concurrency=12), "prefix-aware", ("none", "vcache")),
+    "fits": Case(2, 64 * GIB, 48 * GIB, 0, Shape(20, 5, 4, 6000, 1500, 64, concurrency=12), "prefix-aware", ("none", "vcache")),
 }
 _TINY = Case(2, 128 * MIB, GIB, 0, Shape(4, 2, 2, 256, 64, 8, concurrency=2))
 """For a trial on a CPU; LMCache takes whole GiB."""
@@ -110,11 +109,8 @@ def chosen_case(arguments: argparse.Namespace, gpu_bytes: int) -> Case:
     if not arguments.tiny and gpu_bytes < WHOLE and case.instances > 1:
         case = case.scaled(SCALE)
         say(f"a GPU of {gpu_bytes / GIB:.0f} GiB: memory and load scaled by {SCALE:.2f}")
-    changes: dict[str, Any] = {
-        name: parse_size(text) if text != "0" else 0
-        for name in ("kv_memory", "host_memory", "pool_memory")
-        if (text := getattr(arguments, name))
-    }
+    given = {name: getattr(arguments, name) for name in ("kv_memory", "host_memory", "pool_memory")}
+    changes: dict[str, Any] = {name: size for name, size in given.items() if size is not None}
     ways = tuple(way for way in case.ways if not arguments.way or way in arguments.way)
     return case._replace(ways=ways, **changes)
 
@@ -191,6 +187,11 @@ def log_ends(folder: Path) -> str:
     return "\n".join(parts)
 
 
+def size(text: str) -> int:
+    """Bytes. Raises `ValueError`."""
+    return 0 if text == "0" else int(ByteSize.parse(text))
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     made.add_argument("--case", choices=CASES, default="loaded")
@@ -199,9 +200,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--discard", type=int, default=1, help="of these, the first ones only fill the caches (1)")
     made.add_argument("--repeats", type=int, default=1, help="of all that, on new servers (1)")
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--kv-memory", default="", metavar="SIZE", help="VRAM for KV in all")
-    made.add_argument("--host-memory", default="", metavar="SIZE")
-    made.add_argument("--pool-memory", default="", metavar="SIZE", help="of --kv-memory, what VCache lends")
+    made.add_argument("--kv-memory", type=size, metavar="SIZE", help="VRAM for KV in all")
+    made.add_argument("--host-memory", type=size, metavar="SIZE")
+    made.add_argument("--pool-memory", type=size, metavar="SIZE", help="of --kv-memory, what VCache lends")
     made.add_argument("--vcache-option", action="append", metavar="KEY=VALUE", help="may be repeated")
     made.add_argument("--serve-arg", action="append", metavar="ARG", help="further argument of vLLM; may be repeated")
     made.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ".")))
@@ -222,7 +223,7 @@ def main() -> int:
     if not memory and not arguments.tiny:
         print("gpu_serve: torch sees no GPU; --tiny tries this script on a CPU", file=sys.stderr)
         return 2
-    for name, value in _ENVIRONMENT.items():
+    for name, value in (_ENVIRONMENT | ({} if arguments.tiny else {"VLLM_USE_V2_MODEL_RUNNER": "1"})).items():
         os.environ.setdefault(name, value)
     # Whatever this process starts finds VCache, too.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH", "")]))

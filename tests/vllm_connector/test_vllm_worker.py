@@ -126,6 +126,21 @@ def outcome(worker: Any) -> tuple[set[str], set[int], Any]:
     return finished.loaded, finished.bad_blocks, report.loads
 
 
+def test_loaded_bytes_are_told_once() -> None:
+    from vcache.integrations.vllm.jobs import ShardStore
+    from vcache.metrics import EngineMetrics
+
+    metrics = EngineMetrics()
+    store = ShardStore(None, SimpleNamespace(metrics=metrics), 16)  # type: ignore[arg-type]
+    metrics.observe("retrieve", "dram", 0.1, 100)
+    assert store.take_loaded_bytes() == {"dram": 100}
+    metrics.observe("retrieve", "dram", 0.1, 20)
+    metrics.observe("retrieve", "vram", 0.1, 3)
+    metrics.observe("store", "vram", 0.1, 4)
+    assert store.take_loaded_bytes() == {"dram": 20, "vram": 3}
+    assert store.take_loaded_bytes() == {"dram": 0, "vram": 0}
+
+
 def test_a_good_load(worker: Any) -> None:
     worker.start_loads(step(1, load()))
     assert outcome(worker) == ({"request 1"}, set(), {1: (1, 2, ())})

@@ -18,6 +18,7 @@ from typing import Any
 
 BLOCK = 16
 BYTES = 1000
+FLAGS = ("--skip-tokenizer-init", "--enforce-eager")
 PREFIX = {"VCacheConnector": "vllm:vcache_{}_bytes_total", "OffloadingConnector": "vllm:kv_offload_{}_bytes_total"}
 WORDS = {"load": {"VCacheConnector": "load"}, "save": {"VCacheConnector": "save", "OffloadingConnector": "store"}}
 
@@ -135,12 +136,15 @@ class UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 def main() -> None:
     print(json.dumps(sys.argv), file=sys.stderr, flush=True)
-    options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+    words = [word for word in sys.argv[1:] if word not in FLAGS]
+    options = dict(zip(words[::2], words[1::2], strict=True))
     connector = json.loads(options.get("--kv-transfer-config", '{"kv_connector": ""}'))["kv_connector"]
     way, _, fault = os.environ.get("FAKE_FAULT", "").partition(":")
     fault = fault if way == (connector or "none") else ""
     if fault == "start":
         raise ValueError("this model is not for me")
+    if fault == "hang":
+        threading.Event().wait()
     # As vLLM has: a process of its own behind the server, which ends when that does.
     behind = [sys.executable, "-c", f"import sys; sys.stdin.read()  # {options['--uds']}"]
     process = subprocess.Popen(behind, stdin=subprocess.PIPE)
