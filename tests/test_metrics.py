@@ -89,6 +89,20 @@ def test_operations_are_kept_apart_by_tier() -> None:
     assert operations["lookup"]["all"]["mean_ms"] == pytest.approx(2.0)
 
 
+def test_bytes_of_an_operation_by_tier() -> None:
+    metrics = EngineMetrics()
+    for operation, tier, nbytes in (
+        ("retrieve", "vram", 5),
+        ("retrieve", "vram", 6),
+        ("retrieve", "dram", 7),
+        ("store", "vram", 8),
+    ):
+        metrics.observe(operation, tier, 0.1, nbytes)  # type: ignore[arg-type]
+    metrics.observe("lookup", "", 0.1)
+    assert metrics.bytes_by_tier("retrieve") == {"vram": 11, "dram": 7}
+    assert metrics.bytes_by_tier("lookup") == {}, "the call as a whole has no tier"
+
+
 def test_calls_that_move_nothing_do_not_dilute_the_rate() -> None:
     metrics = EngineMetrics()
     metrics.observe("retrieve", "vram", 9.0, 0)

@@ -22,7 +22,7 @@ from support.cluster import eventually
 from support.commands import Starter, invoke
 
 from vcache.bench import serve, serve_ways
-from vcache.bench.serve import Run, add_ratios, summary
+from vcache.bench.serve import Loads, Run, add_ratios, summary
 from vcache.bench.serve_client import Endpoint, Sample, ServerError, complete
 from vcache.bench.serve_counters import Counted, parse
 from vcache.bench.serve_load import Request
@@ -148,6 +148,7 @@ def test_a_request_that_fails_ends_the_run_in_one_line(tmp_path: Path, fault: st
         (("--model", "m", "--way", "magic"), 2, "--way magic: must be one of none, native, lmcache, vcache"),
         (("--model", "m", "--vcache-option", "x"), 2, "an option is KEY=VALUE"),
         (("--model", "m", "--pool-memory", "16GiB"), 2, "leaves nothing"),
+        (("--url", "http://127.0.0.1:1", "--loads", "2", "--discard", "2"), 2, "at least one must count"),
     ],
 )
 def test_what_cannot_be_is_said(arguments: tuple[str, ...], code: int, words: str) -> None:
@@ -250,6 +251,62 @@ def test_repeats_are_told_one_by_one_and_files_hold_them(tmp_path: Path) -> None
     assert float(filed["own_hit_ratio"]) == row["own_hit_ratio"]
 
 
+@pytest.mark.processes
+@pytest.mark.usefixtures("fake_vllm")
+def test_several_loads_on_the_same_servers(tmp_path: Path, folder: Path) -> None:
+    """Each has prompts of its own; the first fills the caches and does not count."""
+    logs = tmp_path / "logs"
+    report = bench(
+        tmp_path, *MEMORY, "--model", "m", "--way", "none", "--loads", "3", "--discard", "1", "--logs", str(logs), "--explain"
+    )
+    (row,) = report["rows"]
+    assert row["runs_done"] == 2
+    assert [run["discarded"] for run in row["runs"]] == [True, False, False]
+    assert len({run["prompt_tokens"] for run in row["runs"]}) == 3, "lengths follow from the seed"
+    assert row["prompt_tokens"] == sum(run["prompt_tokens"] for run in row["runs"][1:]) / 2
+    for run in row["runs"]:
+        assert run["queried_tokens"] == run["prompt_tokens"], "no warm-up between them, and nothing of another load"
+    assert {log.name for log in logs.iterdir()} == {"none-1-instance-0.log", "none-1-instance-1.log"}, "servers start once"
+    again = bench(tmp_path, *MEMORY, "--model", "m", "--way", "none", "--seed", "1")["rows"][0]
+    assert again["prompt_tokens"] == row["runs"][1]["prompt_tokens"], "a load has the seed that its place tells"
+
+
+def test_the_loads_of_servers_that_run(tmp_path: Path) -> None:
+    with serving() as (url, fake):
+        (row,) = bench(tmp_path, "--url", url, "--loads", "2", "--discard", "1")["rows"]
+    assert [len(row["runs"]), row["runs_done"], row["requests"], len(fake.prompts)] == [2, 1, 12, 4 + 24]
+
+
+@pytest.mark.processes
+@pytest.mark.usefixtures("fake_vllm")
+def test_what_the_times_are_made_of_and_where_tokens_came_from(tmp_path: Path) -> None:
+    report = bench(tmp_path, *MEMORY, "--model", "m", "--way", "native", "--way", "vcache", "--explain")
+    native, vcache = report["rows"]
+    for row in (native, vcache):
+        assert row["queue_mean_ms"] == pytest.approx(10)
+        assert row["prefill_mean_ms"] == pytest.approx(20)
+        assert row["request_queue_time_seconds_count"] == row["requests"], "the warm-up does not count"
+        sources = row["own_hit_tokens"] + row["connector_hit_tokens"] + row["computed_tokens"]
+        assert sources == row["queried_tokens"]
+    assert vcache["loaded_vram_gb"] == pytest.approx(vcache["loaded_gb"] / 4)
+    assert vcache["loaded_dram_tokens"] == pytest.approx(vcache["connector_hit_tokens"] * 3 / 4)
+    assert vcache["loaded_storage_gb"] is None, "what is not counted is not told"
+    assert native["loaded_dram_gb"] == native["loaded_gb"], "it has no other tier"
+    assert native["loaded_vram_gb"] is None
+    assert vcache["load_mean_ms"] == pytest.approx(4)
+    (line,) = [note for note in report["notes"] if note.startswith("vcache, means: ")]
+    assert "queue 10, prefill 20, " in line
+    assert f"{vcache['loads']:,.0f} loads of 4.0 ms" in line
+    assert any(note.startswith("native, prompt tokens: own cache ") for note in report["notes"])
+
+
+def test_only_who_asks_gets_the_times(tmp_path: Path) -> None:
+    with serving() as (url, _):
+        report = bench(tmp_path, "--url", url)
+    assert report["rows"][0]["queue_mean_ms"] == pytest.approx(10), "the file always has them"
+    assert not any(", means: " in note for note in report["notes"])
+
+
 @pytest.mark.usefixtures("fake_vllm")
 def test_the_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
@@ -349,7 +406,7 @@ vllm:external_prefix_cache_hits_total{engine="0",model_name="m"} 150.0
 )
 def test_counters_are_read(more: str, loaded: float | None, stored: float | None) -> None:
     counted = parse(METRICS + more)
-    assert counted == Counted(1000.0, 250.0, 150.0, loaded, stored)
+    assert counted[:5] == (1000.0, 250.0, 150.0, loaded, stored)
     assert counted.hit_ratio == 0.4
     assert counted.since(Counted(500.0, 150.0, 50.0, None, None)).hit_ratio == 0.4
     assert parse("") == Counted(None, None, None, None, None)
@@ -448,6 +505,9 @@ def test_a_load_that_fails_costs_the_same_in_every_way() -> None:
     assert policies == dict.fromkeys(policies, "recompute")
 
 
+NONE = Loads(lambda number: None)  # type: ignore[arg-type,return-value]
+
+
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """No servers, and a load that takes no time: which way had its turn when."""
@@ -473,17 +533,33 @@ def turns(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_ways_take_turns_in_both_orders(turns: list[str]) -> None:
     """`none` always came first and `vcache` last: what drifts in the course of a run was repeated with every repeat."""
-    serve.bench_ways(["none", "native"], setup(), lambda: None, print, command="", title="", repeats=3)
+    serve.bench_ways(["none", "native"], setup(), NONE, print, command="", title="", repeats=3)
     assert turns == ["none", "native", "native", "none", "none", "native"]
+
+
+def test_what_is_measured_is_told_after_every_load(turns: list[str]) -> None:
+    """A command that is killed has written what there was."""
+    told: list[int] = []
+    loads = NONE._replace(total=3, discard=1)
+    serve.bench_ways(
+        ["none"],
+        setup(),
+        loads,
+        print,
+        command="",
+        title="",
+        repeats=2,
+        on_load=lambda report: told.append(report.rows[0]["runs_done"]),
+    )
+    assert turns == ["none"] * 6
+    assert told == [1, 2, 3, 4]
 
 
 def test_an_interrupted_run_tells_what_it_has(turns: list[str]) -> None:
     """All that had been measured in hours was lost at Ctrl-C."""
     told: list[Any] = []
     with pytest.raises(KeyboardInterrupt):
-        serve.bench_ways(
-            ["none", "native", "vcache"], setup(), lambda: None, print, command="", title="", on_interrupt=told.append
-        )
+        serve.bench_ways(["none", "native", "vcache"], setup(), NONE, print, command="", title="", on_interrupt=told.append)
     (report,) = told
     assert [row["way"] for row in report.rows] == ["none", "native"]
     assert any("interrupted" in note for note in report.notes)

@@ -44,3 +44,12 @@ def test_the_second_instance_finds_what_the_first_computed(tmp_path: Path, monke
     assert vcache["hit_ratio"] > none["hit_ratio"]
     assert vcache["loaded_gb"] > 0
     assert vcache["stored_gb"] > 0
+    assert vcache["loaded_dram_gb"] >= vcache["loaded_gb"], (
+        "all of it comes from host memory; some may not be wanted in the end"
+    )
+    assert not vcache["loaded_vram_gb"]
+    assert vcache["loads"] > 0
+    for row in (none, vcache):
+        assert row["request_prefill_time_seconds_count"] == row["requests"]
+        assert row["server_ttft_mean_ms"] >= row["prefill_mean_ms"] > 0
+        assert 0 < row["computed_tokens"] < row["queried_tokens"]

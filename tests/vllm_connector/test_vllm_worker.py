@@ -25,10 +25,27 @@ def worker(request: pytest.FixtureRequest) -> Iterator[Any]:
     side.close()
 
 
+def test_loaded_bytes_are_told_once() -> None:
+    from vcache.integrations.vllm.jobs import ShardStore
+    from vcache.metrics import EngineMetrics
+
+    metrics = EngineMetrics()
+    store = ShardStore(None, SimpleNamespace(metrics=metrics), 16)  # type: ignore[arg-type]
+    metrics.observe("retrieve", "dram", 0.1, 100)
+    assert store.take_loaded_bytes() == {"dram": 100}
+    metrics.observe("retrieve", "dram", 0.1, 20)
+    metrics.observe("retrieve", "vram", 0.1, 3)
+    metrics.observe("store", "vram", 0.1, 4)
+    assert store.take_loaded_bytes() == {"dram": 20, "vram": 3}
+    assert store.take_loaded_bytes() == {"dram": 0, "vram": 0}
+
+
 def test_a_good_load(worker: Any) -> None:
     begin(worker, step(1, load()))
     assert outcome(worker) == ({"request 1"}, set(), {1: (1, 2, ())})
-    assert worker.take_stats().data["load_tokens"] == 64
+    stats = worker.take_stats().data
+    assert stats["load_tokens"] == 64
+    assert (stats["load_bytes_vram"], stats["load_bytes_dram"], stats["load_bytes_storage"]) == (3000, 1000, 0)
 
 
 @pytest.mark.parametrize(

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import VCacheError
+from ..errors import ArgumentError, VCacheError
 from ..segment.cuda_driver import CudaDriver
 from .plot import Bar, draw_bars, size_text
 from .report import Column, Report, percentile
 from .serve_client import Endpoint, Sample, complete, first_model
 from .serve_counters import Counted, read, read_settled
+from .serve_explain import EXPLAINED, numbers, sources, times
 from .serve_instances import started
 from .serve_load import Load, Request, Routing, Shape
 from .serve_ways import MODEL, Setup, Way, require_vllm, split, unavailable
@@ -49,10 +50,10 @@ _RATIOS = {
     "throughput_ratio": "requests_per_second",
 }
 _FILED = ("own_hit_ratio", "queried_tokens", "own_hit_tokens", "connector_hit_tokens", "stored_gb", "requests", "prompt_tokens")
-COLUMNS += tuple(Column(name, name, printed=False) for name in (*_FILED, "output_tokens", "runs_done", *_RATIOS))
+COLUMNS += tuple(Column(name, name, printed=False) for name in (*_FILED, "output_tokens", "runs_done", *_RATIOS, *EXPLAINED))
 _WARM_UP_AT_ONCE = 2
 _GROUPS = {"none": "reference", "native": "dram", "lmcache": "dram", "vcache": "direct"}
-_EXPLAINED = (
+_LEGEND = (
     "TTFT: from sending a request to its first token, ms. ITL: between the events of a stream; its mean is taken over tokens. "
     "hit: share of the prompt tokens found in an instance's own cache or through the connector, by the servers' counters; "
     "GB: loaded through the connector, where it counts bytes"
@@ -66,36 +67,58 @@ class Run(NamedTuple):
     wall: float
     """Seconds from the first request to the end of the last answer."""
     counted: Counted | None
+    discarded: bool = False
+    """It only filled the caches: no median has it."""
+
+
+class Loads(NamedTuple):
+    """Loads that the same servers get, one after the other."""
+
+    make: Callable[[int], Load]
+    """The load of a number, from 0. Each should have prompts of its own: those of another are cached."""
+    total: int = 1
+    discard: int = 0
+    """The first ones, which do not count: they fill the caches."""
+
+    def check(self) -> None:
+        """Raises `ArgumentError` when none counts."""
+        if not 0 <= self.discard < self.total:
+            raise ArgumentError(f"{self.discard} of {self.total} loads discarded: at least one must count")
 
 
 def bench_ways(
     ways: Sequence[Way],
     setup: Setup,
-    load: Callable[[], Load],
+    loads: Loads,
     progress: Progress,
     *,
     command: str,
     title: str,
     repeats: int = 1,
+    explain: bool = False,
     start_timeout: float = 1800.0,
     logs: Path | None = None,
+    on_load: Callable[[Report], None] = lambda report: None,
     on_interrupt: Callable[[Report], None] = lambda report: None,
 ) -> Report:
-    """Start servers for each way, `repeats` times in turn and in the other order every second time, and put the load on them. A
-    way that fails is a note, and the others go on. `on_interrupt` gets what there is by then. Raises `VCacheError` when all
-    fail."""
+    """Start servers for each way, `repeats` times in turn and in the other order every second time; put the loads on them.
+
+    A way that fails is a note, and the others go on. `explain`: say what times to first token are made of. `on_load` gets what
+    there is after each load that counts, `on_interrupt` what there is by then. Raises `VCacheError` when all fail.
+    """
     setup.check()
+    loads.check()
     require_vllm()
     failed = {way: reason for way in ways if (reason := unavailable(way, setup))}
     runs: dict[Way, list[Run]] = {}
 
     def report(*further: str) -> Report:
         notes = [f"{way}: {reason}" for way, reason in failed.items()]
-        rows = [summary(way, runs[way]) for way in ways if runs.get(way)]
+        rows = [summary(way, runs[way]) for way in ways if _any_counts(runs.get(way, ()))]
         if not rows:
             raise VCacheError("; ".join(notes))
         add_ratios(rows)
-        notes = [*against_none(rows), *further, *notes, _memory(ways, setup), _EXPLAINED]
+        notes = [*against_none(rows), *_told(rows, explain), *further, *notes, _memory(ways, setup), _LEGEND]
         return Report(title=title, command=command, columns=COLUMNS, rows=rows, notes=notes)
 
     try:
@@ -106,33 +129,59 @@ def bench_ways(
                 step = _prefixed(progress, f"{way} {repeat + 1}/{repeats}: " if repeats > 1 else f"{way}: ")
                 try:
                     with started(way, setup, start_timeout, logs, progress, repeat + 1) as endpoints:
-                        runs.setdefault(way, []).append(run(endpoints, MODEL, load(), step))
+                        for found in run_all(endpoints, MODEL, loads, step):
+                            runs.setdefault(way, []).append(found)
+                            if not found.discarded:
+                                on_load(report())
                 except VCacheError as error:
                     failed[way] = str(error)
     except KeyboardInterrupt:
-        if any(runs.values()):
+        if any(map(_any_counts, runs.values())):
             on_interrupt(report("interrupted: this is what had been measured by then"))
         raise
     return report()
 
 
-def bench_urls(urls: Sequence[str], model: str, load: Load, progress: Progress, *, command: str, title: str) -> Report:
-    """Put the load on servers that run, once. `model`: empty for the first that they offer. Raises `ServerError`."""
+def bench_urls(
+    urls: Sequence[str],
+    model: str,
+    loads: Loads,
+    progress: Progress,
+    *,
+    command: str,
+    title: str,
+    explain: bool = False,
+) -> Report:
+    """Put the loads on servers that run. `model`: empty for the first that they offer. Raises `ServerError`."""
+    loads.check()
     endpoints = [Endpoint.parse(url) for url in urls]
     name = model or asyncio.run(first_model(endpoints[0]))
-    found = run(endpoints, name, load, progress)
+    row = summary("as is", list(run_all(endpoints, name, loads, progress)))
     notes = [
+        *_told([row], explain),
         f"{name} at {', '.join(urls)}, as it is: whatever else it serves meanwhile is in these numbers",
         "another run with the same --seed finds what this one left in the caches: give it another",
-        _EXPLAINED,
+        _LEGEND,
     ]
-    return Report(title=title, command=command, columns=COLUMNS, rows=[summary("as is", [found])], notes=notes)
+    return Report(title=title, command=command, columns=COLUMNS, rows=[row], notes=notes)
 
 
-def run(endpoints: Sequence[Endpoint], model: str, load: Load, progress: Progress) -> Run:
-    """Warm every instance up, then put the load on them. Blocks. Raises `ServerError` at the first request that fails."""
+def run_all(endpoints: Sequence[Endpoint], model: str, loads: Loads, progress: Progress) -> Iterator[Run]:
+    """Run the loads one after the other, each when it is asked for; the servers are warmed up before the first. Raises as
+    `run`."""
+    for number in range(loads.total):
+        step = _prefixed(progress, f"load {number + 1}/{loads.total}: " if loads.total > 1 else "")
+        found = run(endpoints, model, loads.make(number), step, number == 0)
+        yield found._replace(discarded=number < loads.discard)
+
+
+def run(endpoints: Sequence[Endpoint], model: str, load: Load, progress: Progress, warm_up: bool = True) -> Run:
+    """Warm every instance up, if asked to, then put the load on them. Blocks.
+
+    Raises `ServerError` at the first request that fails.
+    """
     try:
-        return asyncio.run(_run(endpoints, model, load, progress))
+        return asyncio.run(_run(endpoints, model, load, progress, warm_up))
     except* VCacheError as group:
         first: BaseException = group
         while isinstance(first, BaseExceptionGroup):
@@ -141,9 +190,10 @@ def run(endpoints: Sequence[Endpoint], model: str, load: Load, progress: Progres
     raise failure
 
 
-async def _run(endpoints: Sequence[Endpoint], model: str, load: Load, progress: Progress) -> Run:
-    progress("warm-up")
-    await _warm_up(endpoints, model, load)
+async def _run(endpoints: Sequence[Endpoint], model: str, load: Load, progress: Progress, warm_up: bool) -> Run:
+    if warm_up:
+        progress("warm-up")
+        await _warm_up(endpoints, model, load)
     before = await read_settled(endpoints)
     samples: list[Sample] = []
 
@@ -176,13 +226,16 @@ async def _warm_up(endpoints: Sequence[Endpoint], model: str, load: Load) -> Non
 
 
 def summary(way: str, runs: Sequence[Run]) -> dict[str, Any]:
-    """One row: the medians of what each run gives; these, too, under `runs` where there are several."""
+    """One row: the medians of what each run gives that counts; every run, too, under `runs` where there are several."""
     each = [_numbers(found) for found in runs]
-    row: dict[str, Any] = {"way": way, "runs_done": len(runs)}
-    for name in each[0]:
-        values = [value for numbers in each if (value := numbers[name]) is not None]
+    counting = [found for found, made in zip(each, runs, strict=True) if not made.discarded]
+    row: dict[str, Any] = {"way": way}
+    for name in dict.fromkeys(chain.from_iterable(counting)):  # a counter may appear later than others
+        values = [value for found in counting if (value := found.get(name)) is not None]
         row[name] = statistics.median(values) if values else None
-    return row | ({"runs": each} if len(each) > 1 else {})
+    row["runs_done"] = len(counting)
+    told = [found | {"discarded": made.discarded} for found, made in zip(each, runs, strict=True)]
+    return row | ({"runs": told} if len(each) > 1 else {})
 
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
@@ -251,16 +304,16 @@ def _numbers(found: Run) -> dict[str, float | None]:
     tokens = sum(sample.tokens for sample in samples)
     gaps = list(chain.from_iterable(sample.gaps for sample in samples))
     later_tokens = sum(sample.tokens - 1 for sample in samples if sample.gaps)
-    numbers: dict[str, float | None] = {"requests": len(samples)}
+    measured: dict[str, float | None] = {"requests": len(samples)}
     for name, turns in (
         ("first", [sample.first for sample in samples if sample.turn == 0]),
         ("later", [sample.first for sample in samples if sample.turn > 0]),
     ):
-        numbers[f"{name}_mean_ms"] = 1e3 * statistics.fmean(turns) if turns else None
+        measured[f"{name}_mean_ms"] = 1e3 * statistics.fmean(turns) if turns else None
         for share in (50, 90, 99):
-            numbers[f"{name}_p{share}_ms"] = 1e3 * percentile(turns, share / 100) if turns else None
+            measured[f"{name}_p{share}_ms"] = 1e3 * percentile(turns, share / 100) if turns else None
     own, queried = counted.own, counted.queried
-    return numbers | {
+    return measured | {
         "itl_mean_ms": 1e3 * sum(gaps) / later_tokens if later_tokens else None,
         "itl_p99_ms": 1e3 * percentile(gaps, 0.99) if gaps else None,
         "requests_per_second": len(samples) / found.wall,
@@ -275,7 +328,17 @@ def _numbers(found: Run) -> dict[str, float | None]:
         "loaded_gb": None if counted.loaded_bytes is None else counted.loaded_bytes / 1e9,
         "stored_gb": None if counted.stored_bytes is None else counted.stored_bytes / 1e9,
         "wall_s": found.wall,
+        **numbers(found.counted),
     }
+
+
+def _any_counts(runs: Sequence[Run]) -> bool:
+    return any(not found.discarded for found in runs)
+
+
+def _told(rows: Sequence[dict[str, Any]], explain: bool) -> list[str]:
+    """From where each way had its tokens, and, if that is wanted, what took the time."""
+    return list(filter(None, [*map(sources, rows), *(map(times, rows) if explain else ())]))
 
 
 def _memory(ways: Sequence[Way], setup: Setup) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,11 +29,15 @@ class Counted(NamedTuple):
     """Read through the connector."""
     stored_bytes: float | None
     """Written through the connector."""
+    named: Mapping[str, float] = {}
+    """Other sums by name: all that the connectors count, and what requests and steps took (`KEPT`); without those not there."""
 
     def since(self, before: Counted) -> Counted:
         """What was added since `before`."""
-        pairs = zip(self, before, strict=True)
-        return Counted(*(None if now is None else now - (then or 0.0) for now, then in pairs))
+        pairs = zip(self[:-1], before[:-1], strict=True)
+        sums = (None if now is None else now - (then or 0.0) for now, then in pairs)
+        named = {name: now - before.named.get(name, 0.0) for name, now in self.named.items()}
+        return Counted._make([*sums, named])
 
     @property
     def hit_ratio(self) -> float | None:
@@ -60,6 +64,13 @@ _SERIES: tuple[tuple[tuple[str, str], ...], ...] = (
 )
 """For each field of `Counted`, names of the counter, and its `transfer_type` where it has one. The first one there counts."""
 
+_REQUEST = ("request_queue_time_seconds", "request_prefill_time_seconds", "request_decode_time_seconds")
+_HISTOGRAMS = (*_REQUEST, "time_to_first_token_seconds", "iteration_tokens_total")
+KEPT = ("vllm:num_preemptions_total", *(f"vllm:{name}_{part}" for name in _HISTOGRAMS for part in ("sum", "count")))
+"""Series of `Counted.named` beside the connectors'."""
+_CONNECTORS = ("vllm:vcache_", "vllm:kv_offload_", "vllm:lmcache")
+_SUMS = ("_total", "_sum", "_count")
+
 
 def parse(text: str) -> Counted:
     """Read Prometheus text, summed over labels. Raises `ValueError` when it is none. Pure."""
@@ -68,7 +79,13 @@ def parse(text: str) -> Counted:
         for sample in family.samples:
             series = sample.name, sample.labels.get("transfer_type", "")
             sums[series] = sums.get(series, 0.0) + sample.value
-    return Counted(*(next((sums[series] for series in names if series in sums), None) for names in _SERIES))
+    named: dict[str, float] = {}
+    for (name, kind), value in sums.items():
+        if name in KEPT or (name.startswith(_CONNECTORS) and name.endswith(_SUMS)):
+            short = "_".join(filter(None, (name.removeprefix("vllm:").removesuffix("_total"), kind)))
+            named[short] = named.get(short, 0.0) + value
+    fields = (next((sums[series] for series in names if series in sums), None) for names in _SERIES)
+    return Counted._make([*fields, named])
 
 
 async def read(endpoints: Sequence[Endpoint]) -> Counted | None:
@@ -79,7 +96,12 @@ async def read(endpoints: Sequence[Endpoint]) -> Counted | None:
             found.append(parse(await get(endpoint, "/metrics")))
         except (RefusedError, ValueError):
             return None
-    return Counted(*(None if None in values else sum(values) for values in zip(*found, strict=True)))
+    named: dict[str, float] = {}
+    for each in found:
+        for name, value in each.named.items():
+            named[name] = named.get(name, 0.0) + value
+    sums = (None if None in values else sum(values) for values in zip(*(each[:-1] for each in found), strict=True))
+    return Counted._make([*sums, named])
 
 
 async def read_settled(endpoints: Sequence[Endpoint]) -> Counted | None:

@@ -214,7 +214,12 @@ def serve(
     spread: Annotated[float, typer.Option(min=0.0, max=0.99, help="Lengths differ by up to this share.")] = 0.25,
     concurrency: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 12,
     seed: Annotated[int, typer.Option(help="Decides prompts, lengths, order and routes.")] = 0,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs of each way, in turn; medians count.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each way, in turn, on new servers; medians count.")] = 1,
+    loads: Annotated[
+        int, typer.Option(min=1, help="Loads in a row on the same servers, of seeds that follow; medians count.")
+    ] = 1,
+    discard: Annotated[int, typer.Option(min=0, help="Of these, the first ones do not count: they fill the caches.")] = 0,
+    explain: Annotated[bool, typer.Option("--explain", help="Also say what times to first token are made of.")] = False,
     start_timeout: Annotated[float, typer.Option(min=1.0, help="Seconds until a server must answer.")] = 1800.0,
     serve_args: Annotated[
         list[str] | None, typer.Option("--serve-arg", metavar="ARG", help="Further argument of vLLM; may be repeated.")
@@ -237,7 +242,8 @@ def serve(
     import os
     import sys
 
-    from ..bench.serve import bench_urls, bench_ways, describe, draw, find_devices
+    from ..bench.report import save_report
+    from ..bench.serve import Loads, bench_urls, bench_ways, describe, draw, find_devices
     from ..bench.serve_load import Load, Shape
     from ..bench.serve_ways import Setup, chosen_ways, option
     from ..children.stops import stop_signals
@@ -245,14 +251,16 @@ def serve(
     shape = Shape(conversations, turns, systems, system_tokens, turn_tokens, answer_tokens, spread, concurrency, seed)
     count = len(urls) if urls else instances
     command, title = " ".join(["vcache", *sys.argv[1:]]), describe(shape, routing, count)
+    row = Loads(lambda number: Load(shape._replace(seed=seed + number), count, routing), loads, discard)
     with stop_signals(), _progress() as progress:
         if urls:
             if ways:
                 raise ArgumentError("--way and --url: servers that run are measured as they are; leave --way out")
-            report = bench_urls(urls, model, Load(shape, count, routing), progress, command=command, title=title)
+            report = bench_urls(urls, model, row, progress, command=command, title=title, explain=explain)
         else:
             if not model:
                 raise ArgumentError("--model names what the servers shall serve; or give --url for servers that run")
+            kept = json if str(json) != "-" else None  # at once: what ends this the hard way does not end that
             devices = find_devices(os.environ.get("CUDA_VISIBLE_DEVICES"))
             setup = Setup(
                 model,
@@ -268,13 +276,15 @@ def serve(
             report = bench_ways(
                 chosen_ways(ways or ()),
                 setup,
-                lambda: Load(shape, count, routing),
+                row,
                 progress,
                 command=command,
                 title=title,
                 repeats=repeats,
+                explain=explain,
                 start_timeout=start_timeout,
                 logs=logs,
+                on_load=lambda report: save_report(report, kept),
                 on_interrupt=lambda report: _finish(report, json, csv),
             )
     _finish(report, json, csv)

@@ -108,6 +108,13 @@ class ShardStore:
         self.target = target
         self.cache = cache
         self._block_size = block_size
+        self._told: dict[str, int] = {}
+
+    def take_loaded_bytes(self) -> dict[str, int]:
+        """Bytes that loads brought since the last call, by tier. Not thread-safe."""
+        now = self.cache.metrics.bytes_by_tier("retrieve")
+        then, self._told = self._told, now
+        return {tier: nbytes - then.get(tier, 0) for tier, nbytes in now.items()}
 
     def load(self, job: LoadJob) -> int:
         """Bring the chunks of a job into its blocks; number of leading chunks that are there and verified. Blocks until the

@@ -196,6 +196,8 @@ class WorkerSide:
             return None
         with self._lock:
             stats, self._stats = self._stats, VCacheStats()
+        for tier, nbytes in self._store.take_loaded_bytes().items() if self._store is not None else ():
+            stats.add(f"load_bytes_{tier}", nbytes)
         return stats
 
     def close(self) -> None:

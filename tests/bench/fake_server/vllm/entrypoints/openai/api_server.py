@@ -18,6 +18,7 @@ from typing import Any
 
 BLOCK = 16
 BYTES = 1000
+FLAGS = ("--skip-tokenizer-init", "--enforce-eager")
 PREFIX = {"VCacheConnector": "vllm:vcache_{}_bytes_total", "OffloadingConnector": "vllm:kv_offload_{}_bytes_total"}
 WORDS = {"load": {"VCacheConnector": "load"}, "save": {"VCacheConnector": "save", "OffloadingConnector": "store"}}
 
@@ -58,6 +59,17 @@ class Fake:
             for word, value in self.bytes.items():
                 name = PREFIX[self.connector].format(WORDS[word].get(self.connector, word))
                 lines.append(f'{name}{{engine="0"}} {float(value)}')
+        if self.connector == "VCacheConnector":  # a quarter of what it loads comes from VRAM
+            for tier, share in (("vram", 0.25), ("dram", 0.75)):
+                lines.append(f'vllm:vcache_load_bytes_{tier}_total{{engine="0"}} {self.bytes["load"] * share}')
+            loads = self.counters["external_prefix_cache_hits"] // BLOCK
+            lines += [f"vllm:vcache_loads_total {loads}.0", f"vllm:vcache_load_seconds_total {loads * 0.004}"]
+        for name, seconds in (("request_queue_time", 0.01), ("request_prefill_time", 0.02), ("time_to_first_token", 0.03)):
+            lines += [f"# TYPE vllm:{name}_seconds histogram", f'vllm:{name}_seconds_bucket{{le="+Inf"}} {len(self.prompts)}']
+            lines += [
+                f"vllm:{name}_seconds_sum {len(self.prompts) * seconds}",
+                f"vllm:{name}_seconds_count {len(self.prompts)}",
+            ]
         return "\n".join(lines) + "\n"
 
 
@@ -124,12 +136,15 @@ class UnixServer(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
 
 def main() -> None:
     print(json.dumps(sys.argv), file=sys.stderr, flush=True)
-    options = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))
+    words = [word for word in sys.argv[1:] if word not in FLAGS]
+    options = dict(zip(words[::2], words[1::2], strict=True))
     connector = json.loads(options.get("--kv-transfer-config", '{"kv_connector": ""}'))["kv_connector"]
     way, _, fault = os.environ.get("FAKE_FAULT", "").partition(":")
     fault = fault if way == (connector or "none") else ""
     if fault == "start":
         raise ValueError("this model is not for me")
+    if fault == "hang":
+        threading.Event().wait()
     # As vLLM has: a process of its own behind the server, which ends when that does.
     behind = [sys.executable, "-c", f"import sys; sys.stdin.read()  # {options['--uds']}"]
     process = subprocess.Popen(behind, stdin=subprocess.PIPE)
