@@ -166,7 +166,7 @@ class TransferConfig(_Section, frozen=True, kw_only=True):
     """Threads for asynchronous transfers on CPU."""
     floor_gbps: float = 0.0
     """Warn when a transfer of 16 MiB or more runs below this many GB/s; 0 = off."""
-    staging: ByteSize = ByteSize(256 * 2**20)
+    staging: ByteSize = ByteSize(384 * 2**20)
     """VRAM through which copy engines move host memory, taken at the first such transfer; 0 = kernels move it in place."""
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..config import ByteSize, StorageConfig, VCacheConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, ManagerError
 from ..lender.export import open_export
 from ..lender.lender import Lender
 from ..manager.address import parse_address
@@ -30,6 +30,7 @@ from ..segment.remote_engine import MooncakeEngine, load_engine, local_address
 from ..segment.slots import SegmentKind
 from ..spec import KVCacheSpec
 from ..storage.base import StorageTier
+from .mapper import Mapper
 from .pool import ChunkPool
 from .remote_reads import RemoteReader
 from .room_maker import RoomMaker
@@ -48,12 +49,14 @@ CLOSE_TIMEOUT = 5.0
 class SegmentWatcher:
     """Keeps a `SegmentMap` in step with the manager. A `Listener` of the manager; does not block."""
 
-    def __init__(self, segments: SegmentMap) -> None:
+    def __init__(self, segments: SegmentMap, mapper: Mapper) -> None:
         self._segments = segments
+        self._mapper = mapper
 
     def on_session(self, session: SessionInfo) -> None:
         # In the same epoch, too: all that is mounted is announced anew, and what went meanwhile is not.
         self._segments.forget_all()
+        self._mapper.session_began()
 
     def on_disconnect(self) -> None:
         """Mappings stay: the lenders are alive, only the manager is not."""
@@ -61,8 +64,10 @@ class SegmentWatcher:
     def on_push(self, push: Push) -> None:
         if isinstance(push, SegmentMounted):
             self._segments.update(push.info)
+            self._mapper.want(push.info.number)
         elif isinstance(push, SegmentGone):
             self._segments.forget(push.number)
+            self._mapper.gone(push.number)
 
 
 class Cache:
@@ -76,6 +81,7 @@ class Cache:
         pool: ChunkPool,
         storage: ChunkStorage | None,
         room_maker: RoomMaker | None,
+        mapper: Mapper,
         stack: ExitStack,
     ) -> None:
         """`stack`: undoes everything, the last first."""
@@ -85,9 +91,20 @@ class Cache:
         self.pool = pool
         self.storage = storage
         self.room_maker = room_maker
+        self._mapper = mapper
+        self._host = host_id()
         self.tiers = Tiers(pool, storage)
         self.metrics = pool.metrics
         self._stack = stack
+
+    def wait_mapped(self, timeout: float) -> bool:
+        """Block until all that is lent on this host now is mapped, or cannot be; False on timeout (seconds), or without a
+        manager."""
+        try:
+            mounted = self.manager.stats().segments
+        except ManagerError:
+            return False
+        return self._mapper.wait([each.info.number for each in mounted if each.info.host == self._host], timeout)
 
     def lent_bytes(self) -> int:
         """Payload bytes that are lent now. Thread-safe."""
@@ -160,6 +177,8 @@ def open_cache(
         backings = backing_factories(gpu, page_lock)
         segments = SegmentMap(client_id, host, backings)
         stack.callback(segments.close)
+        mapper = Mapper(segments, ahead=page_lock is not None)
+        stack.callback(mapper.close)
         manager = connect(config, client_id=client_id, name=name, role="engine")
         stack.callback(manager.close)
         lender = None
@@ -169,7 +188,7 @@ def open_cache(
             stack.callback(backing.close)
             lender = open_lender(config, manager, backing, slot_bytes, host, stack)
             segments.add_local(lender.uuid, lender.slab, backing)
-        manager.subscribe(SegmentWatcher(segments))
+        manager.subscribe(SegmentWatcher(segments, mapper))
         if lender is not None and manager.epoch:
             lender.wait_mounted(config.manager.deadline)  # or the first stores would find no room
         remote = open_remote(config, slot_bytes, segments, page_lock, stack)
@@ -192,7 +211,7 @@ def open_cache(
         if config.cache.demote or spiller is not None:
             room_maker = RoomMaker(pool, metrics, demote=config.cache.demote, spiller=spiller)
             stack.callback(room_maker.close, CLOSE_TIMEOUT)
-        return Cache(manager, segments, lender, pool, storage, room_maker, stack.pop_all())
+        return Cache(manager, segments, lender, pool, storage, room_maker, mapper, stack.pop_all())
 
 
 def wait_for_writes(pool: ChunkPool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -22,7 +22,6 @@ BackingFactory = Callable[[str], SlabBacking]
 """Makes the backing that maps slabs of one device (`SegmentInfo.device`). Raises `VCacheError` where this process cannot."""
 
 _GEOMETRIES = 1024
-_WINDOW = 64
 _ANNOUNCED_WITHIN = 0.25
 
 
@@ -253,19 +252,20 @@ class SegmentMap:
         """Write bytes, such as a header, into a pinned slab; seen by all importers when it returns. Raises `SegmentError`."""
         self._backing(slab.kind, slab.device).write(slab, offset, data)
 
-    def prepare(self, number: int, timeout: float = 30.0) -> int:
-        """Map all slabs of a segment now, so that no transfer pays for it. Blocks at most about `timeout` seconds; returns
-        how many are mapped."""
+    def prepare(self, number: int, timeout: float = 30.0, stop: Callable[[], bool] = lambda: False) -> int:
+        """Map all slabs of a segment now, one after the other, so that no transfer pays for it. Blocks at most about `timeout`
+        seconds, or until `stop`, which is asked before each slab; returns how many are mapped."""
         segment = self._segments.get(number)
         if segment is None or segment.link is None:
             return 0 if segment is None or segment.local is None else len(segment.slabs)
         deadline = time.monotonic() + timeout
-        slabs = list(segment.slabs.items())
         mapped = 0
-        for start in range(0, len(slabs), _WINDOW):
-            futures = [self._importer.map(segment.link, index, nbytes) for index, nbytes in slabs[start : start + _WINDOW]]
-            for future in futures:
-                mapped += self._result(segment, future, deadline - time.monotonic()) is not None
+        for index, nbytes in list(segment.slabs.items()):
+            if stop():
+                break
+            # Never two at a time: a transfer that needs a slab now must not wait for all that are mapped ahead.
+            future = self._importer.map(segment.link, index, nbytes)
+            mapped += self._result(segment, future, deadline - time.monotonic()) is not None
             if segment.stalled_until:
                 break
         return mapped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ IDLE_WAIT = 1e-3
 """Seconds that an engine with nothing to compute waits for a load before it looks again."""
 END_WAIT = 5.0
 """Seconds that loads, and then saves, get to end when the KV cache goes away."""
+MAP_WAIT = 300.0
+"""Seconds that a start waits for memory of the pool to be mapped: an engine that serves stands still while it is."""
 KNOWN = (VCacheError, OSError)
 """Errors whose text says enough. Any other (torch, Triton and CUDA have several of their own) is logged with its traceback."""
 
@@ -263,6 +266,11 @@ class WorkerSide:
         device = f"cuda:{cache.device.index or 0}" if cache.device.type == "cuda" else "cpu"
         name = f"vllm-{str(self._vllm_config.kv_transfer_config.engine_id)[:12]}-{self._rank.shard}"
         opened = open_cache(config, spec, name, device, chunk_size=self._chunk_tokens, namespace=self._namespace)
+        began = time.monotonic()
+        if not opened.wait_mapped(MAP_WAIT):
+            logger.warning("memory of the pool is not mapped yet; transfers wait for what they need of it")
+        elif (took := time.monotonic() - began) > 1:
+            logger.info("mapped %.1f GiB of the pool in %.0f s", opened.segments.mapped_bytes() / 2**30, took)
         logger.info(
             "VCache worker: shard %d of %d, layout %s, %d layers, chunks of %d tokens (%.1f MiB), lending %.0f MiB, manager %s",
             spec.rank,
