@@ -134,6 +134,8 @@ class CacheConfig(_Section, frozen=True, kw_only=True):
     placement: Literal["local", "spread"] = "local"
     demote: bool = True
     """Whether this engine moves cold chunks from VRAM to host memory in the background when the manager asks for room."""
+    demote_rate: ByteSize = ByteSize(4 * 2**30)
+    """Bytes a second that it moves so at most; 0 = no limit."""
     remote: Literal["off", "tcp", "rdma"] = "off"
     """How chunks in memory of other hosts are read, by Mooncake's transfer engine; needs `segment.remote` there."""
     checksum: Literal["off", "sample", "always"] = "off"
@@ -141,6 +143,7 @@ class CacheConfig(_Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         self._require(1, 65535, "chunk_size")
+        self._require(0, _FOREVER, "demote_rate")
 
 
 class StorageConfig(_Section, frozen=True, kw_only=True):
