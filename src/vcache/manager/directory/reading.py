@@ -59,7 +59,7 @@ class Reading:
         clock = state.tick_clock(state.now)
         self._touch(found, clock)
         if self._admission.follows:
-            self._admission.used([record.key for record in found], clock)
+            self._admission.used(verb.keys[: len(found)], clock)
         return PackedReply(granted.number, state.leases.ttl, packed)
 
     def release(self, session: Session, verb: Release) -> None:
