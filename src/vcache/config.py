@@ -72,7 +72,9 @@ class ManagerConfig(_Section, frozen=True, kw_only=True):
     """Seconds after which an unfinished write no longer blocks others from writing the same chunk."""
     quarantine: float = 2.0
     """Seconds a slot rests after its writer is known to be dead."""
-    eviction: Literal["lru", "sieve"] = "sieve"
+    eviction: Literal["lru", "sieve"] = "lru"
+    admission: Literal["all", "reuse"] = "reuse"
+    """Which new chunks may push others out of a full pool: all, or, while that would give more hits, those offered again."""
     high_watermark: float = 0.9
     """Part of a host's VRAM whose use starts demotion to host memory, and of its whole pool whose use, as far as it is not
     in storage yet, starts spilling; 1 = never."""
@@ -132,6 +134,8 @@ class CacheConfig(_Section, frozen=True, kw_only=True):
     placement: Literal["local", "spread"] = "local"
     demote: bool = True
     """Whether this engine moves cold chunks from VRAM to host memory in the background when the manager asks for room."""
+    demote_rate: ByteSize = ByteSize(4 * 2**30)
+    """Bytes a second that it moves so at most; 0 = no limit."""
     remote: Literal["off", "tcp", "rdma"] = "off"
     """How chunks in memory of other hosts are read, by Mooncake's transfer engine; needs `segment.remote` there."""
     checksum: Literal["off", "sample", "always"] = "off"
@@ -139,6 +143,7 @@ class CacheConfig(_Section, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         self._require(1, 65535, "chunk_size")
+        self._require(0, _FOREVER, "demote_rate")
 
 
 class StorageConfig(_Section, frozen=True, kw_only=True):

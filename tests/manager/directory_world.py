@@ -64,10 +64,18 @@ class Removing:
 
 class World(MakingRoom):
     def __init__(
-        self, eviction: str = "sieve", engines: int = 2, lenders: int = 2, slabs: int = 2, slice_size: int = SLICE
+        self,
+        eviction: str = "sieve",
+        engines: int = 2,
+        lenders: int = 2,
+        slabs: int = 2,
+        slice_size: int = SLICE,
+        admission: str = "all",
     ) -> None:
         self.slice_size = slice_size
-        self.eviction = eviction
+        self.eviction, self.admission = eviction, admission
+        self.offered: set[tuple[bytes, int]] = set()
+        """Shards of chunks that were offered since this manager began."""
         self.now = 1.0
         self.epoch = 1000
         self.clients: list[Client] = []
@@ -160,9 +168,9 @@ class World(MakingRoom):
 
     def start_manager(self) -> None:
         self.epoch += 1_000_000
-        self.directory = Driven(
-            ManagerConfig(eviction=self.eviction, **CONFIG), epoch=self.epoch, now=self.now, slice_size=self.slice_size
-        )
+        config = ManagerConfig(eviction=self.eviction, admission=self.admission, **CONFIG)
+        self.directory = Driven(config, epoch=self.epoch, now=self.now, slice_size=self.slice_size)
+        self.offered.clear()
 
     def restart_manager(self) -> None:
         if self.directory.stats(self.now).gauges["wipes_outstanding"]:
@@ -356,8 +364,14 @@ class World(MakingRoom):
             num_shards=variant.num_shards,
             **options,
         )
+        state = self.directory._state
+        before, selective = set(state.chunks.visible), state.admission.selective
+        strange = not any((key, shard) in self.offered or key in state.chunks.pending for key in request.keys)
         grants = self.directory.put_start(client.id, request, self.now)
         assert len(grants) == count
+        if strange and selective and state.admission.selective:
+            assert before <= set(state.chunks.visible), "pushed out by what nobody offered before"
+        self.offered.update((key, shard) for key in request.keys)
         for offset, grant in enumerate(grants):
             assert (grant.location is not None) == (grant.status == "granted")
             if grant.location is not None:

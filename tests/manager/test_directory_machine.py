@@ -25,10 +25,11 @@ class DirectoryMachine(RuleBasedStateMachine):
         slabs=st.integers(1, 3),
         lenders=st.integers(1, 3),
         other=st.sampled_from(["", "", "x", "ex", "er"]),
+        admission=st.sampled_from(["all", "reuse"]),
     )
-    def begin(self, eviction, slabs, lenders, other) -> None:
+    def begin(self, eviction, slabs, lenders, other, admission) -> None:
         """`other`: what there is on another host: a lender (x) with (e) a transfer engine, and an engine that uses it (r)."""
-        self.world = World(eviction, engines=2, lenders=lenders, slabs=slabs, slice_size=2)
+        self.world = World(eviction, engines=2, lenders=lenders, slabs=slabs, slice_size=2, admission=admission)
         if other:
             endpoint = "other:1" if "e" in other else ""
             self.world.connect(self.world.new_client("g", remote="r" in other))
@@ -148,6 +149,8 @@ class DirectoryMachine(RuleBasedStateMachine):
             for number in range(3):
                 keys = candidate.keys(number, MAX_CHUNKS)
                 places += [(candidate, number, index) for index, key in enumerate(keys) if key in visible]
+        if not places:
+            return  # all that is there are one-off prompts
         variant, prompt, index = pick(places, which)
         start = index
         while start and variant.keys(prompt, start)[-1] in visible:
@@ -239,6 +242,23 @@ class DirectoryMachine(RuleBasedStateMachine):
         if written is not None and client.connected:
             keys = list(dict.fromkeys(spill.key for spill in plan.spills))[:written]
             self.world.spilled(client, plan.lease, keys)
+
+    @precondition(lambda self: self.world.directory._state.admission.follows)
+    @rule(selective=st.booleans())
+    def judge(self, selective) -> None:
+        """As the hits of the shadows would have it after a longer history than this one."""
+        self.world.directory._state.admission.selective = selective
+
+    @precondition(lambda self: self.connected() and self.world.directory._state.admission.follows)
+    @rule(who=picks, count=st.integers(1, 4), selective=st.sampled_from([True, True, False]))
+    def one_off(self, who, count, selective) -> None:
+        """A prompt that nobody knows is offered to a pool that was full before."""
+        self.world.directory._state.admission.selective = selective
+        self.world.serial += 1
+        client = pick(self.connected(), who)
+        before = list(client.flights)
+        self.world.put(client, VARIANTS[0], 1000 + self.world.serial, 0, count)
+        assert all(self.world.finish(client, [flight for flight in client.flights if flight not in before]))
 
     @rule(lazy=st.booleans())
     def leave_unfinished(self, lazy) -> None:

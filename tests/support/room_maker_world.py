@@ -214,12 +214,14 @@ class World:
 
     # -- who makes room ------------------------------------------------------------------------------------------------
 
-    def maker(self, storage: StorageTier | None = None, *, demote: bool = True, payload_bytes: int = SLOT_BYTES) -> RoomMaker:
+    def maker(
+        self, storage: StorageTier | None = None, *, demote: bool = True, payload_bytes: int = SLOT_BYTES, **more: Any
+    ) -> RoomMaker:
         spiller = None
         if storage is not None:
             buffers = BufferPool(value_bytes(payload_bytes), 2, registry=storage)
             spiller = Spiller(storage, self.segments, buffers, self.metrics)
-        maker = RoomMaker(self.pool, self.metrics, demote=demote, spiller=spiller)
+        maker = RoomMaker(self.pool, self.metrics, demote=demote, spiller=spiller, **more)
         self.makers.append(maker)
         return maker
 

@@ -209,7 +209,8 @@ def open_cache(
         room_maker = None
         spiller = storage.spiller if storage is not None else None
         if config.cache.demote or spiller is not None:
-            room_maker = RoomMaker(pool, metrics, demote=config.cache.demote, spiller=spiller)
+            cache = config.cache
+            room_maker = RoomMaker(pool, metrics, demote=cache.demote, spiller=spiller, rate=cache.demote_rate)
             stack.callback(room_maker.close, CLOSE_TIMEOUT)
         return Cache(manager, segments, lender, pool, storage, room_maker, mapper, stack.pop_all())
 

@@ -114,6 +114,8 @@ class ChunkPool:
         self._remote = remote
         self._writes = 0
         self._writes_changed = threading.Condition()
+        self._loads = 0
+        self._loads_changed = threading.Condition()
         self._broken: OrderedDict[bytes, None] = OrderedDict()
         self._broken_lock = threading.Lock()
 
@@ -157,7 +159,23 @@ class ChunkPool:
         `chunks[i]` belongs to `lease.locations[i]`. Moves the part before the first slot that this process cannot reach. The
         lease is given back when settled.
         """
-        return _Load(self, lease, chunks).start(rows)
+        with self._loads_changed:
+            self._loads += 1
+        try:
+            return _Load(self, lease, chunks).start(rows)
+        except BaseException:
+            self._load_over()
+            raise
+
+    def wait_loads(self, timeout: float | None = None) -> bool:
+        """Block until no load is under way (one is, until it is settled); False on timeout (seconds)."""
+        with self._loads_changed:
+            return self._loads_changed.wait_for(lambda: not self._loads, timeout)
+
+    def _load_over(self) -> None:
+        with self._loads_changed:
+            self._loads -= 1
+            self._loads_changed.notify_all()
 
     def read(self, location: SlotLocation, chunk: Chunk, out: memoryview) -> int:
         """Copy header and payload of a leased slot into host memory `out`; bytes written, 0 when unreachable or stale.
@@ -460,6 +478,7 @@ class _Load:
 
     def _settle(self, verified: list[bool]) -> list[bool]:
         pool, chunks = self._pool, self._chunks
+        pool._load_over()
         pool.segments.unpin_all(pinned.slab for pinned in self._pinned)
         pool.release(self._lease.id)
         seen = [place for _, places in self._mapped for place in places if place < len(verified)]

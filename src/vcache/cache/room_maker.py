@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from ..errors import TRANSFER_ERRORS, ManagerError
@@ -14,6 +14,7 @@ from ..metrics import EngineMetrics
 from ..segment.gate import Passage
 from ..segment.slot_protocol import SourceSlot, TargetSlot, copy_slot
 from ..segment.slots import SlabHeader
+from .pace import Pace
 from .pool import ChunkPool
 from .storage_writer import Spiller
 
@@ -21,6 +22,12 @@ logger = logging.getLogger("vcache.room")
 
 PLAN_BYTES = 256 * 2**20
 """Payload of one plan at most: what is moved becomes visible this often, and the sources' lease is held no longer."""
+
+PATIENCE = 0.25
+"""Seconds that a plan of demotions waits for loads at most: loads without end must not leave the pool without room, and the
+lease, tickets and shut write gate of a plan must not be held for long."""
+_PLANS_PER_SECOND = 4
+"""At the limit: what moves within one plan goes as fast as it can, so a plan must be short beside a second."""
 
 
 _Outcome = Literal["more", "nothing", "stuck"]
@@ -32,15 +39,28 @@ class RoomMaker:
     nothing more to do, or nothing that it can do. A `Listener` of the manager. A put or a retrieve never waits for it."""
 
     def __init__(
-        self, pool: ChunkPool, metrics: EngineMetrics, *, demote: bool, spiller: Spiller | None, plan_bytes: int = PLAN_BYTES
+        self,
+        pool: ChunkPool,
+        metrics: EngineMetrics,
+        *,
+        demote: bool,
+        spiller: Spiller | None,
+        plan_bytes: int = PLAN_BYTES,
+        rate: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] | None = None,
     ) -> None:
-        """`demote`: copy chunks to host memory. `spiller`: writes them to storage; None: nobody does. Subscribes to the
-        manager of `pool`; close it before the pool's segments and the spiller."""
+        """`demote`: copy chunks to host memory. `spiller`: writes them to storage; None: nobody does. `rate`: bytes a second
+        that are demoted at most, 0 for no limit. `pause`: waits so many seconds of `clock`, or until `close`. Subscribes to
+        the manager of `pool`; close it before the pool's segments and the spiller."""
         self._pool = pool
         self._metrics = metrics
         self._demotes = demote
         self._spiller = spiller
-        self._plan_bytes = plan_bytes
+        self._plan_bytes = min(plan_bytes, max(1, rate // _PLANS_PER_SECOND)) if rate else plan_bytes
+        self._clock = clock
+        self._pause = pause or self._wait_or_close
+        self._pace = Pace(rate, clock(), 1 / _PLANS_PER_SECOND)
         self._changed = threading.Condition()
         self._wanted = False
         self._busy = False
@@ -117,13 +137,19 @@ class RoomMaker:
     def _demote_some(self) -> _Outcome:
         """Carry out one plan of demotions: copy, publish, give the lease on the sources back."""
         manager, avoid = self._pool.manager, self._pool.segments.unreachable()
+        # Before anything is leased or the write gate is shut.
+        if (delay := self._pace.delay(self._clock())) > 0:
+            self._pause(delay)
+        patience = self._give_way(PATIENCE)
+        if self._closed:
+            return "stuck"
         with self._writing, self._pool.writing():
             began, epoch = time.perf_counter(), manager.epoch
             plan = manager.demote(self._plan_bytes, avoid)
             if not plan.lease:
                 return "nothing"
             try:
-                copied = self._copy(plan.moves, epoch)
+                copied = self._copy(plan.moves, epoch, patience)
                 demoted = self._publish(plan.moves, copied)
             finally:
                 self._pool.release(plan.lease)
@@ -134,14 +160,29 @@ class RoomMaker:
             self._metrics.observe("demote", "dram", time.perf_counter() - began, nbytes)
         return "more" if demoted else "stuck"
 
-    def _copy(self, moves: Sequence[Move], epoch: int) -> dict[tuple[bytes, int], int]:
-        """Copy shards, one by one; the payload bytes of each that was."""
+    def _give_way(self, patience: float) -> float:
+        """Wait until this engine loads nothing, at most `patience` seconds; what is left of them."""
+        if patience <= 0 or self._pool.wait_loads(0):
+            return patience
+        began = time.monotonic()
+        self._pool.wait_loads(patience)
+        return patience - (time.monotonic() - began)
+
+    def _wait_or_close(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed, seconds)
+
+    def _copy(self, moves: Sequence[Move], epoch: int, patience: float) -> dict[tuple[bytes, int], int]:
+        """Copy shards, one by one; the payload bytes of each that was. Waits for loads before each, `patience` seconds in
+        all."""
         copied: dict[tuple[bytes, int], int] = {}
         for move in moves:
+            patience = self._give_way(patience)
             if self._closed or self._pool.manager.epoch != epoch:
                 # A manager that is gone cannot be told, and its successor cannot know of writes that have not begun.
                 break
             nbytes = self._copy_one(move)
+            self._pace.moved(nbytes, self._clock())
             if nbytes:
                 copied[move.key, move.shard] = nbytes
         return copied

@@ -183,6 +183,43 @@ def transfer(
 
 @bench.command()
 @guarded
+def trace(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Traces of Mooncake or Bailian: .jsonl or .jsonl.xz.")],
+    capacities: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--capacity", metavar="SHARE|SIZE", help="10% of the trace's different blocks, or bytes; may be repeated."
+        ),
+    ] = None,
+    policies: Annotated[
+        list[str] | None,
+        typer.Option("--policy", metavar="EVICTION[+ADMISSION]", help="As in manager.eviction, .admission; may be repeated."),
+    ] = None,
+    token_bytes: Annotated[int, typer.Option(min=1, help="KV of a token, for capacities in bytes.")] = 131_072,
+    requests: Annotated[int, typer.Option(min=0, help="Replay only so many, from the beginning; 0 = all.")] = 0,
+    json: JsonFile = None,
+    csv: CsvFile = None,
+) -> None:
+    """Hit ratios over traces of real requests.
+
+    Replays them against the manager's directory, in this process, with the trace's clock, for several capacities and policies,
+    each beside plain LRU. Needs no memory to lend; the result depends on no machine.
+    """
+    import sys
+
+    from ..bench.trace import POLICIES, SHARES, bench_trace, policy_of
+    from ..bench.trace_files import read_trace
+
+    chosen = [policy_of(name) for name in policies or POLICIES]
+    with _progress() as progress:
+        traces = [read_trace(file, requests) for file in files]
+        command = " ".join(["vcache", *sys.argv[1:]])
+        report = bench_trace(traces, capacities or SHARES, chosen, token_bytes, progress, command)
+    _finish(report, json, csv)
+
+
+@bench.command()
+@guarded
 def serve(
     model: Annotated[str, typer.Option(help="Started servers: a folder or a name. With --url: the name to ask for.")] = "",
     urls: Annotated[

@@ -24,6 +24,8 @@ class Counters:
     puts_exist: int = 0
     puts_busy: int = 0
     puts_no_space: int = 0
+    puts_not_admitted: int = 0
+    """Answered in the same way: there was no room, and others were not pushed out for it (`manager.admission`)."""
     stored: int = 0
     """Shards written and published or waiting for the other shards."""
     late_ends: int = 0

@@ -325,6 +325,7 @@ class Directory:
             "sessions": len(state.sessions),
             "segments": len(segments),
             "wipes_outstanding": state.wiping.count(),
+            "admission_selective": int(state.admission.selective),
             "slots_free": sum(segment.slots_free for segment in segments),
             "slots_used": sum(segment.slots_used for segment in segments),
             "slots_processing": sum(segment.slots_processing for segment in segments),

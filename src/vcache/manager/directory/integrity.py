@@ -19,6 +19,7 @@ def check_state(state: State, away: list[Slab]) -> None:
     state.writes.check_integrity(held, state.sessions)
     state.wiping.check_integrity()
     state.log.check_integrity()
+    state.admission.check_integrity()
     _check_places(state)
     for write in held:
         _check_write(state, write)

@@ -32,6 +32,7 @@ class Reading:
         self._find = state.chunks.visible.get
         self._counters = state.counters
         self._touch = state.chunks.policy.touch
+        self._admission = state.admission
 
     def lookup(self, session: Session, verb: Lookup) -> int:
         found = self._prefix(session, verb.keys)
@@ -55,7 +56,10 @@ class Reading:
             return PackedReply(0, 0.0, b"")
         granted = state.leases.grant(client, found, state.now)
         state.counters.leases += 1
-        self._touch(found, state.tick_clock(state.now))
+        clock = state.tick_clock(state.now)
+        self._touch(found, clock)
+        if self._admission.follows:
+            self._admission.used(verb.keys[: len(found)], clock)
         return PackedReply(granted.number, state.leases.ttl, packed)
 
     def release(self, session: Session, verb: Release) -> None:

@@ -9,6 +9,7 @@ from ...config import ManagerConfig
 from ...errors import ManagerRefusedError
 from ...segment.slots import SlotLocation
 from ..api import Push, PutGrant, Role
+from .admission import Admission
 from .allocator import Allocator
 from .chunks import ChunkTable
 from .counters import Counters
@@ -62,6 +63,7 @@ class State:
         self.chunks = ChunkTable(make_policy(config.eviction))
         self.allocator = Allocator(epoch, first_segment)
         self.chunks.policy.closed = self.allocator.closed
+        self.admission = Admission(config.admission)
         self.leases = LeaseTable(config.lease_ttl, epoch)
         self.writes = WriteTable()
         self.counters = Counters()

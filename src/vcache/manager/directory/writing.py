@@ -8,7 +8,7 @@ from typing import Literal
 from ...errors import ManagerRefusedError, ProtocolError
 from ...keys import DIGEST_BYTES
 from ...segment.slots import ALIGNMENT, align_up, generation_of, stride_of
-from ..api import PutEnd, PutGrant, PutRequest, PutRevoke, PutStart, PutStatus, RoomWanted, Ticket
+from ..api import PutEnd, PutGrant, PutRequest, PutRevoke, PutStart, RoomWanted, Ticket
 from .chunks import Pending, deepest_first
 from .demoting import Demoting
 from .records import Record
@@ -58,25 +58,33 @@ class _Placer:
         self._order = self._candidates()
         self._exhausted = not self._order
         self._budget = RECLAIM_BUDGET
+        self.refused = False
+        """Whether there was no room because nobody was pushed out."""
 
     def again(self) -> _Placer:
         """Make a placer for what is left of the request after a pause: segments may have come and gone, but the effort is
         bounded for all of it together."""
         placer = _Placer(self._state, self._client, self._request, self._drop)
         placer._exhausted, placer._budget = self._exhausted or placer._exhausted, self._budget
+        placer.refused = self.refused
         return placer
 
     def _candidates(self) -> list[Segment]:
         return self._state.allocator.candidates(self._request.placement, self._request.device, self._avoid)
 
-    def place(self, key: bytes) -> Slab | None:
+    def place(self, key: bytes, admitted: bool) -> Slab | None:
         """Find a slab with a free slot for a shard of `key`, after making room if need be; None when there is none (then for
-        the whole request)."""
+        the whole request). `admitted`: whether others may go to make it; if not, the rest of the request, which follows on it,
+        is not let in either (`refused`)."""
         if self._exhausted:
             return None
         if self._request.placement == "spread":
             self._order = self._candidates()
-        slab = self._state.allocator.find_free(self._order, self.stride) or self._make_room(key)
+        slab = self._state.allocator.find_free(self._order, self.stride)
+        if slab is None:
+            self._state.admission.full(len(self._state.chunks.visible))
+            self.refused = not admitted
+            slab = self._make_room(key) if admitted else None
         self._exhausted = slab is None
         return slab
 
@@ -215,9 +223,11 @@ class Writing:
                     raise ManagerRefusedError("put_start: the session is over")
                 placer = placer.again()
                 previous = chunks.any(keys[begin - 1])
-            places: list[bytes | PutStatus] = []
-            for offset in range(begin, min(begin + state.slice_size, len(keys))):
-                grants.append(self._grant(client, request, offset, previous, placer, places))
+            places: list[bytes | str] = []
+            end = min(begin + state.slice_size, len(keys))
+            admitted = self._admitted(request, begin, end)
+            for offset in range(begin, end):
+                grants.append(self._grant(client, request, offset, previous, placer, places, admitted[offset - begin]))
                 previous = chunks.any(keys[offset])
             state.log.placed(state.now, session.name, request, begin, places)
             if parent is not None:
@@ -227,6 +237,17 @@ class Writing:
             state.push(client, RoomWanted())
         return grants
 
+    def _admitted(self, request: PutRequest, begin: int, end: int) -> list[bool]:
+        """Tell for each of these keys whether others may be pushed out for it."""
+        state, keys = self._state, request.keys[begin:end]
+        admission = state.admission
+        if not admission.follows:
+            return [True] * len(keys)
+        if not request.shard:
+            admission.used(keys, state.tick_clock(state.now))
+        before = admission.offered(keys, request.shard)
+        return before if admission.selective else [True] * len(keys)
+
     def _grant(
         self,
         client: bytes,
@@ -234,9 +255,11 @@ class Writing:
         offset: int,
         previous: Record | None,
         placer: _Placer,
-        places: list[bytes | PutStatus],
+        places: list[bytes | str],
+        admitted: bool,
     ) -> PutGrant:
-        """Answer for one chunk of the request. `previous`: the chunk before it. `places`: for the log."""
+        """Answer for one chunk of the request. `previous`: the chunk before it. `places`: for the log. `admitted`: whether
+        others may be pushed out for it."""
         state, chunks = self._state, self._state.chunks
         key = request.keys[offset]
         record, pending = chunks.visible.get(key), chunks.pending.get(key)
@@ -257,12 +280,13 @@ class Writing:
             if previous is not None:
                 # Before room is made: what we append to must not go to make it.
                 chunks.link(pending.record, previous)
-        slab = placer.place(key)
+        slab = placer.place(key, admitted or bool(pending.parts))
         if slab is None:
             if not pending.parts:
                 chunks.abandon(pending)
-            state.counters.puts_no_space += 1
-            places.append("no_space")
+            state.counters.puts_not_admitted += placer.refused
+            state.counters.puts_no_space += not placer.refused
+            places.append("not_admitted" if placer.refused else "no_space")
             return PutGrant("no_space")
         tokens = request.tokens[offset]
         write, grant = state.begin_write(slab, client, key, request.shard, tokens, pending.record.namespace, state.now)
