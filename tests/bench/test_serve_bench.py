@@ -27,6 +27,7 @@ from vcache.bench.serve_client import Endpoint, Sample, ServerError, complete
 from vcache.bench.serve_counters import Counted, parse
 from vcache.bench.serve_load import Request
 from vcache.bench.serve_ways import Setup, connector, split
+from vcache.config import VCacheConfig
 from vcache.errors import ArgumentError
 
 FAKE = Path(__file__).parent / "fake_server"
@@ -354,10 +355,19 @@ def test_all_ways_get_the_same_memory(devices: tuple[str, ...]) -> None:
     made = setup(devices=devices)
     for way in serve_ways.WAYS:
         shares = split(way, made)
-        assert 4 * shares.engine + max(1, len(devices)) * shares.shared_vram == made.kv_memory
+        rings = 4 * serve_ways.staging(made) if way == "vcache" else 0
+        assert 4 * shares.engine + max(1, len(devices)) * shares.shared_vram + rings == made.kv_memory
         assert 4 * shares.engine_host + shares.shared_host == (0 if way == "none" else made.host_memory)
     with pytest.raises(ArgumentError, match="leaves nothing"):
         setup(pool_memory=64 << 30).check()
+
+
+def test_the_vram_of_its_rings_is_taken_from_vcache() -> None:
+    assert serve_ways.staging(setup(devices=())) == 0
+    assert serve_ways.staging(setup(host_memory=0)) == 0
+    assert serve_ways.staging(setup()) == VCacheConfig().transfer.staging > 0
+    smaller = setup(vcache_options={"transfer.staging": "64MiB"})
+    assert split("vcache", smaller).engine == (64 - 32) * 2**30 // 4 - 64 * 2**20
 
 
 def test_command_lines() -> None:

@@ -19,7 +19,7 @@ from .serve_counters import Counted, read, read_settled
 from .serve_explain import EXPLAINED, numbers, sources, times
 from .serve_instances import started
 from .serve_load import Load, Request, Routing, Shape
-from .serve_ways import MODEL, Setup, Way, require_vllm, split, unavailable
+from .serve_ways import MODEL, Setup, Way, require_vllm, split, staging, unavailable
 
 Progress = Callable[[str], None]
 _MS = ",.0f"
@@ -349,6 +349,8 @@ def _memory(ways: Sequence[Way], setup: Setup) -> str:
         text = f"{way}: {size_text(shares.engine)} in each instance"
         text += f", {size_text(shares.engine_host)} of host memory each" if shares.engine_host else ""
         text += f", {size_text(shares.shared_vram)} lent on each GPU" if shares.shared_vram else ""
+        rings = staging(setup) if way == "vcache" else 0
+        text += f", {size_text(rings)} in each for what it stages" if rings else ""
         text += f", {size_text(shares.shared_host)} of host memory shared" if shares.shared_host else ""
         parts.append(text)
     where = f"GPUs {', '.join(setup.used_devices())}" if setup.devices else "a CPU"

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple, get_args
 
+from ..config import ByteSize, TransferConfig
 from ..errors import ArgumentError, ConfigError
 
 Way = Literal["none", "native", "lmcache", "vcache"]
@@ -92,9 +93,17 @@ def split(way: Way, setup: Setup) -> Split:
             # Its server takes whole GiB.
             return Split(whole, shared_host=setup.host_memory // _GIB * _GIB)
         case "vcache":
-            own = (setup.kv_memory - setup.pool_memory) // setup.instances
+            own = (setup.kv_memory - setup.pool_memory) // setup.instances - staging(setup)
             lent = setup.pool_memory // max(1, len(setup.used_devices()))
             return Split(own, shared_host=setup.host_memory, shared_vram=lent)
+
+
+def staging(setup: Setup) -> int:
+    """Bytes of VRAM that VCache takes in each instance to reach host memory: they are not the instance's own."""
+    if not setup.devices or not setup.host_memory:
+        return 0
+    wanted = setup.vcache_options.get("transfer.staging")
+    return int(TransferConfig().staging if wanted is None else ByteSize.parse(wanted))
 
 
 def unavailable(way: Way, setup: Setup) -> str:
