@@ -73,8 +73,9 @@ class ManagerConfig(_Section, frozen=True, kw_only=True):
     quarantine: float = 2.0
     """Seconds a slot rests after its writer is known to be dead."""
     eviction: Literal["lru", "sieve"] = "lru"
-    admission: Literal["all", "reuse"] = "reuse"
-    """Which new chunks may push others out of a full pool: all, or, while that would give more hits, those offered again."""
+    admission: Literal["all", "reuse"] = "all"
+    """Which new chunks may push others out of a full pool: all, or, while that would give more hits, those offered again. Not
+    for instances that read what they never store."""
     high_watermark: float = 0.9
     """Part of a host's VRAM whose use starts demotion to host memory, and of its whole pool whose use, as far as it is not
     in storage yet, starts spilling; 1 = never."""
