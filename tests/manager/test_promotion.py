@@ -118,7 +118,7 @@ def test_moves_up_do_not_count_as_vram_that_will_be_free(world):
     store_below(world, count=4)
     read(world, count=4, times=2)
     _, flights = planned(world)
-    store(world, ONE, 2, 4)
+    store(world, ONE, 2, 4, writer=1)
     assert len(flights) == 4
     plan = world.demote(world.clients[1], ALL)
     assert len(plan.moves) == 2  # of eight slots six may be in use
@@ -147,7 +147,7 @@ def test_a_full_vram_takes_nothing_notes_nothing_and_evicts_nothing(world):
     store(world, ONE, 2, 6)
     store_below(world)
     read(world, times=3)
-    assert not world.directory._state.allocator.hosts["h"].heat
+    assert not world.directory._state.allocator.hosts["h"].heat.hot
     assert promote(world) == []
     assert counters(world)["evictions"] == 0
     world.remove(world.clients[0], ONE, 2, 0)
@@ -168,6 +168,12 @@ def test_who_moved_or_came_anew_is_cold(world):
     read(world)
     assert promote(world) == []
     read(world)
+    world.remove(world.clients[0], ONE, 0, 0)
+    for lender in world.clients[2:]:
+        world.wipe(lender)
+    store_below(world)
+    assert promote(world) == []  # what was hot is not what is there now
+    read(world, times=2)
     assert promote(world) == [True] * 4
 
 

@@ -19,13 +19,13 @@ class Heat:
     """Remembers chunks by key and the place where they were: one that is moved, or stored anew, begins again, and nobody needs
     to say so. Holds no records. Not thread-safe."""
 
-    __slots__ = ("_devices", "_hot", "_once", "mover", "mover_next", "quiet_until")
+    __slots__ = ("_devices", "_once", "hot", "mover", "mover_next", "quiet_until")
 
     def __init__(self) -> None:
         self._once: OrderedDict[bytes, bytes] = OrderedDict()
         """Key -> packed locations as of the latest lease, the latest last."""
-        self._hot: OrderedDict[bytes, bytes] = OrderedDict()
-        """Likewise, those leased there before."""
+        self.hot: OrderedDict[bytes, bytes] = OrderedDict()
+        """Likewise, those leased there before. Not to be changed from outside."""
         self._devices: OrderedDict[tuple[bytes, int], str] = OrderedDict()
         self.mover = b""
         """The engine that stored last, or moved: it can write."""
@@ -34,14 +34,10 @@ class Heat:
         self.quiet_until = float("-inf")
         """Before this time nobody is told to promote."""
 
-    def __bool__(self) -> bool:
-        """Whether anything was leased again."""
-        return bool(self._hot)
-
     def leased(self, records: Sequence[Record], segments: frozenset[bytes]) -> None:
         """A lease was taken on these, in prompt order; those without a shard in one of `segments` (`segment_id`) do not count.
         The head of a prompt is hotter than its tail."""
-        once, hot = self._once, self._hot
+        once, hot = self._once, self.hot
         for record in reversed(records[:MAX_CHUNKS]):
             packed = record.packed
             if packed[:4] not in segments and segments.isdisjoint(segment_ids(packed)):
@@ -59,11 +55,11 @@ class Heat:
 
     def hottest(self, count: int) -> list[tuple[bytes, bytes]]:
         """List keys and places of what was leased again, the latest first, at most `count`."""
-        return list(islice(reversed(self._hot.items()), count))
+        return list(islice(reversed(self.hot.items()), count))
 
     def cool(self, key: bytes) -> None:
         """It counts no more, until it is leased once more. Idempotent."""
-        self._hot.pop(key, None)
+        self.hot.pop(key, None)
 
     def wrote(self, client: bytes, namespace: bytes, shard: int, device: str) -> None:
         """An engine stores this shard from that device."""

@@ -66,7 +66,12 @@ class Reading:
         if self._admission.follows:
             self._admission.used(verb.keys[: len(found)], clock)
         memory = self._hosts.get(session.host)
-        if memory is not None and memory.busy[VRAM] < state.config.low_watermark * memory.nbytes[VRAM] and not verb.shard:
+        if (
+            memory is not None
+            and memory.nbytes[VRAM]
+            and memory.busy[VRAM] < state.config.low_watermark * memory.nbytes[VRAM]
+            and not verb.shard
+        ):
             self._promoting.leased(memory, found)
         return PackedReply(granted.number, state.leases.ttl, packed)
 
@@ -74,7 +79,7 @@ class Reading:
         state = self._state
         state.unleased(state.leases.drop(verb.lease, session.client))
         memory = self._hosts.get(session.host)
-        if memory is not None and memory.heat:
+        if memory is not None and memory.heat.hot:
             self._promoting.ask(session, memory)
 
     def tiers(self, session: Session, verb: Tiers) -> Generator[None, None, list[int]]:
