@@ -135,8 +135,11 @@ class CacheConfig(_Section, frozen=True, kw_only=True):
     placement: Literal["local", "spread"] = "local"
     demote: bool = True
     """Whether this engine moves cold chunks from VRAM to host memory in the background when the manager asks for room."""
+    promote: bool = True
+    """Whether this engine moves chunks that are read again in host memory to free VRAM, in the background, when the manager
+    asks."""
     demote_rate: ByteSize = ByteSize(4 * 2**30)
-    """Bytes a second that it moves so at most; 0 = no limit."""
+    """Bytes a second that it moves so at most, down and up together; 0 = no limit."""
     remote: Literal["off", "tcp", "rdma"] = "off"
     """How chunks in memory of other hosts are read, by Mooncake's transfer engine; needs `segment.remote` there."""
     checksum: Literal["off", "sample", "always"] = "off"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Source = Tier | Literal["remote", ""]
     """Where bytes come from or go to. `remote`: memory of another host, whichever tier it is there; `""`: all together."""
 
-Operation = Literal["lookup", "store", "retrieve", "demote", "spill"]
+Operation = Literal["lookup", "store", "retrieve", "demote", "promote", "spill"]
 
 COUNTERS = {
     "lookups": "Chunks asked for by look-ups and retrieves (= hits + misses + errors).",
@@ -56,6 +56,8 @@ COUNTERS = {
     "storage_promoted": "Chunks read from the storage tier and put into the pool.",
     "demoted_chunks": "Chunks moved from VRAM to host memory, because VRAM ran full.",
     "demote_refused": "Chunks that were to be moved and stayed: in use again, overwritten, or out of reach.",
+    "promoted_chunks": "Chunks moved from host memory to VRAM, because they were read again and VRAM had room.",
+    "promote_refused": "Chunks that were to be moved up and stayed: in use, overwritten, or out of reach.",
     "spilled_chunks": "Chunks written to the storage tier before they were evicted.",
     "spill_skipped": "Chunks that were to be written before eviction and were not: overwritten, too large, or not taken.",
     "spill_errors": "Times that the storage tier failed while chunks were written before eviction.",

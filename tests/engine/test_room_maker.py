@@ -490,3 +490,46 @@ def test_close_does_not_wait_for_storage(world: World) -> None:
     pause.go_on.set()
     maker.close(10)
     assert world.manager.of("spilled") == [(lease, [header.key for header in headers[:2]])], "the lease ends all the same"
+
+
+# -- promotion ---------------------------------------------------------------------------------------------------------
+
+
+def move_up(world: World, slot: int, target: int) -> Move:
+    """A chunk in a slot of host memory, and its move to a slot of VRAM."""
+    header = world.fill(DRAM, slot)
+    place = world.location(VRAM, target, FORMAT + 500 + 2 * target)
+    grant = PutGrant("granted", place, FORMAT, world.geometry.slots, world.fence)
+    return Move(header.key, 0, world.location(DRAM, slot, header.generation), grant)
+
+
+def test_chunks_move_up_whole_when_asked(world: World) -> None:
+    world.format(DRAM, FORMAT)
+    maker = world.maker()
+    moves = [move_up(world, slot, target=slot + 4) for slot in range(2)]
+    lease = world.plan_moves(*moves)
+    world.manager.want_promotion()
+    assert maker.wait_idle(10)
+    for slot in range(2):
+        assert world.payload(VRAM, slot + 4, SLOT_BYTES - 128) == world.payload(DRAM, slot, SLOT_BYTES - 128)
+    assert world.manager.of("put_end") == [[ticket(move) for move in moves]]
+    assert world.manager.of("release") == [lease]
+    assert len(world.manager.of("promote")) == 2, "until there is nothing more to do"
+    assert not world.manager.of("demote")
+    assert (world.count("promoted_chunks"), world.count("demoted_chunks")) == (2, 0)
+
+
+def test_promotions_that_get_nowhere_are_not_repeated_and_one_who_does_not_promote_asks_for_nothing(world: World) -> None:
+    world.format(DRAM, FORMAT)
+    maker = world.maker()
+    move = move_up(world, 0, target=4)
+    world.manager.refuse = {move.key}
+    world.plan_moves(move)
+    world.manager.want_promotion()
+    assert maker.wait_idle(10)
+    assert (len(world.manager.of("promote")), world.count("promote_refused")) == (1, 1)
+    maker.close(5)
+    other = world.maker(promote=False)
+    world.manager.want_promotion()
+    assert other.wait_idle(10)
+    assert len(world.manager.of("promote")) == 1

@@ -167,8 +167,41 @@ def test_a_reader_amid_the_copy_keeps_the_chunk_where_it_is(make_host: Callable[
     assert host.check(wanted) == len(wanted)
 
 
+def read_twice_below(host: Host) -> tuple[list[int], list[int]]:
+    """A prompt that went down to host memory, and one that filled VRAM until it was dropped; the first is read twice."""
+    hot, cold = prompt(0), [prompt(seed) for seed in range(1, 4)]
+    for tokens in [hot, *cold]:
+        host.store(tokens)
+        host.settle()
+    assert 1 in host.tiers(hot)
+    before = host.tiers(hot)
+    host.manager.remove([key.digest for tokens in cold for key in host.engine.chunk_keys(tokens)])
+    for _ in range(2):
+        assert host.check(hot) == len(hot)
+    return hot, before
+
+
+def test_what_is_read_again_comes_up_byte_equal(make_host: Callable[..., Host]) -> None:
+    host = make_host()
+    hot, before = read_twice_below(host)
+    eventually(lambda: host.tiers(hot) == [0] * 4, 5, what="it is in VRAM")
+    host.rest()
+    assert host.check(hot) == len(hot)
+    assert host.count("promoted_chunks") == before.count(1)
+    assert host.count("promote_refused") == host.count("stale_reads") == 0
+    assert host.engine.get_stats()["operations"]["promote"]["vram"]["bytes"] == host.count("promoted_chunks") * SLOT
+
+
+def test_without_promotion_it_stays_below(make_host: Callable[..., Host]) -> None:
+    host = make_host(cache={"promote": False})
+    hot, before = read_twice_below(host)
+    host.rest()
+    assert host.tiers(hot) == before
+    assert host.count("promoted_chunks") == 0
+
+
 def test_switched_off_nothing_moves(make_host: Callable[..., Host]) -> None:
-    host = make_host(cache={"demote": False})
+    host = make_host(cache={"demote": False, "promote": False})
     assert host.engine.cache.room_maker is None
     for seed in range(9):
         host.store(prompt(seed))

@@ -124,6 +124,8 @@ class Client:
     endpoint: str = ""
     room: int = 0
     """How often it was asked to make room."""
+    promotion: int = 0
+    """How often it was asked to move up what is hot."""
     slabs: dict[int, bytearray] = field(default_factory=dict)
     fence: int = 0
     """Of a lender's write gate, as of its last mount."""

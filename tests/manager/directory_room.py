@@ -1,10 +1,11 @@
-"""Demotion and spilling in the world around a directory."""
+"""Moves and spilling in the world around a directory."""
 
 from __future__ import annotations
 
 from directory_model import CONFIG, SLAB_BYTES, Client, Flight, Slot
 
 from vcache.manager.api import MovePlan, SpillPlan
+from vcache.manager.directory.slabs import VRAM
 from vcache.segment.slots import HEADER_BYTES, SlotHeader, slab_geometry
 
 
@@ -22,6 +23,22 @@ class MakingRoom:
     def demote(self, client: Client, nbytes: int, avoid: list[int] | None = None) -> MovePlan:
         avoid = [*(avoid or []), *self.foreign(client)]
         plan = self.directory.demote(client.id, nbytes, avoid, self.now)
+        self._planned(client, plan, nbytes, avoid, ("cuda", "host"))
+        return plan
+
+    def promote(self, client: Client, nbytes: int, avoid: list[int] | None = None) -> MovePlan:
+        avoid = [*(avoid or []), *self.foreign(client)]
+        before = self.directory.stats(self.now).counters
+        plan = self.directory.promote(client.id, nbytes, avoid, self.now)
+        self._planned(client, plan, nbytes, avoid, ("host", "cuda"))
+        assert self.directory.stats(self.now).counters["evictions"] == before["evictions"]
+        if plan.moves:
+            memory = self.directory._state.allocator.hosts[client.host]
+            assert memory.busy[VRAM] <= self.directory._state.config.low_watermark * memory.nbytes[VRAM]
+        return plan
+
+    def _planned(self, client: Client, plan: MovePlan, nbytes: int, avoid: list[int], way: tuple[str, str]) -> None:
+        """Check a plan of moves from one kind of memory to the other, and begin them."""
         assert (plan.lease != 0) == bool(plan.moves)
         infos = {info.number: info for info in self.directory.segments()}
         visible = self.directory._state.chunks.visible
@@ -33,8 +50,8 @@ class MakingRoom:
             assert target is not None
             assert not {move.source.segment, target.segment} & set(avoid)
             assert [(infos[place.segment].kind, infos[place.segment].host) for place in (move.source, target)] == [
-                ("cuda", client.host),
-                ("host", client.host),
+                (way[0], client.host),
+                (way[1], client.host),
             ]
             uuid = infos[move.source.segment].uuid
             lender = self.lender_of(uuid)
@@ -50,7 +67,6 @@ class MakingRoom:
         if len(plan.moves) > 1:
             assert sum(move.source.slot_bytes for move in plan.moves) <= max(nbytes, 2 * 256)
         self.settle()
-        return plan
 
     def spill(self, client: Client, nbytes: int, avoid: list[int] | None = None) -> SpillPlan:
         avoid = [*(avoid or []), *self.foreign(client)]

@@ -4,6 +4,7 @@ step, readers that verify. It checks the rules as it goes."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from directory_model import (
     CONFIG,
@@ -28,6 +29,7 @@ from vcache.config import ManagerConfig
 from vcache.manager.api import (
     GateReport,
     GateWriter,
+    PromotionWanted,
     PutGrant,
     PutRequest,
     RoomWanted,
@@ -71,8 +73,11 @@ class World(MakingRoom):
         slabs: int = 2,
         slice_size: int = SLICE,
         admission: str = "all",
+        **options: Any,
     ) -> None:
+        """`options`: of the manager, in place of `CONFIG`'s."""
         self.slice_size = slice_size
+        self.options = options
         self.eviction, self.admission = eviction, admission
         self.offered: set[tuple[bytes, int]] = set()
         """Shards of chunks that were offered since this manager began."""
@@ -168,7 +173,7 @@ class World(MakingRoom):
 
     def start_manager(self) -> None:
         self.epoch += 1_000_000
-        config = ManagerConfig(eviction=self.eviction, admission=self.admission, **CONFIG)
+        config = ManagerConfig(eviction=self.eviction, admission=self.admission, **{**CONFIG, **self.options})
         self.directory = Driven(config, epoch=self.epoch, now=self.now, slice_size=self.slice_size)
         self.offered.clear()
 
@@ -208,6 +213,10 @@ class World(MakingRoom):
                     assert target == client.id
                     assert not client.uuid
                     client.room += 1
+                elif isinstance(push, PromotionWanted):
+                    assert target == client.id
+                    assert not client.uuid
+                    client.promotion += 1
                 elif isinstance(push, SegmentMounted | SegmentGone):
                     assert target is None or isinstance(push, SegmentMounted)
 

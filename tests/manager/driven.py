@@ -19,6 +19,7 @@ from vcache.manager.api import (
     Mount,
     MovePlan,
     PlanSpill,
+    Promote,
     PutEnd,
     PutGrant,
     PutRequest,
@@ -87,6 +88,9 @@ class Driven(Directory):
 
     def demote(self, client: bytes, nbytes: int, avoid: Sequence[int], now: float) -> MovePlan:
         return self.done(client, Demote(nbytes, list(avoid)), now)
+
+    def promote(self, client: bytes, nbytes: int, avoid: Sequence[int], now: float) -> MovePlan:
+        return self.done(client, Promote(nbytes, list(avoid)), now)
 
     def spill(self, client: bytes, nbytes: int, avoid: Sequence[int], now: float) -> SpillPlan:
         return self.done(client, PlanSpill(nbytes, list(avoid)), now)

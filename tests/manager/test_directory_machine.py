@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import ClassVar
 
 from directory_world import MAX_CHUNKS, SLAB_BYTES, VARIANTS, World
 from hypothesis import HealthCheck, settings
@@ -13,6 +14,8 @@ EXAMPLES = int(os.environ.get("VCACHE_MACHINE_EXAMPLES", "0"))
 """So many new random histories; 0: a few hundred, the same in every run."""
 
 picks = st.integers(0, 1000)
+EVENTS = ["read", "remove", "clear", "release", "lapse", "lender", "mover", "shrink", "again"]
+"""What may disturb a move."""
 
 
 def pick(options: list, number: int):
@@ -20,16 +23,22 @@ def pick(options: list, number: int):
 
 
 class DirectoryMachine(RuleBasedStateMachine):
+    promoted: ClassVar[set[tuple[str, bool]]] = set()
+    """What disturbed promotions of all histories, and whether their copies were taken."""
+
     @initialize(
         eviction=st.sampled_from(["lru", "sieve"]),
         slabs=st.integers(1, 3),
         lenders=st.integers(1, 3),
         other=st.sampled_from(["", "", "x", "ex", "er"]),
         admission=st.sampled_from(["all", "reuse"]),
+        low=st.sampled_from([0.2, 0.5, 0.5]),
     )
-    def begin(self, eviction, slabs, lenders, other, admission) -> None:
+    def begin(self, eviction, slabs, lenders, other, admission, low) -> None:
         """`other`: what there is on another host: a lender (x) with (e) a transfer engine, and an engine that uses it (r)."""
-        self.world = World(eviction, engines=2, lenders=lenders, slabs=slabs, slice_size=2, admission=admission)
+        self.world = World(
+            eviction, engines=2, lenders=lenders, slabs=slabs, slice_size=2, admission=admission, low_watermark=low
+        )
         if other:
             endpoint = "other:1" if "e" in other else ""
             self.world.connect(self.world.new_client("g", remote="r" in other))
@@ -178,12 +187,45 @@ class DirectoryMachine(RuleBasedStateMachine):
             if end == "publish":
                 self.world.release(plan.lease)
 
+    def disturb(self, event, who, mover, what, lease, moves, steps) -> None:
+        """Some bytes of the moves land, and something happens."""
+        world, other, (variant, prompt) = self.world, pick(self.connected(), who), what
+        for flight in moves:
+            for _ in range(steps):
+                world.write(flight)
+        if event == "read":
+            world.acquire(other, variant, prompt, 0, 2)
+        elif event in ("remove", "release") and lease:
+            world.release(lease)
+            if event == "remove":
+                world.remove(other, variant, prompt, 0)
+        elif event == "clear":
+            world.clear(other, variant)
+        elif event == "lapse":
+            world.advance(9.0)
+        elif event == "lender" and self.lenders():
+            world.connect(pick(self.lenders(), who))
+        elif event == "mover":
+            world.disconnect(mover)
+        elif event == "shrink" and self.lenders():
+            world.shrink(pick(self.lenders(), who), SLAB_BYTES)
+
+    def conclude(self, mover, moves, wipe) -> list[bool]:
+        """The moves end after what disturbed them; which of them were taken."""
+        self.world.directory.check_integrity()
+        taken = []
+        if mover.connected:
+            taken = self.world.finish(mover, [flight for flight in moves if flight in mover.flights])
+        if wipe:
+            self.wipe_all()
+        return taken
+
     @precondition(lambda self: self.connected())
     @rule(
         who=st.tuples(picks, picks),
         variant=st.sampled_from(VARIANTS),
         prompt=st.integers(0, 2),
-        event=st.sampled_from(["read", "remove", "clear", "release", "lapse", "lender", "mover", "shrink", "again"]),
+        event=st.sampled_from(EVENTS),
         steps=st.integers(0, 4),
         wipe=st.booleans(),
     )
@@ -199,32 +241,57 @@ class DirectoryMachine(RuleBasedStateMachine):
         before = list(mover.flights)
         plan = world.demote(mover, 2000)
         moves = [flight for flight in mover.flights if flight not in before]
-        for flight in moves:
-            for _ in range(steps):
-                world.write(flight)
-        if event == "read":
-            world.acquire(other, variant, prompt, 0, 2)
-        elif event in ("remove", "release") and plan.lease:
-            world.release(plan.lease)
-            if event == "remove":
-                world.remove(other, variant, prompt, 0)
-        elif event == "clear":
-            world.clear(other, variant)
-        elif event == "lapse":
-            world.advance(9.0)
-        elif event == "lender" and self.lenders():
-            world.connect(pick(self.lenders(), who[1]))
-        elif event == "mover":
-            world.disconnect(mover)
-        elif event == "shrink" and self.lenders():
-            world.shrink(pick(self.lenders(), who[1]), SLAB_BYTES)
-        elif event == "again":
+        self.disturb(event, who[1], mover, (variant, prompt), plan.lease, moves, steps)
+        if event == "again":
             world.demote(other, 2000)
-        world.directory.check_integrity()
-        if mover.connected:
-            world.finish(mover, [flight for flight in moves if flight in mover.flights])
-        if wipe:
-            self.wipe_all()
+        self.conclude(mover, moves, wipe)
+
+    @precondition(lambda self: self.connected())
+    @rule(
+        who=picks,
+        nbytes=st.sampled_from([0, 256, 600, 10_000]),
+        avoid=st.sampled_from([[], [], [], [1], [2]]),
+        end=st.sampled_from(["publish", "publish", "keep lease", "leave"]),
+    )
+    def promote(self, who, nbytes, avoid, end) -> None:
+        client = pick(self.connected(), who)
+        before = list(client.flights)
+        plan = self.world.promote(client, nbytes, avoid)
+        if plan.lease and end != "leave":
+            results = self.world.finish(client, [flight for flight in client.flights if flight not in before])
+            assert all(results)
+            if end == "publish":
+                self.world.release(plan.lease)
+
+    @precondition(lambda self: self.connected())
+    @rule(
+        who=st.tuples(picks, picks),
+        variant=st.sampled_from(VARIANTS),
+        prompt=st.integers(0, 2),
+        event=st.sampled_from(EVENTS),
+        steps=st.integers(0, 4),
+        wipe=st.booleans(),
+    )
+    def disturb_promotion(self, who, variant, prompt, event, steps, wipe) -> None:
+        """Chunks come to host memory and are read there, their move up begins, and something happens before it ends."""
+        world = self.world
+        mover, other = pick(self.connected(), who[0]), pick(self.connected(), who[1])
+        vram = [info.number for info in world.directory.segments() if info.kind == "cuda"]
+        for shard in range(variant.num_shards):
+            before = list(mover.flights)
+            world.put(mover, variant, prompt, 0, 3, shard, avoid=vram)
+            world.finish(mover, [flight for flight in mover.flights if flight not in before])
+        for _ in range(2):
+            lease = world.acquire(mover, variant, prompt, 0, 3)
+            if lease:
+                world.release(lease)
+        before = list(mover.flights)
+        plan = world.promote(mover, 2000)
+        moves = [flight for flight in mover.flights if flight not in before]
+        self.disturb(event, who[1], mover, (variant, prompt), plan.lease, moves, steps)
+        if event == "again":
+            world.promote(other, 2000)
+        self.promoted |= {(event, taken) for taken in self.conclude(mover, moves, wipe)}
 
     @precondition(lambda self: self.connected())
     @rule(
@@ -437,4 +504,12 @@ DirectoryMachine.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
     print_blob=True,
 )
-TestDirectoryMachine = DirectoryMachine.TestCase
+
+
+class TestDirectoryMachine(DirectoryMachine.TestCase):
+    def runTest(self) -> None:
+        DirectoryMachine.promoted.clear()
+        super().runTest()
+        if not EXAMPLES:
+            assert {taken for _, taken in DirectoryMachine.promoted} == {True, False}
+            assert {("clear", False), ("again", True)} <= DirectoryMachine.promoted

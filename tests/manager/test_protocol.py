@@ -33,6 +33,8 @@ from vcache.manager.api import (
     Move,
     MovePlan,
     PlanSpill,
+    Promote,
+    PromotionWanted,
     Push,
     PutEnd,
     PutGrant,
@@ -98,6 +100,7 @@ REQUESTS: list[Verb[Any]] = [
     Unmount(b"u" * 16),
     AddSlabs(b"u" * 16, [SlabInfo(3, 4096, 2**47)]),
     Demote(4096, [1, 2]),
+    Promote(4096, [1, 2]),
     PlanSpill(4096, []),
     Spilled(7, [key(1)]),
     DropSlabs(b"u" * 16, 4096),
@@ -177,6 +180,7 @@ def test_typed_requests_round_trip(request_: Verb[Any]) -> None:
         WipeSlots(3, b"u" * 16, [(0, 64)]),
         ResizeRequested(b"u" * 16, 4096),
         RoomWanted(),
+        PromotionWanted(),
     ],
 )
 def test_pushes_round_trip(push: Push) -> None:
@@ -191,6 +195,7 @@ def test_typed_replies_round_trip() -> None:
     source = SlotLocation(1, 0, 256, 2, 4096, 8)
     moves = MovePlan(lease=3, moves=[Move(key(1), 1, source, grants[1])])
     assert round_trip(Demote(1, []), moves) == moves
+    assert round_trip(Promote(1, []), moves) == moves
     spills = SpillPlan(lease=3, spills=[Spill(key(1), 0, source), Spill(key(1), 1, source)])
     assert round_trip(PlanSpill(1, []), spills) == spills
 
@@ -210,6 +215,8 @@ def test_typed_replies_round_trip() -> None:
         ["Demote", 2**60, []],
         ["Demote", 1, [-1]],
         ["Demote", 1, [2**32]],
+        ["Promote", -1, []],
+        ["Promote", 1, [2**32]],
         ["PlanSpill", 1, [0] * (2**16 + 1)],
         ["Spilled", -1, []],
         ["Spilled", 0, [b"short"]],

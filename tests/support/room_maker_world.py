@@ -16,7 +16,7 @@ from vcache.cache.room_maker import RoomMaker
 from vcache.cache.storage_writer import Spiller
 from vcache.errors import VCacheError
 from vcache.keys import CacheKey
-from vcache.manager.api import Listener, Move, MovePlan, PutGrant, RoomWanted, Spill, SpillPlan, Ticket
+from vcache.manager.api import Listener, Move, MovePlan, PromotionWanted, PutGrant, RoomWanted, Spill, SpillPlan, Ticket
 from vcache.metrics import EngineMetrics
 from vcache.segment.gate import Gate
 from vcache.segment.host import HostBacking
@@ -67,12 +67,16 @@ class PlannedManager:
         for listener in self._listeners:
             listener.on_push(RoomWanted())
 
+    def want_promotion(self) -> None:
+        for listener in self._listeners:
+            listener.on_push(PromotionWanted())
+
     def of(self, verb: str) -> list[Any]:
         return [argument for name, argument in self.calls if name == verb]
 
     def _hear(self, verb: str, argument: Any) -> None:
         self.calls.append((verb, argument))
-        if verb in ("demote", "put_end", "put_revoke"):
+        if verb in ("demote", "promote", "put_end", "put_revoke"):
             assert self.pool is not None
             self.writes_seen.append(not self.pool.no_writes())
         if verb in self.fail:
@@ -80,6 +84,10 @@ class PlannedManager:
 
     def demote(self, nbytes: int, avoid: Sequence[int] = ()) -> MovePlan:
         self._hear("demote", (nbytes, list(avoid)))
+        return self._next(self.move_plans, MovePlan())
+
+    def promote(self, nbytes: int, avoid: Sequence[int] = ()) -> MovePlan:
+        self._hear("promote", (nbytes, list(avoid)))
         return self._next(self.move_plans, MovePlan())
 
     def spill(self, nbytes: int, avoid: Sequence[int] = ()) -> SpillPlan:
@@ -215,13 +223,19 @@ class World:
     # -- who makes room ------------------------------------------------------------------------------------------------
 
     def maker(
-        self, storage: StorageTier | None = None, *, demote: bool = True, payload_bytes: int = SLOT_BYTES, **more: Any
+        self,
+        storage: StorageTier | None = None,
+        *,
+        demote: bool = True,
+        promote: bool = True,
+        payload_bytes: int = SLOT_BYTES,
+        **more: Any,
     ) -> RoomMaker:
         spiller = None
         if storage is not None:
             buffers = BufferPool(value_bytes(payload_bytes), 2, registry=storage)
             spiller = Spiller(storage, self.segments, buffers, self.metrics)
-        maker = RoomMaker(self.pool, self.metrics, demote=demote, spiller=spiller, **more)
+        maker = RoomMaker(self.pool, self.metrics, demote=demote, promote=promote, spiller=spiller, **more)
         self.makers.append(maker)
         return maker
 

@@ -208,9 +208,11 @@ def open_cache(
         stack.callback(wait_for_writes, pool)
         room_maker = None
         spiller = storage.spiller if storage is not None else None
-        if config.cache.demote or spiller is not None:
-            cache = config.cache
-            room_maker = RoomMaker(pool, metrics, demote=cache.demote, spiller=spiller, rate=cache.demote_rate)
+        cache = config.cache
+        if cache.demote or cache.promote or spiller is not None:
+            room_maker = RoomMaker(
+                pool, metrics, demote=cache.demote, promote=cache.promote, spiller=spiller, rate=cache.demote_rate
+            )
             stack.callback(room_maker.close, CLOSE_TIMEOUT)
         return Cache(manager, segments, lender, pool, storage, room_maker, mapper, stack.pop_all())
 

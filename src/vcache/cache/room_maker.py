@@ -1,4 +1,4 @@
-"""Makes room in the pool when the manager asks: demotes cold chunks from VRAM to host memory, spills the coldest to storage."""
+"""Moves chunks when the manager asks: cold ones from VRAM to host memory, the coldest to storage, hot ones up to free VRAM."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..errors import TRANSFER_ERRORS, ManagerError
-from ..manager.api import Move, Push, RoomWanted, SessionInfo, Ticket
-from ..metrics import EngineMetrics
+from ..manager.api import Move, MovePlan, PromotionWanted, Push, RoomWanted, SessionInfo, Ticket
+from ..metrics import EngineMetrics, Operation
 from ..segment.gate import Passage
 from ..segment.slot_protocol import SourceSlot, TargetSlot, copy_slot
-from ..segment.slots import SlabHeader
+from ..segment.slots import SlabHeader, Tier
 from .pace import Pace
 from .pool import ChunkPool
 from .storage_writer import Spiller
@@ -24,7 +24,7 @@ PLAN_BYTES = 256 * 2**20
 """Payload of one plan at most: what is moved becomes visible this often, and the sources' lease is held no longer."""
 
 PATIENCE = 0.25
-"""Seconds that a plan of demotions waits for loads at most: loads without end must not leave the pool without room, and the
+"""Seconds that a plan of moves waits for loads at most: loads without end must not leave the pool without room, and the
 lease, tickets and shut write gate of a plan must not be held for long."""
 _PLANS_PER_SECOND = 4
 """At the limit: what moves within one plan goes as fast as it can, so a plan must be short beside a second."""
@@ -34,9 +34,23 @@ _Outcome = Literal["more", "nothing", "stuck"]
 """Of one plan: it got somewhere, so ask for another; there was nothing to do; it got nowhere, so would the next one."""
 
 
+class _Direction(NamedTuple):
+    """Where moves go, and what they are called."""
+
+    operation: Operation
+    tier: Tier
+    moved: str
+    refused: str
+
+
+_DOWN = _Direction("demote", "dram", "demoted_chunks", "demote_refused")
+_UP = _Direction("promote", "vram", "promoted_chunks", "promote_refused")
+
+
 class RoomMaker:
-    """Carries out the manager's plans in a thread that sleeps until `RoomWanted` is pushed, and then works until there is
-    nothing more to do, or nothing that it can do. A `Listener` of the manager. A put or a retrieve never waits for it."""
+    """Carries out the manager's plans in a thread that sleeps until `RoomWanted` or `PromotionWanted` is pushed, and then works
+    until there is nothing more to do, or nothing that it can do. Room goes first. A `Listener` of the manager. A put or a
+    retrieve never waits for it."""
 
     def __init__(
         self,
@@ -44,25 +58,28 @@ class RoomMaker:
         metrics: EngineMetrics,
         *,
         demote: bool,
+        promote: bool,
         spiller: Spiller | None,
         plan_bytes: int = PLAN_BYTES,
         rate: int = 0,
         clock: Callable[[], float] = time.monotonic,
         pause: Callable[[float], None] | None = None,
     ) -> None:
-        """`demote`: copy chunks to host memory. `spiller`: writes them to storage; None: nobody does. `rate`: bytes a second
-        that are demoted at most, 0 for no limit. `pause`: waits so many seconds of `clock`, or until `close`. Subscribes to
-        the manager of `pool`; close it before the pool's segments and the spiller."""
+        """`demote`: copy chunks to host memory. `promote`: copy them to VRAM. `spiller`: writes them to storage; None: nobody
+        does. `rate`: bytes a second that are moved at most, 0 for no limit. `pause`: waits so many seconds of `clock`, or until
+        `close`. Subscribes to the manager of `pool`; close it before the pool's segments and the spiller."""
         self._pool = pool
         self._metrics = metrics
         self._demotes = demote
+        self._promotes = promote
         self._spiller = spiller
         self._plan_bytes = min(plan_bytes, max(1, rate // _PLANS_PER_SECOND)) if rate else plan_bytes
         self._clock = clock
         self._pause = pause or self._wait_or_close
         self._pace = Pace(rate, clock(), 1 / _PLANS_PER_SECOND)
         self._changed = threading.Condition()
-        self._wanted = False
+        self._room_wanted = False
+        self._promotion_wanted = False
         self._busy = False
         self._closed = False
         self._writing = threading.Lock()
@@ -78,15 +95,18 @@ class RoomMaker:
         """The next call of the manager fails, which ends a round."""
 
     def on_push(self, push: Push) -> None:
-        if isinstance(push, RoomWanted):
+        if isinstance(push, RoomWanted | PromotionWanted):
             with self._changed:
-                self._wanted = True
+                if isinstance(push, RoomWanted):
+                    self._room_wanted = True
+                else:
+                    self._promotion_wanted = self._promotes
                 self._changed.notify_all()
 
     def wait_idle(self, timeout: float | None = None) -> bool:
         """Block until it sleeps and no wish is left; False on timeout (seconds)."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._wanted and not self._busy, timeout)
+            return self._changed.wait_for(lambda: not self._wanted() and not self._busy, timeout)
 
     def close(self, timeout: float) -> None:
         """Finish the slot under way, then stop. Waits at most `timeout` seconds for what else is under way (a call of the
@@ -103,18 +123,33 @@ class RoomMaker:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._wanted or self._closed)
+                self._changed.wait_for(lambda: self._wanted() or self._closed)
                 if self._closed:
                     return
-                self._wanted, self._busy = False, True
+                self._busy, room = True, self._room_wanted
+                if room:
+                    self._room_wanted = False
+                else:
+                    self._promotion_wanted = False
             try:
-                self._make_room()
+                if room:
+                    self._make_room()
+                else:
+                    self._fill_room()
             except ManagerError as error:
                 self._metrics.count("manager_errors")
-                logger.debug("no room made: %s", error)
+                logger.debug("nothing more is moved: %s", error)
             except TRANSFER_ERRORS as error:
                 self._metrics.count("transfer_errors")
-                logger.warning("no room made: %s", error)
+                logger.warning("nothing more is moved: %s", error)
+
+    def _wanted(self) -> bool:
+        return self._room_wanted or self._promotion_wanted
+
+    def _fill_room(self) -> None:
+        """Carry out plans of promotions until they get nowhere, or room is wanted: the manager asks again."""
+        while not self._closed and not self._room_wanted and self._move_some(_UP) == "more":
+            pass
 
     def _make_room(self) -> None:
         """Carry out plans of both kinds, until neither gets anywhere."""
@@ -127,15 +162,15 @@ class RoomMaker:
                 spilled = self._spill_some(spiller)
                 spiller = None if spilled == "stuck" else spiller
             if demotes and not self._closed:
-                demoted = self._demote_some()
+                demoted = self._move_some(_DOWN)
                 demotes = demoted != "stuck"
             if "more" not in (spilled, demoted):
                 return
 
-    # -- demote: VRAM to host memory -----------------------------------------------------------------------------------
+    # -- demote: VRAM to host memory; promote: back ---------------------------------------------------------------------
 
-    def _demote_some(self) -> _Outcome:
-        """Carry out one plan of demotions: copy, publish, give the lease on the sources back."""
+    def _move_some(self, way: _Direction) -> _Outcome:
+        """Carry out one plan of moves: copy, publish, give the lease on the sources back."""
         manager, avoid = self._pool.manager, self._pool.segments.unreachable()
         # Before anything is leased or the write gate is shut.
         if (delay := self._pace.delay(self._clock())) > 0:
@@ -145,20 +180,24 @@ class RoomMaker:
             return "stuck"
         with self._writing, self._pool.writing():
             began, epoch = time.perf_counter(), manager.epoch
-            plan = manager.demote(self._plan_bytes, avoid)
+            plan = self._plan(way, avoid)
             if not plan.lease:
                 return "nothing"
             try:
                 copied = self._copy(plan.moves, epoch, patience)
-                demoted = self._publish(plan.moves, copied)
+                moved = self._publish(plan.moves, copied)
             finally:
                 self._pool.release(plan.lease)
-        self._metrics.count("demoted_chunks", len(demoted))
-        self._metrics.count("demote_refused", len(plan.moves) - len(demoted))
-        if demoted:
-            nbytes = sum(copied[move.key, move.shard] for move in demoted)
-            self._metrics.observe("demote", "dram", time.perf_counter() - began, nbytes)
-        return "more" if demoted else "stuck"
+        self._metrics.count(way.moved, len(moved))
+        self._metrics.count(way.refused, len(plan.moves) - len(moved))
+        if moved:
+            nbytes = sum(copied[move.key, move.shard] for move in moved)
+            self._metrics.observe(way.operation, way.tier, time.perf_counter() - began, nbytes)
+        return "more" if moved else "stuck"
+
+    def _plan(self, way: _Direction, avoid: Sequence[int]) -> MovePlan:
+        manager = self._pool.manager
+        return (manager.demote if way is _DOWN else manager.promote)(self._plan_bytes, avoid)
 
     def _give_way(self, patience: float) -> float:
         """Wait until this engine loads nothing, at most `patience` seconds; what is left of them."""
@@ -214,7 +253,7 @@ class RoomMaker:
             )
         except TRANSFER_ERRORS as error:
             self._metrics.count("transfer_errors")
-            logger.warning("a chunk stays in VRAM, its copy failed: %s", error)
+            logger.warning("a chunk stays where it is, its copy failed: %s", error)
             return 0
         finally:
             passage.leave()

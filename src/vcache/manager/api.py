@@ -17,7 +17,7 @@ from ..segment.slots import HEADER_BYTES, SegmentInfo, SlabInfo, SlabInventory, 
 
 R = TypeVar("R")
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 WIPE_TIMEOUT = 2.0
 """Seconds that the manager waits for lenders before it answers `remove` and `clear`."""
@@ -126,8 +126,8 @@ class UndoneSlots(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_f
 
 
 class Move(msgspec.Struct, frozen=True, array_like=True):
-    """One shard that shall move down: copy `source`'s header and payload into the slot of `grant`, then `put_end` its ticket
-    (or `put_revoke`). Until then the chunk is where it was."""
+    """One shard that shall move down, or up: copy `source`'s header and payload into the slot of `grant`, then `put_end` its
+    ticket (or `put_revoke`). Until then the chunk is where it was."""
 
     key: bytes
     shard: int
@@ -136,7 +136,7 @@ class Move(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MovePlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Answer of `demote`."""
+    """Answer of `demote` and `promote`."""
 
     lease: int = 0
     """Covers all sources; `release` it when the moves are over. 0: nothing to do."""
@@ -261,7 +261,8 @@ class Acquire(Verb[AcquireReply], frozen=True):
 
 
 class Release(Verb[None], frozen=True):
-    """End a lease. Idempotent; unknown leases are ignored. Has no answer."""
+    """End a lease. Idempotent; unknown leases are ignored. Has no answer. May ask an engine of the host to move chunks up
+    (`PromotionWanted`)."""
 
     lease: int
 
@@ -299,6 +300,16 @@ class Demote(Verb[MovePlan], frozen=True):
     """Plan moves of the coldest chunks, together at most `nbytes` of payload (at least one), from VRAM to host memory of the
     caller's host, while VRAM there is used above the low watermark. May evict what is not hotter from host memory. A move whose
     chunk somebody else leases meanwhile is refused by `put_end`."""
+
+    nbytes: Size
+    avoid: Avoid
+    """Segments that the caller cannot map."""
+
+
+class Promote(Verb[MovePlan], frozen=True):
+    """Plan moves of what was leased again in host memory of the caller's host, the latest first, together at most `nbytes` of
+    payload (at least one chunk), to VRAM of that host as far as it is free and stays below the low watermark. Evicts nothing.
+    A move whose chunk somebody else leases meanwhile is refused by `put_end`."""
 
     nbytes: Size
     avoid: Avoid
@@ -493,7 +504,12 @@ class RoomWanted(msgspec.Struct, frozen=True, tag=True):
     on eviction, until they have nothing more to do. Comes again when one of them had nothing to do, or after two seconds."""
 
 
-Push = SegmentMounted | SegmentGone | WipeSlots | ResizeRequested | WriterLost | RoomWanted
+class PromotionWanted(msgspec.Struct, frozen=True, tag=True):
+    """Push to an engine on a host where chunks in host memory are read again while VRAM has room. It calls `promote` until that
+    has nothing more to do. Comes again after two seconds at the earliest."""
+
+
+Push = SegmentMounted | SegmentGone | WipeSlots | ResizeRequested | WriterLost | RoomWanted | PromotionWanted
 
 
 class Listener(Protocol):

@@ -22,6 +22,7 @@ from .api import (
     Mount,
     MovePlan,
     PlanSpill,
+    Promote,
     PutEnd,
     PutGrant,
     PutRequest,
@@ -119,6 +120,9 @@ class Manager:
 
     def demote(self, nbytes: int, avoid: Sequence[int] = ()) -> MovePlan:
         return self.transport.call(Demote(nbytes, list(avoid)), self._late_moves)
+
+    def promote(self, nbytes: int, avoid: Sequence[int] = ()) -> MovePlan:
+        return self.transport.call(Promote(nbytes, list(avoid)), self._late_moves)
 
     def spill(self, nbytes: int, avoid: Sequence[int] = ()) -> SpillPlan:
         return self.transport.call(PlanSpill(nbytes, list(avoid)), self._late_lease)

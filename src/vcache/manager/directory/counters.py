@@ -40,6 +40,10 @@ class Counters:
     """Shards that moved from VRAM to host memory."""
     demotions_refused: int = 0
     """Copied shards that stayed where they were: leased by others, gone, or moved before."""
+    promotions: int = 0
+    """Shards that moved from host memory to VRAM."""
+    promotions_refused: int = 0
+    """Likewise."""
     spills: int = 0
     """Chunks that an engine wrote to storage before their eviction."""
     slab_reclaims: int = 0

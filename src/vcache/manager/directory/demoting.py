@@ -6,14 +6,13 @@ from typing import NamedTuple
 
 from ...errors import ProtocolError
 from ...segment.slots import SlotLocation, segment_id, segment_ids
-from ..api import Demote, Move, MovePlan
+from ..api import Demote, MovePlan
 from .eviction import EvictionPolicy
+from .moves import MAX_MOVES, Draft, segments_of
 from .records import Queue, Record
-from .slabs import DRAM, PROCESSING, VRAM, HostMemory, Segment, Slab, Write
+from .slabs import DRAM, PROCESSING, VRAM, HostMemory, Segment, Slab
 from .state import Session, State
 
-MAX_MOVES = 4096
-"""Moves in one plan at most: its answer must fit into a frame."""
 EVICTION_ATTEMPTS = 8
 """Chunks evicted for one slot at most."""
 MAX_STEPS = 1 << 14
@@ -32,59 +31,8 @@ class _Route(NamedTuple):
     """Numbers of the targets."""
 
 
-class _Draft:
-    """A plan while it is drawn up: moves, each begun as a write."""
-
-    def __init__(self, state: State, client: bytes, route: _Route, now: float) -> None:
-        self._state = state
-        self._client = client
-        self._route = route
-        self._now = now
-        self._writes: list[Write] = []
-        self._records: dict[Record, None] = {}
-        self.moves: list[Move] = []
-
-    def move(self, record: Record, shards: list[tuple[int, SlotLocation]]) -> list[SlotLocation]:
-        """Begin to move these shards of a chunk, as many as there is room for; the places that they leave."""
-        moved: list[SlotLocation] = []
-        for shard, place in shards:
-            slab = self._room(place.slot_bytes, record)
-            if slab is None:
-                break
-            write, grant = self._state.begin_write(
-                slab, self._client, record.key, shard, place.tokens, record.namespace, self._now, record.packed_at(shard)
-            )
-            self._writes.append(write)
-            self.moves.append(Move(record.key, shard, place, grant))
-            moved.append(place)
-        if moved:
-            self._records[record] = None
-        return moved
-
-    def _room(self, stride: int, record: Record) -> Slab | None:
-        """Find a slab of the targets with a free slot, if need be after evicting what is not hotter than `record`."""
-        state = self._state
-        for _ in range(EVICTION_ATTEMPTS):
-            slab = state.allocator.find_free(self._route.targets, stride)
-            if slab is not None:
-                return slab
-            victim = state.chunks.policy.victim(stride, self._route.allowed)
-            if victim is None or victim.used > record.used or victim is record or victim in self._records:
-                return None
-            state.evict(victim, "room for a demotion")
-        return None
-
-    def plan(self) -> MovePlan:
-        """Complete the plan with a lease on its chunks."""
-        lease = self._state.leases.grant(self._client, list(self._records), self._now)
-        self._state.counters.leases += 1
-        for write in self._writes:
-            write.lease = lease.number
-        return MovePlan(lease=lease.number, moves=self.moves)
-
-
 class Demoting:
-    """Plans moves and ends them. A move that does not end well is a write that does not: see `Writing`."""
+    """Plans moves of what is cold."""
 
     def __init__(self, state: State) -> None:
         self._state = state
@@ -99,7 +47,7 @@ class Demoting:
             return MovePlan()
         state.check_leases(session.client)
         route, excess = self._route(session.host, frozenset(verb.avoid)), self._excess(memory)
-        draft = _Draft(state, session.client, route, state.now)
+        draft = Draft(state, session.client)
         if route.sources and route.targets:
             scan = ColdScan(state.chunks.policy, session.host, route.sources, state.tick_clock(state.now))
             self._draw_up(draft, scan, route, excess, verb.nbytes)
@@ -109,14 +57,26 @@ class Demoting:
         return draft.plan()
 
     def _route(self, host: str, avoid: frozenset[int]) -> _Route:
-        usable = [
-            segment
-            for number, segment in self._state.allocator.segments.items()
-            if segment.info.host == host and number not in avoid
-        ]
-        targets = sorted((segment for segment in usable if segment.tier == DRAM), key=lambda each: (each.load(), each.number))
-        sources = frozenset(segment.number for segment in usable if segment.tier == VRAM)
-        return _Route(sources, targets, frozenset(segment.number for segment in targets))
+        sources, targets = (segments_of(self._state, host, tier, avoid) for tier in (VRAM, DRAM))
+        numbers = (frozenset(segment.number for segment in segments) for segments in (sources, targets))
+        return _Route(next(numbers), targets, next(numbers))
+
+    def _move(self, draft: Draft, route: _Route, record: Record, shards: list[tuple[int, SlotLocation]]) -> list[SlotLocation]:
+        """Begin to move a chunk's shards, if need be after evicting what is not hotter; the places that they leave."""
+        state, policy = self._state, self._state.chunks.policy
+
+        def room(shard: int, place: SlotLocation) -> Slab | None:
+            for _ in range(EVICTION_ATTEMPTS):
+                slab = state.allocator.find_free(route.targets, place.slot_bytes)
+                if slab is not None:
+                    return slab
+                victim = policy.victim(place.slot_bytes, route.allowed)
+                if victim is None or victim.used > record.used or victim is record or victim in draft.records:
+                    return None
+                state.evict(victim, "room for a demotion")
+            return None
+
+        return draft.move(record, shards, room)
 
     def _excess(self, memory: HostMemory) -> float:
         """Count the bytes of this host's VRAM above the low watermark when the moves under way have ended."""
@@ -125,40 +85,24 @@ class Demoting:
             if write.state == PROCESSING:
                 place = SlotLocation.unpack(write.source)
                 slab = state.allocator.slabs.get(state.allocator.slab_key(place.segment, place.slab))
-                if slab is not None and slab.segment is not None and slab.segment.memory is memory:
+                segment = slab.segment if slab is not None else None
+                if slab is not None and segment is not None and segment.memory is memory and segment.tier == VRAM:
                     leaving += slab.share
         return memory.busy[VRAM] - leaving - state.config.low_watermark * memory.nbytes[VRAM]
 
-    def _draw_up(self, draft: _Draft, scan: ColdScan, route: _Route, excess: float, nbytes: int) -> None:
+    def _draw_up(self, draft: Draft, scan: ColdScan, route: _Route, excess: float, nbytes: int) -> None:
         """Move what is coldest until `excess` bytes of VRAM are free, `nbytes` are moved, or the targets have no room."""
         while excess > 0 and len(draft.moves) < MAX_MOVES and (record := scan.coldest()) is not None:
             shards = [(shard, place) for shard, place in enumerate(record.places()) if place.segment in route.sources]
             if draft.moves and sum(place.slot_bytes for _, place in shards) > nbytes:
                 break
             scan.skip(record)
-            moved = draft.move(record, shards)
+            moved = self._move(draft, route, record, shards)
             nbytes -= sum(place.slot_bytes for place in moved)
             excess -= sum(self._state.allocator.slab_at(place).share for place in moved)
             if len(moved) < len(shards):
                 scan.back(record)
                 break
-
-    def end(self, write: Write) -> bool:
-        """Make a complete copy the chunk's place and free the old one. False when the chunk is gone, is somewhere else by now,
-        or is leased by others, who may be reading the old place: then nothing has changed."""
-        state, slab = self._state, write.slab
-        record = state.chunks.visible.get(write.key)
-        ours = int(write.lease in state.leases.leases)
-        if record is None or record.packed_at(write.shard) != write.source or record.leased > ours:
-            return False
-        state.writes.remove(write)
-        slab.owners[write.slot] = record
-        state.allocator.change(slab, write.slot, PROCESSING)
-        slab.confirm(write.slot)
-        state.replace(record, write.shard, write.packed)
-        state.counters.demotions += 1
-        state.log.happened(state.now, "demoted", (write.key,), f"shard {write.shard}", write.packed)
-        return True
 
 
 class ColdScan:

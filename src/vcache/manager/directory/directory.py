@@ -30,6 +30,7 @@ from ..api import (
     Mount,
     Place,
     PlanSpill,
+    Promote,
     PutEnd,
     PutRevoke,
     PutStart,
@@ -58,6 +59,7 @@ from .integrity import check_state
 from .jobs import SLICE, Job
 from .lending import Lending
 from .log import NOTES
+from .promoting import Promoting
 from .reading import Reading
 from .removal import Removal
 from .slabs import FREE, PROCESSING, QUARANTINED, USED
@@ -86,10 +88,11 @@ class Directory:
         number of the first segment (`random_first_segment`). `slice_size`: slots or keys that `work` goes through in a call."""
         config = config if config is not None else ManagerConfig()
         self._state = state = State(config, epoch + (epoch & 1), first_segment, slice_size)
-        self._reading = Reading(state)
+        self._promoting = Promoting(state)
+        self._reading = Reading(state, self._promoting)
         self._demoting = Demoting(state)
         self._spilling = Spilling(state)
-        self._writing = Writing(state, self._demoting)
+        self._writing = Writing(state)
         self._removal = Removal(state)
         self._lending = Lending(state, self._writing, self._removal)
         self._handlers = {verb: (handler, NOTES.get(verb)) for verb, handler in self._table().items()}
@@ -215,6 +218,7 @@ class Directory:
             PutEnd: writing.end,
             PutRevoke: writing.revoke,
             Demote: self._demoting.plan,
+            Promote: self._promoting.plan,
             PlanSpill: self._spilling.plan,
             Spilled: self._spilling.done,
             Remove: self._job(self._removal.remove),

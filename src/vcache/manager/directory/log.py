@@ -15,6 +15,7 @@ from ..api import (
     Lookup,
     MovePlan,
     PlanSpill,
+    Promote,
     PutEnd,
     PutRequest,
     PutRevoke,
@@ -182,8 +183,14 @@ def _note_put_revoke(log: Log, number: int, now: float, client: str, verb: PutRe
     log.verb((number + 0.5, now, client, "put_revoke", verb.tickets, None, 0, nbytes))
 
 
-def _note_demote(log: Log, number: int, now: float, client: str, verb: Demote, plan: MovePlan) -> None:
-    log.verb((number + 0.5, now, client, "demote", plan.moves, None, 0, ENTRY_BYTES + 2 * _PLACE_BYTES * len(plan.moves)))
+Note = Callable[[Log, int, float, str, Any, Any], None]
+
+
+def _note_moves(kind: str) -> Note:
+    def note(log: Log, number: int, now: float, client: str, verb: Demote | Promote, plan: MovePlan) -> None:
+        log.verb((number + 0.5, now, client, kind, plan.moves, None, 0, ENTRY_BYTES + 2 * _PLACE_BYTES * len(plan.moves)))
+
+    return note
 
 
 def _note_plan_spill(log: Log, number: int, now: float, client: str, verb: PlanSpill, plan: SpillPlan) -> None:
@@ -200,15 +207,14 @@ def _note_remove(log: Log, number: int, now: float, client: str, verb: Remove, j
     log.verb((number + 0.5, now, client, "remove asked", verb.keys, ("", b""), 0, nbytes))
 
 
-Note = Callable[[Log, int, float, str, Any, Any], None]
-
 NOTES: dict[type[Verb[Any]], Note] = {
     Lookup: _note_lookup,
     Acquire: _note_acquire,
     Tiers: _note_tiers,
     PutEnd: _note_put_end,
     PutRevoke: _note_put_revoke,
-    Demote: _note_demote,
+    Demote: _note_moves("demote"),
+    Promote: _note_moves("promote"),
     PlanSpill: _note_plan_spill,
     Spilled: _note_spilled,
     Remove: _note_remove,
@@ -253,10 +259,11 @@ def _tell_tickets(entry: _Entry, key: bytes) -> Iterator[Line]:
         yield _line(entry, what, detail)._replace(shard=tickets[index].shard)
 
 
-def _tell_demote(entry: _Entry, key: bytes) -> Iterator[Line]:
+def _tell_moves(entry: _Entry, key: bytes) -> Iterator[Line]:
     for move in entry.named:
         if move.key == key:
-            yield _line(entry, "demotion planned", place=move.grant.location)._replace(shard=move.shard)
+            what = "demotion planned" if entry.kind == "demote" else "promotion planned"
+            yield _line(entry, what, place=move.grant.location)._replace(shard=move.shard)
 
 
 def _tell_spill(entry: _Entry, key: bytes) -> Iterator[Line]:
@@ -281,7 +288,8 @@ _TELLERS: dict[str, Callable[[_Entry, bytes], Iterator[Line]]] = {
     "put_start": _tell_put_start,
     "put_end": _tell_tickets,
     "put_revoke": _tell_tickets,
-    "demote": _tell_demote,
+    "demote": _tell_moves,
+    "promote": _tell_moves,
     "spill": _tell_spill,
 }
 

@@ -8,7 +8,9 @@ from typing import NamedTuple
 from ...errors import ProtocolError
 from ...segment.slots import LOCATION_BYTES, Locations, slab_ids
 from ..api import Acquire, AcquireReply, Lookup, Release, Tiers
+from .promoting import Promoting
 from .records import Record
+from .slabs import VRAM
 from .state import Session, State
 
 
@@ -27,8 +29,11 @@ class PackedReply(NamedTuple):
 class Reading:
     """Answers look-ups, grants and ends leases."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, promoting: Promoting) -> None:
+        """`promoting`: hears what is read on hosts whose VRAM has room."""
         self._state = state
+        self._promoting = promoting
+        self._hosts = state.allocator.hosts
         self._find = state.chunks.visible.get
         self._counters = state.counters
         self._touch = state.chunks.policy.touch
@@ -60,11 +65,22 @@ class Reading:
         self._touch(found, clock)
         if self._admission.follows:
             self._admission.used(verb.keys[: len(found)], clock)
+        memory = self._hosts.get(session.host)
+        if (
+            memory is not None
+            and memory.nbytes[VRAM]
+            and memory.busy[VRAM] < state.config.low_watermark * memory.nbytes[VRAM]
+            and not verb.shard
+        ):
+            self._promoting.leased(memory, found)
         return PackedReply(granted.number, state.leases.ttl, packed)
 
     def release(self, session: Session, verb: Release) -> None:
         state = self._state
         state.unleased(state.leases.drop(verb.lease, session.client))
+        memory = self._hosts.get(session.host)
+        if memory is not None and memory.heat.hot:
+            self._promoting.ask(session, memory)
 
     def tiers(self, session: Session, verb: Tiers) -> Generator[None, None, list[int]]:
         """Pauses after each slice of keys."""

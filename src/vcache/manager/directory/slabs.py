@@ -12,6 +12,7 @@ from functools import lru_cache
 
 from ...errors import IntegrityError
 from ...segment.slots import SegmentInfo, SlabGeometry, SlabInfo, SlotLocation, slab_geometry
+from .heat import Heat
 from .records import Namespace, Record
 
 FREE, USED, PROCESSING, QUARANTINED = range(4)
@@ -261,7 +262,7 @@ class HostMemory:
     """What is lent on one host. A slot counts as its share of its slab, so that a slab without a free slot is used to 100%
     whatever its geometry wastes."""
 
-    __slots__ = ("busy", "nbytes", "quiet_until", "segments", "spilled")
+    __slots__ = ("busy", "heat", "nbytes", "quiet_until", "segments", "spilled")
 
     def __init__(self) -> None:
         self.segments = 0
@@ -273,6 +274,7 @@ class HostMemory:
         """Bytes of slots whose chunk is in the storage tier as well: room that costs nothing to make."""
         self.quiet_until = [_NEVER, _NEVER]
         """Before this time nobody is told to demote, or to spill."""
+        self.heat = Heat()
 
     def wants_room(self, high: float, now: float) -> bool:
         """Whether to tell an engine of this host now: VRAM is used above `high` although there is host memory, or the whole

@@ -10,7 +10,7 @@ from ...keys import DIGEST_BYTES
 from ...segment.slots import ALIGNMENT, align_up, generation_of, stride_of
 from ..api import PutEnd, PutGrant, PutRequest, PutRevoke, PutStart, RoomWanted, Ticket
 from .chunks import Pending, deepest_first
-from .demoting import Demoting
+from .moves import end_move, refuse_move
 from .records import Record
 from .slabs import MAX_SLOTS, PROCESSING, QUARANTINED, USED, Segment, Slab, Write, geometry_of
 from .state import Session, State, name_of
@@ -197,10 +197,8 @@ class _Placer:
 class Writing:
     """Grants and ends writes."""
 
-    def __init__(self, state: State, demoting: Demoting) -> None:
-        """`demoting`: ends the tickets of its plans."""
+    def __init__(self, state: State) -> None:
         self._state = state
-        self._demoting = demoting
 
     # Verbs
 
@@ -233,8 +231,10 @@ class Writing:
             if parent is not None:
                 chunks.settle(parent)  # Now at the latest its child refers to it, or nothing does.
         memory = state.memory_of(session) if session.role == "engine" else None
-        if memory is not None and memory.wants_room(state.config.high_watermark, state.now):
-            state.push(client, RoomWanted())
+        if memory is not None:
+            memory.heat.wrote(client, request.namespace, request.shard, request.device)
+            if memory.wants_room(state.config.high_watermark, state.now):
+                state.push(client, RoomWanted())
         return grants
 
     def _admitted(self, request: PutRequest, begin: int, end: int) -> list[bool]:
@@ -326,7 +326,7 @@ class Writing:
                 self.release(write)
                 done = False
             elif write.source:
-                done = self._demoting.end(write)
+                done = end_move(state, write)
                 if not done:
                     self.release(write)
             else:
@@ -335,8 +335,7 @@ class Writing:
                 if record is not None:
                     published.append(record)
             if not done and write is not None and write.source:
-                state.counters.demotions_refused += 1
-                state.log.happened(now, "demotion refused", (ticket.key,), "the chunk is leased, or is not where it was")
+                refuse_move(state, write, ticket.key)
             else:
                 state.counters.late_ends += not done
             results.append(done)
