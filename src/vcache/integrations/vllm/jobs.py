@@ -133,7 +133,7 @@ class ShardStore:
     @property
     def copies_beside(self) -> bool:
         """Whether copies run beside the thread that starts them. On a CPU they run in it."""
-        return self.target.cache.device.type == "cuda"
+        return bool(self.target.cache.device.type == "cuda")
 
     def leave_storage(self) -> None:
         """Read nothing from the storage tier any more, and write nothing to it. Idempotent."""
