@@ -68,7 +68,8 @@ def test_protocol(rule: Callable[[Bench], None], mover: GpuMover) -> None:
     rule(Bench(mover))
 
 
-def test_a_request_larger_than_the_ring_goes_round(mover: GpuMover, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_larger_than_the_ring_goes_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    mover = ringed(12 * PAYLOAD)
     spec = make_spec()
     tensors = make_tensors(spec, *ORDERS[0], num_blocks=32, block_size=4)
     cache, slots, mapping = PagedCache.bind(tensors, spec), Slots.make(spec, 8, 16), torch.arange(128).flip(0)
@@ -78,13 +79,14 @@ def test_a_request_larger_than_the_ring_goes_round(mover: GpuMover, monkeypatch:
     before = Model(spec, ORDERS[0][0], tensors)
     tickets = [slots.transfer(slot, 8, 8 * slot) for slot in range(16)]
     assert mover.store(cache, mapping, tickets, WRITER).verified() == [True] * 16
-    assert counts == [1] * 16
+    assert (sum(counts), max(counts)) == (16, 2)
+    counts.clear()
     for number in range(16):
         assert slots.payload_at(number, 8) == before.gather(mapping[8 * number : 8 * number + 8].tolist())
     for tensor in tensors:
         tensor.view(torch.uint8).fill_(0)
     assert mover.load(cache, mapping, tickets).verified() == [True] * 16
-    assert counts[16:] == [2] * 8
+    assert (sum(counts), max(counts)) == (16, 2)
     assert before.equals(tensors)
 
 
@@ -187,7 +189,7 @@ def test_the_even_header_comes_after_the_copy(mover: GpuMover, monkeypatch: pyte
     [
         (0, 0, {}),
         (8 * PAYLOAD, 4 * PAYLOAD + 1, {}),
-        (6 * PAYLOAD, 0, {True: [], False: [1] * 4}),
+        (4 * PAYLOAD, 0, {True: [1] * 4, False: [1] * 8}),
         (2 * PAYLOAD, 0, {True: [], False: []}),
     ],
 )
@@ -219,7 +221,7 @@ def test_without_memory_for_a_ring_kernels_move_everything_and_the_log_says_so_o
     empty = torch.empty
 
     def refuse(size: Any, **options: Any) -> torch.Tensor:
-        if size == 2 * PAYLOAD:
+        if size == 4 * PAYLOAD:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot. More advice")
         return empty(size, **options)
 
